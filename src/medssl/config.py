@@ -1,0 +1,233 @@
+"""From a command line to a composed configuration, and from a user's mistake to one readable line.
+
+`config_dir` is the only code that knows where the YAML lives; `main` is the frame of every command (`python -m medssl.NAME`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_PACKAGE = Path(__file__).parent
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: inside an installed package, else beside `src` in a checkout."""
+    for folder in (_PACKAGE / "configs", _PACKAGE.parent.parent / "configs"):
+        if (folder / "pretrain.yaml").is_file():
+            return folder
+    raise ValueError(f"no configs beside {_PACKAGE}; install medssl from its wheel or with pip install -e")
+
+
+def compose(name: str, overrides: Sequence[str] = (), *, extra_dir: Path | None = None) -> DictConfig:
+    """The configuration `name` with `overrides`; groups are looked up in our configs, then in `extra_dir`.
+
+    Interpolations stay unresolved: `facts` are filled in before a method is built.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    _register_resolvers()
+    overrides = list(overrides)
+    if extra_dir is not None:
+        overrides.append(f"hydra.searchpath=['file://{Path(extra_dir).resolve()}']")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return hydra_compose(name, overrides)
+
+
+def _register_resolvers() -> None:
+    from omegaconf import OmegaConf
+
+    def epochs(number: float, *, _root_: DictConfig) -> int:
+        per_epoch = _root_.facts.steps_per_epoch
+        if per_epoch is None:
+            raise ValueError("an epoch has no length before the data are known: facts.steps_per_epoch is null")
+        return round(number * per_epoch)
+
+    OmegaConf.register_new_resolver("epochs", epochs, replace=True)
+    OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
+    OmegaConf.register_new_resolver("div", lambda dividend, divisor: dividend / divisor, replace=True)
+
+
+def to_yaml(config: DictConfig) -> str:
+    """The configuration as YAML, resolved as far as its values are known."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def known(node: object, path: str) -> object:
+        if isinstance(node, dict):
+            return {key: known(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()}
+        if isinstance(node, list):
+            return [known(value, f"{path}[{index}]") for index, value in enumerate(node)]
+        if isinstance(node, str) and "${" in node:
+            try:
+                node = OmegaConf.select(config, path)
+            except OmegaConfBaseException:  # needs facts that only the data have
+                return node
+            return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        return node
+
+    return OmegaConf.to_yaml(OmegaConf.create(known(OmegaConf.to_container(config, resolve=False), "")))
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What stands after `python -m medssl.NAME`."""
+
+    overrides: list[str] = field(default_factory=list)
+    extra_dir: Path | None = None
+    help: bool = False
+    cfg: bool = False
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> CommandLine:
+        """Split `arguments` into options and overrides. Raises: ValueError: neither an option nor KEY=VALUE."""
+        overrides, extra_dir, asked = [], None, {"help": False, "cfg": False}
+        rest = iter(arguments)
+        for argument in rest:
+            if argument in ("-h", "--help", "--cfg"):
+                asked["cfg" if argument == "--cfg" else "help"] = True
+            elif argument.split("=", 1)[0] == "--config-dir":
+                value = argument.split("=", 1)[1] if "=" in argument else next(rest, "")
+                extra_dir = Path(value).expanduser()
+                if not value or not extra_dir.is_dir():
+                    raise ValueError(f"--config-dir {value!r} is no folder; it names the folder that holds method/*.yaml")
+            elif argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
+                raise ValueError(f"{argument!r} is not understood; give KEY=VALUE, or --help for the list")
+            else:
+                overrides.append(argument)
+        return cls(overrides, extra_dir, **asked)
+
+
+def help_text(name: str, description: str, *, extra_dir: Path | None = None) -> str:
+    """The page that `--help` prints: description, groups with their choices, keys with their comments.
+
+    A key is explained by the comment behind it in `NAME.yaml`; one that lives in a group by a line `# group.key: text`.
+    """
+    text = (config_dir() / f"{name}.yaml").read_text()
+    lines = [f"usage: python -m medssl.{name} KEY=VALUE ... [--config-dir DIR] [--cfg] [--help]", "", description.strip()]
+    defaults = re.findall(r"^  - (?:override )?(\w+): *(\S+)", text, flags=re.M)
+    if defaults:
+        lines += ["", "groups (GROUP=CHOICE; * is taken when none is given)"]
+    for group, default in defaults:
+        folders = [config_dir() / group, *([extra_dir / group] if extra_dir else [])]
+        choices = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+        lines.append(f"  {group:<22} {', '.join(f'{c}*' if c == default else c for c in choices)}")
+    lines += ["", "keys (KEY=VALUE; lists are written [1,2,3])"]
+    for key, value, about in re.findall(r"^(?:# )?([a-z_]\w*(?:\.\w+)*):[ ]*([^#\n]*?)[ ]*(?:# )?((?<=# ).*)$", text, flags=re.M):
+        lines.append(f"  {key:<22} {about}" + (f" [{value}]" if value and value != "null" else ""))
+    lines += [
+        "",
+        "options",
+        "  --config-dir DIR       look for groups in DIR too, and import the Python files beside them",
+        "  --cfg                  print the composed configuration and stop",
+        "  MEDSSL_DEBUG=1         show the traceback behind an error message",
+    ]
+    return "\n".join(lines)
+
+
+def main(name: str, run: Callable[[DictConfig], None], *, arguments: Sequence[str] | None = None) -> None:
+    """Compose the configuration `name` from the command line and give it to `run`; exits the process.
+
+    The docstring of `run`'s module is the description in `--help`. A mistake of the user becomes one message on stderr and
+    exit code 2; a fault of the program keeps its traceback.
+    """
+    try:
+        line = CommandLine.parse(sys.argv[1:] if arguments is None else arguments)
+        if line.extra_dir is not None:
+            sys.path.insert(0, str(line.extra_dir.resolve()))
+        if line.help:
+            print(help_text(name, sys.modules[run.__module__].__doc__ or "", extra_dir=line.extra_dir))
+            sys.exit(0)
+        config = compose(name, line.overrides, extra_dir=line.extra_dir)
+        if line.cfg:
+            print(to_yaml(config), end="")
+        else:
+            run(config)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = user_message(error)
+        if message is None or os.environ.get("MEDSSL_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def user_message(error: BaseException) -> str | None:
+    """What to tell a user about `error`; None where it is a fault of the program.
+
+    The user's: a configuration that cannot be composed or instantiated, a file system that refuses, and every ValueError
+    that our own code (or a method from `--config-dir`) raised. A ValueError out of another library is a fault.
+    """
+    from hydra.errors import HydraException, InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        cause = error.__cause__
+        if _raised_in(cause).startswith(("hydra.", "importlib.")):  # the call itself: unknown name or argument
+            return _one_line(str(error))
+        return user_message(cause)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        if isinstance(error, OmegaConfBaseException) and isinstance(error.__cause__, ValueError):
+            return user_message(error.__cause__) or _one_line(str(error))
+        return _composition_message(error)
+    if isinstance(error, OSError):
+        return _one_line(str(error))
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's name for a wrong Trainer argument
+        return _one_line(str(error))
+    if isinstance(error, ValueError) and not _is_foreign(error):
+        return str(error)
+    return None
+
+
+def _raised_in(error: BaseException) -> str:
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1] if frames else ""
+
+
+def _is_foreign(error: BaseException) -> bool:
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not files or _PACKAGE in files[-1].parents:
+        return False
+    return "site-packages" in files[-1].parts or str(Path(os.__file__).parent) in map(str, files[-1].parents)
+
+
+def _composition_message(error: Exception) -> str:
+    text = str(error)
+    if missing := re.search(r"Missing mandatory value: ([\w.\[\]]+)", text):
+        return f"{missing[1]} is missing; give it as {missing[1]}=VALUE"
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        return f"there is no key {unknown[1]!r}{_suggestion(unknown[1])}; --cfg shows all keys, +{unknown[1]}=VALUE adds one"
+    if sweep := re.search(r"Sweep parameters '([^']+)'", text):
+        return f"{sweep[1]!r} holds a comma; a list is written KEY=[1,2,3], a text with commas KEY='\"a,b\"'"
+    if choice := re.search(r"Could not find '([^'/]+)/([^']+)'\s+Available options in '[^']+':\s+((?:\t\S+\s*)+)", text):
+        return f"{choice[1]}={choice[2]} does not exist; {choice[1]} is one of {', '.join(choice[3].split())}"
+    if group := re.search(r"Could not override '?([\w/]+)'?\. ?No match in the defaults list", text):
+        return f"there is no group {group[1]!r}{_suggestion(group[1])}; --help lists the groups"
+    return _one_line(text)
+
+
+def _suggestion(key: str) -> str:
+    known = {match for file in config_dir().glob("*.yaml") for match in re.findall(r"^(?:# )?([\w.]+):", file.read_text(), re.M)}
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _one_line(text: str) -> str:
+    noise = ("full_key:", "object_type=", "See https://hydra.cc", "set the environment variable HYDRA_FULL_ERROR")
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(noise))

@@ -1,0 +1,1 @@
+"""From files to views: reading, the store, placements, drawing."""

@@ -1,0 +1,1 @@
+"""Small tools that methods and training share."""

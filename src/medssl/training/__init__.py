@@ -1,0 +1,1 @@
+"""What surrounds a method while it trains: loop, optimiser, files of a run."""
