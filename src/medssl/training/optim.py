@@ -1,0 +1,48 @@
+"""The optimiser and its schedule, both from the `optimizer` part of a configuration."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.utils import instantiate
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.0) -> float:
+    """The share of the peak learning rate at `step`: linear from 0, then half a cosine down to `final_fraction`.
+
+    Source: arXiv:2111.06377, appendix A.1; updated every step.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def build_optimizer(
+    settings: dict[str, Any], groups: Sequence[dict[str, Any]], *, total_steps: int
+) -> tuple[Optimizer, LambdaLR]:
+    """The optimiser over `groups` and its schedule, one call of `step()` per optimiser step.
+
+    Args:
+        settings: `_target_` and arguments of a torch optimiser, with `warmup_steps`, `final_fraction` and `clip_norm`
+            beside them (clipping is done by the trainer).
+        groups: parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`.
+        total_steps: length of the run, where the cosine ends.
+
+    Raises: ValueError: the warm-up is as long as the run.
+    """
+    arguments = {key: value for key, value in settings.items() if key not in ("warmup_steps", "final_fraction", "clip_norm")}
+    warmup_steps, final_fraction = settings.get("warmup_steps", 0), settings.get("final_fraction", 0.0)
+    if warmup_steps and warmup_steps >= total_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={warmup_steps} leaves nothing of trainer.max_steps={total_steps};"
+            " lower the first or raise the second"
+        )
+    optimizer = instantiate(arguments, _partial_=True)(list(groups))
+
+    def share(step: int) -> float:
+        return warmup_cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
+
+    return optimizer, LambdaLR(optimizer, share)

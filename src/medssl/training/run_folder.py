@@ -1,0 +1,83 @@
+"""The folder of a run: where each of its files lies, and who may start in it."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def process_rank() -> int:
+    """The rank of this process as its launcher (torchrun, SLURM, Lightning) tells it; 0 for a process on its own."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return int(os.environ.get("LOCAL_RANK", 0)) + int(os.environ.get("NODE_RANK", 0))  # 0 on one process alone
+
+
+def was_restarted() -> bool:
+    """Whether a scheduler started this very job again after it was stopped."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside the output folder of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.csv"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.root / "checkpoints" / "last.ckpt"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def encoder(self) -> Path:
+        return self.root / "encoder.safetensors"
+
+    @property
+    def rejected(self) -> Path:
+        return self.root / "rejected.jsonl"
+
+    def holds_a_run(self) -> bool:
+        """Whether an earlier run wrote here."""
+        return any(path.exists() for path in (self.config, self.metrics, self.last_checkpoint, self.encoder))
+
+    def claim(self, *, overwrite: bool, resume: bool) -> None:
+        """Make the folder ready for a run: empty of an earlier one unless that is to be resumed.
+
+        Raises: ValueError: an earlier run lies here and neither `overwrite` nor `resume` is set.
+        """
+        if self.holds_a_run() and not resume:
+            if not overwrite:
+                raise ValueError(
+                    f"{self.root} already holds a run; go on with it by resume={self.root},"
+                    " replace it by overwrite=true, or give another output_dir"
+                )
+            for path in (self.config, self.metrics, self.rejected, *self.root.glob("encoder*.safetensors")):
+                path.unlink(missing_ok=True)
+            for folder in (self.last_checkpoint.parent, self.figures):
+                shutil.rmtree(folder, ignore_errors=True)
+        self.last_checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        self.figures.mkdir(exist_ok=True)
+
+
+def checkpoint_to_resume(path: Path) -> Path:
+    """The checkpoint that `resume=PATH` means: the file itself, or `checkpoints/last.ckpt` of a run folder.
+
+    Raises: ValueError: there is none.
+    """
+    checkpoint = RunFolder(path).last_checkpoint if path.is_dir() else path
+    if not checkpoint.is_file():
+        raise ValueError(f"resume={path}: there is no checkpoint {checkpoint}; give a run folder or a .ckpt file")
+    return checkpoint
