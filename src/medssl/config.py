@@ -128,8 +128,9 @@ def help_text(name: str, description: str, *, extra_dir: Path | None = None) -> 
         choices = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
         lines.append(f"  {group:<22} {', '.join(f'{c}*' if c == default else c for c in choices)}")
     lines += ["", "keys (KEY=VALUE; lists are written [1,2,3])"]
-    for key, value, about in re.findall(r"^(?:# )?([a-z_]\w*(?:\.\w+)*):[ ]*([^#\n]*?)[ ]*(?:# )?((?<=# ).*)$", text, flags=re.M):
-        lines.append(f"  {key:<22} {about}" + (f" [{value}]" if value and value != "null" else ""))
+    placed = [(key, "", about) for key, about in re.findall(r"^# (\w+(?:\.\w+)+): (.*)$", text, flags=re.M)]
+    for key, value, about in [*placed, *re.findall(r"^([a-z_]+): *([^#\n]*?) *# (.*)$", text, flags=re.M)]:
+        lines.append(f"  {key:<22} {about}" + (f" [{value}]" if value not in ("", "null", "???") else ""))
     lines += [
         "",
         "options",
@@ -212,19 +213,21 @@ def _composition_message(error: Exception) -> str:
     text = str(error)
     if missing := re.search(r"Missing mandatory value: ([\w.\[\]]+)", text):
         return f"{missing[1]} is missing; give it as {missing[1]}=VALUE"
-    if unknown := re.search(r"Could not override '([^']+)'", text):
+    if unknown := re.search(r"Could not override '([\w./@]+)'\.\s+To append", text):
         return f"there is no key {unknown[1]!r}{_suggestion(unknown[1])}; --cfg shows all keys, +{unknown[1]}=VALUE adds one"
-    if sweep := re.search(r"Sweep parameters '([^']+)'", text):
-        return f"{sweep[1]!r} holds a comma; a list is written KEY=[1,2,3], a text with commas KEY='\"a,b\"'"
-    if choice := re.search(r"Could not find '([^'/]+)/([^']+)'\s+Available options in '[^']+':\s+((?:\t\S+\s*)+)", text):
+    if sweep := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        key = sweep[1].partition("=")[0]
+        return f"{sweep[1]!r} holds a comma; a list is written {key}=[1,2,3], a text with commas {key}='\"a,b\"'"
+    if choice := re.search(r"Could not find '([^'/]+)/([^']+)'\s+Available options in '[^']+':\n((?:\t\S+\n)+)", text):
         return f"{choice[1]}={choice[2]} does not exist; {choice[1]} is one of {', '.join(choice[3].split())}"
-    if group := re.search(r"Could not override '?([\w/]+)'?\. ?No match in the defaults list", text):
-        return f"there is no group {group[1]!r}{_suggestion(group[1])}; --help lists the groups"
+    if (override := getattr(error, "override", None)) is not None:
+        return f"{override!r} cannot be read ({_one_line(text)}); quote a text with special characters: KEY='\"text\"'"
     return _one_line(text)
 
 
 def _suggestion(key: str) -> str:
-    known = {match for file in config_dir().glob("*.yaml") for match in re.findall(r"^(?:# )?([\w.]+):", file.read_text(), re.M)}
+    pattern = re.compile(r"^(?:# |  - )?([\w.]+):", re.M)
+    known = {match for file in config_dir().glob("*.yaml") for match in pattern.findall(file.read_text())}
     close = difflib.get_close_matches(key, sorted(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
