@@ -1,0 +1,197 @@
+"""Image files to volumes in canonical RAS; what is wrong with a file is said in one readable reason."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Integer, Shaped
+
+from medssl.data.formats import Header, ReadError, open_image, reasons_for, size_text
+from medssl.data.volume import Volume
+
+SPACING_LIMITS_MM = (0.005, 100.0)
+LABEL_MAP_VALUES = 256
+
+
+def read_volume(path: str | Path, *, channels: str | int | None = None, min_side_voxel: int = 8) -> Volume:
+    """The volume in a NIfTI, NRRD or MetaImage file, or in the DICOM series of a folder, in canonical RAS.
+
+    Args:
+        path: file, or folder of a DICOM series.
+        channels: what to take from a file with several channels: "all", the number of one, or None, which refuses it.
+        min_side_voxel: volumes with a shorter side are refused.
+
+    Raises:
+        ReadError: the volume cannot be used; the reason names what to do where there is something to do.
+    """
+    path = Path(path)
+    check_channels(channels)
+    with reasons_for(path):
+        header, load = open_image(path)
+        _check_grid(path, header, min_side_voxel)
+        array, affine = _canonical(load(_chosen_channel(path, header, channels)), header.affine)
+        _check_voxels(path, array)
+    return Volume(array, affine, str(path))
+
+
+def read_label(path: str | Path, volume: Volume) -> Integer[np.ndarray, "x y z"]:
+    """The label map in a file, on the grid of `volume`, as uint8 or int32.
+
+    Raises:
+        ReadError: another shape or place than the volume's, fractional, negative or non-finite values.
+    """
+    path = Path(path)
+    with reasons_for(path):
+        header, load = open_image(path)
+        _check_grid(path, header, 1)
+        if header.num_channels > 1:
+            raise ReadError(path, f"a label map has one channel, this one has {header.num_channels}")
+        array, affine = _canonical(load(None), header.affine)
+        if array.shape[1:] != volume.shape:
+            raise ReadError(path, _wrong_shape(array.shape[1:], volume.shape))
+        _check_place(path, affine, volume)
+        return _whole_numbers(path, array[0])
+
+
+def _wrong_shape(label: Sequence[int], image: Sequence[int]) -> str:
+    return f"label of the wrong shape: {size_text(label)}, its image is {size_text(image)}"
+
+
+def check_label_file(path: Path, image: Path) -> str | None:
+    """Why `path` cannot be the label map of `image`, as far as the image's header tells; None if it can."""
+    try:
+        with reasons_for(path):
+            header, load = open_image(path)
+            if image.is_file():
+                with contextlib.suppress(ReadError):  # a broken image is reported as such when it is read
+                    with reasons_for(image):
+                        other = open_image(image)[0]
+                    shapes = [_canonical_shape(h.shape, h.affine) for h in (header, other)]
+                    if shapes[0] != shapes[1]:
+                        return _wrong_shape(*shapes)
+            if not header.integer:
+                _check_grid(path, header, 1)
+                _whole_numbers(path, load(None))
+    except ReadError as error:
+        return error.reason
+    return None
+
+
+def looks_like_label_map(array: Shaped[np.ndarray, "channel x y z"]) -> bool:
+    """Whether the voxels are few whole values, none negative, in pieces: most neighbours in a piece are equal."""
+    if len(array) != 1 or array.min() < 0 or array.max() == array.min():
+        return False
+    channel = array[0]
+    sample = channel[:: max(1, channel.shape[0] // 16)]
+    if not np.array_equal(sample, np.rint(sample)) or not np.array_equal(channel, np.rint(channel)):
+        return False
+    if len(np.unique(channel)) > LABEL_MAP_VALUES:
+        return False
+    pairs = equal = 0
+    for axis in range(3):
+        a, b = (np.moveaxis(channel, axis, 0)[part] for part in (slice(1, None), slice(-1)))
+        inside = (a != 0) | (b != 0)
+        pairs += int(inside.sum())
+        equal += int((inside & (a == b)).sum())
+    return equal >= 0.5 * pairs
+
+
+def _canonical(
+    array: Shaped[np.ndarray, "x y z c"], affine: Float[np.ndarray, "4 4"]
+) -> tuple[Shaped[np.ndarray, "c x2 y2 z2"], Float[np.ndarray, "4 4"]]:
+    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+
+    orientation = io_orientation(affine)
+    turned = apply_orientation(array, orientation)
+    return np.ascontiguousarray(np.moveaxis(turned, -1, 0)), affine @ inv_ornt_aff(orientation, array.shape[:3])
+
+
+def _canonical_shape(shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> tuple[int, ...]:
+    from nibabel.orientations import io_orientation
+
+    if not _is_regular(affine):
+        return tuple(shape)
+    to = io_orientation(affine)[:, 0].astype(int)
+    return tuple(shape[int(np.flatnonzero(to == axis)[0])] for axis in range(3))
+
+
+def _is_regular(affine: Float[np.ndarray, "4 4"]) -> bool:
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(
+        np.isfinite(affine).all() and (lengths > 0).all() and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-3
+    )
+
+
+def _check_grid(path: Path, header: Header, min_side_voxel: int) -> None:
+    if not _is_regular(header.affine):
+        raise ReadError(path, "the affine is singular or not finite: voxels have no place in space; repair the header")
+    spacing = np.linalg.norm(header.affine[:3, :3], axis=0)
+    low, high = SPACING_LIMITS_MM
+    if spacing.min() < low or spacing.max() > high:
+        found = " x ".join(f"{s:.3g}" for s in spacing)
+        raise ReadError(path, f"the spacing {found} mm is absurd (allowed: {low} to {high:g}); repair the header")
+    if min(header.shape) == 1 < min_side_voxel:
+        raise ReadError(path, f"a 2-D image ({size_text(header.shape)}), not a volume")
+    check_sides(path, header.shape, min_side_voxel)
+
+
+def check_sides(path: Path, shape: Sequence[int], min_side_voxel: int) -> None:
+    """Raise a ReadError where a side has fewer voxels than `min_side_voxel`."""
+    if min(shape) < min_side_voxel:
+        text = f"a side of {min(shape)} voxels ({size_text(shape)}) is under min_side_voxel={min_side_voxel}"
+        raise ReadError(path, text)
+
+
+def check_channels(channels: str | int | None) -> None:
+    """Raise a ValueError for what is neither "all", None nor a channel's number."""
+    if channels in (None, "all") or (isinstance(channels, int) and not isinstance(channels, bool) and channels >= 0):
+        return
+    raise ValueError(f"channels takes all, null or the number of a channel (from 0), got {channels!r}")
+
+
+def _chosen_channel(path: Path, header: Header, channels: str | int | None) -> int | None:
+    last = header.num_channels - 1
+    if channels is None and last > 0:
+        choice = f"choose with data.channels=all or data.channels=N (0 to {last})"
+        raise ReadError(path, f"a 4-D image with {header.num_channels} channels; {choice}")
+    if channels is None or isinstance(channels, str):
+        return None
+    if channels > last:
+        raise ReadError(path, f"data.channels={channels} is not there: the image has channels 0 to {last}")
+    return channels
+
+
+def _check_voxels(path: Path, array: Shaped[np.ndarray, "c x y z"]) -> None:
+    if array.dtype.kind == "f" and not all(np.isfinite(plane).all() for channel in array for plane in channel):
+        for name, count in (("NaN", int(np.isnan(array).sum())), ("infinite", int(np.isinf(array).sum()))):
+            if count:
+                raise ReadError(path, f"{count:,} of {array.size:,} voxels are {name}; mend or drop the image")
+    for channel, voxels in enumerate(array):
+        if voxels.min() == voxels.max():
+            which = f" of channel {channel}" if len(array) > 1 else ""
+            raise ReadError(path, f"all voxels{which} have the same value ({voxels.flat[0]:g}): the image is constant")
+
+
+def _check_place(path: Path, affine: Float[np.ndarray, "4 4"], volume: Volume) -> None:
+    last = [n - 1 for n in volume.shape]
+    corners = np.array([[x, y, z, 1] for x in (0, last[0]) for y in (0, last[1]) for z in (0, last[2])])
+    apart = np.linalg.norm(corners @ (affine - volume.affine).T, axis=1).max()
+    if apart > max(volume.spacing_mm):
+        far = f"corners are up to {apart:.3g} mm apart"
+        raise ReadError(path, f"the label lies elsewhere than its image: {far}; repair one of the headers")
+
+
+def _whole_numbers(path: Path, array: Shaped[np.ndarray, "..."]) -> Integer[np.ndarray, "..."]:
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ReadError(path, "the label holds values that are NaN or infinite")
+        fractional = array != np.rint(array)
+        if fractional.any():
+            example = array[fractional].flat[0]
+            count = f"{int(fractional.sum()):,} voxels are no whole numbers (such as {example:g})"
+            raise ReadError(path, f"fractional labels: {count}")
+    if array.min() < 0 or array.max() >= 2**31:
+        found = f"{array.min():g} to {array.max():g}"
+        raise ReadError(path, f"label values from {found}; 0 is the background, others are positive")
+    return array.astype(np.uint8 if array.max() < 256 else np.int32)
