@@ -1,0 +1,74 @@
+"""Matched crops of two cases, and the matchers that propose corresponding points."""
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from medssl.data.placements import ViewSpec
+from medssl.data.scene import Placement, Scene
+
+
+class Matcher(Protocol):
+    """Proposes corresponding points of a request's two cases; it may be asked again."""
+
+    def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
+        """A point of the first case, its counterpart in the second (both RAS mm), and a score: higher is better."""
+
+
+class BodyCoordinateMatcher:
+    """Pairs points of one body coordinate: a random body voxel of the first case and its place in the second's box.
+
+    The score falls from 1 as the counterpart lies farther from the second case's body: 1 / (1 + distance / `scale_mm`).
+    """
+
+    def __init__(self, *, scale_mm: float = 10.0) -> None:
+        self.scale_mm = scale_mm
+
+    def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
+        """See `Matcher`."""
+        (first, second), points = scene.records[:2], [scene.points(slot) for slot in (0, 1)]
+        bodies = [p[p[:, 3] == -1, :3].astype(np.float64) for p in points]
+        point = bodies[0][rng.integers(len(bodies[0]))]
+        counterpart = second.body.to_volume(first.body.to_body(point))
+        distance = np.linalg.norm((bodies[1] - counterpart) * np.array(second.spacing_mm), axis=1).min()
+        to_mm = [r.volume_to_mm for r in (first, second)]
+        in_mm = [m[:3, :3] @ p + m[:3, 3] for m, p in zip(to_mm, (point, counterpart), strict=True)]
+        return in_mm[0], in_mm[1], float(1 / (1 + distance / self.scale_mm))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched(ViewSpec):
+    """Two crops about corresponding points of two cases: the query, then the key (`count` is 2).
+
+    Args:
+        matcher: proposes pairs of points.
+        score_threshold: a proposal is taken once its score exceeds this.
+        tries: proposals before giving up.
+        on_fail: what is taken then: the "best" or the "last" proposal.
+    """
+
+    matcher: Matcher = field(default_factory=BodyCoordinateMatcher)
+    score_threshold: float = 0.0
+    tries: int = 101
+    on_fail: Literal["best", "last"] = "best"
+    count: int = 2
+
+    def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
+        """Query and key."""
+        if len(scene.records) != 2 or self.count != 2:
+            raise ValueError(
+                f"Matched places 2 views in 2 cases, got count {self.count} and {len(scene.records)}; use sampler Pairs"
+            )
+        chosen = self.matcher.propose(scene, rng)
+        for _ in range(self.tries - 1):
+            if chosen[2] > self.score_threshold:
+                break
+            proposal = self.matcher.propose(scene, rng)
+            chosen = proposal if self.on_fail == "last" or proposal[2] >= chosen[2] else chosen
+        placements = []
+        for slot, point_mm in enumerate(chosen[:2]):
+            record = scene.record(slot)
+            center = record.mm_to_volume[:3, :3] @ point_mm + record.mm_to_volume[:3, 3]
+            placements.append(Placement(slot, self.frame(center, self.step_voxel(record))))
+        return placements

@@ -1,0 +1,333 @@
+"""Placements: which region of which case a view shows. Geometry only; tables of points are consulted, voxels never."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from medssl.data.geometry import Frame
+from medssl.data.scene import Placement, Region, Scene
+from medssl.data.store import Record
+from medssl.data.volume import Box
+
+if TYPE_CHECKING:
+    from medssl.data.augment import Augmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """A group of `count` views of one size: where they lie (subclasses) and how they are drawn.
+
+    Args:
+        size: voxels along x, y, z of the drawn view.
+        count: views of the group.
+        slot: which of the request's cases is shown.
+        spacing_mm: "native" (one view voxel is one stored voxel), or millimetres, one number or three.
+        outside: value beyond the volume: "minimum" of the volume, "border" (the nearest voxel), or a number in file
+            units (HU).
+        context: "volume": an augmented view may see all of the volume; "crop": only its own un-augmented box, as if
+            it had been cut out first.
+        augment: augmentations in order, normalisation among them.
+        valid: also give the mask of voxels that lie inside the volume.
+        label: also give the label, nearest neighbour.
+        points: name of a derived table whose `points_voxel` (k, 3) travel with the view; every case must hold the
+            same k.
+    """
+
+    size: Sequence[int] = ()
+    count: int = 1
+    slot: int = 0
+    spacing_mm: str | float | Sequence[float] = "native"
+    outside: str | float = "minimum"
+    context: Literal["volume", "crop"] = "volume"
+    augment: "Sequence[Augmentation]" = field(default_factory=tuple)
+    valid: bool = False
+    label: bool = False
+    points: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what every placement shares."""
+        name = type(self).__name__
+        if self.needs_size and (len(self.size) != 3 or min(self.size) < 1):
+            raise ValueError(f"{name}: size must be three positive voxel counts [x, y, z], got {list(self.size)}")
+        if isinstance(self.outside, str) and self.outside not in ("minimum", "border"):
+            raise ValueError(f"{name}: outside must be minimum, border or a number, got {self.outside!r}")
+        if self.context not in ("volume", "crop"):
+            raise ValueError(f"{name}: context must be volume or crop, got {self.context!r}")
+        if isinstance(self.spacing_mm, str) and self.spacing_mm != "native":
+            raise ValueError(f"{name}: spacing_mm must be native, a number or three numbers, got {self.spacing_mm!r}")
+
+    @property
+    def needs_size(self) -> bool:
+        """Whether `size` must be stated."""
+        return True
+
+    def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
+        """`count` places; `placed` holds the groups stated before this one, by name."""
+        raise TypeError(f"{type(self).__name__} does not say where its views lie")  # abstract
+
+    def step_voxel(self, record: Record, scale: float = 1.0) -> Float[np.ndarray, "3"]:
+        """Stored voxels per view voxel, `scale` times the stated spacing."""
+        if isinstance(self.spacing_mm, str):
+            return np.full(3, float(scale))
+        return np.broadcast_to(np.asarray(self.spacing_mm, dtype=np.float64), 3) * scale / np.array(record.spacing_mm)
+
+    def frame(self, center: Float[np.ndarray, "3"], step_voxel: Float[np.ndarray, "3"]) -> Frame:
+        """The frame about `center`; on whole voxels along the axes that have one view voxel per stored voxel."""
+        frame = Frame.at(center, self.size, step_voxel=step_voxel)
+        native = step_voxel == 1
+        frame.matrix[:3, 3] = np.where(native, np.floor(frame.matrix[:3, 3] + 0.5), frame.matrix[:3, 3])
+        return frame
+
+
+def clamped(center: Float[np.ndarray, "3"], box: Box, side_voxel: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3"]:
+    """The nearest centre whose crop lies in the box; the box's middle along axes where the crop is larger."""
+    slack = np.maximum(box.size - side_voxel, 0) / 2
+    middle = (box.lower + box.upper) / 2
+    return np.clip(center, middle - slack, middle + slack)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCrop(ViewSpec):
+    """Crops at uniform places inside the body box or the volume, padded where they do not fit.
+
+    Args:
+        within: where the crop has to lie.
+        fraction: draw each side, an axis, as a share of the region's side and resize to `size`; None cuts `size`
+            voxels at `spacing_mm`.
+        label_share: share of the crops whose centre is a voxel of one of the case's labels (each label equally often).
+        foreground_share: share of the rest whose centre is a body voxel.
+    """
+
+    within: Region = "volume"
+    fraction: Sequence[float] | None = None
+    label_share: float = 0.0
+    foreground_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        if self.fraction is not None and not 0 < self.fraction[0] <= self.fraction[1]:
+            raise ValueError(
+                f"RandomCrop: fraction must be [low, high] with 0 < low <= high, got {list(self.fraction)}"
+            )
+
+    def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
+        """Independent crops."""
+        return [Placement(self.slot, self._one(scene, rng)) for _ in range(self.count)]
+
+    def _one(self, scene: Scene, rng: np.random.Generator) -> Frame:
+        record, box = scene.record(self.slot), scene.box(self.slot, self.within)
+        if self.fraction is None:
+            step = self.step_voxel(record)
+        else:
+            low, high = self.fraction
+            step = np.maximum(rng.uniform(low, high, 3) * box.size, 1.0) / np.array(self.size)
+        side = step * np.array(self.size)
+        share, position = rng.uniform(), rng.uniform(size=3)
+        center = self._seed_point(scene, share, rng)
+        if center is not None:
+            return self.frame(clamped(center, Box.whole(record.shape), side), step)
+        slack = box.size - side
+        lower = np.where(slack > 0, box.lower + position * slack, (box.lower + box.upper - side) / 2)
+        return self.frame(lower + side / 2, step)
+
+    def _seed_point(self, scene: Scene, share: float, rng: np.random.Generator) -> np.ndarray | None:
+        if share >= self.label_share + (1 - self.label_share) * self.foreground_share:
+            return None
+        points = scene.points(self.slot)
+        value = -1
+        if share < self.label_share:
+            labels = scene.record(self.slot).labels
+            value = labels[rng.integers(len(labels))] if labels else -1
+        chosen = points[points[:, 3] == value]
+        return chosen[rng.integers(len(chosen)), :3].astype(np.float64) if len(chosen) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridCrop(ViewSpec):
+    """The crop at the request's grid location, or those at the locations next to it.
+
+    Args:
+        grid: locations along x, y, z: the centres of equal cells of the region. Locations are numbered with z fastest.
+        within: the region that the grid divides.
+        table: name of a derived table with `centre_mm` (location, 3) and, for neighbours, `neighbours` (location, k),
+            instead of a grid.
+        neighbours: True places the `count` nearest other locations instead of the request's own.
+    """
+
+    grid: Sequence[int] | None = None
+    within: Region = "body"
+    table: str | None = None
+    neighbours: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that there is exactly one source of locations."""
+        super().__post_init__()
+        if (self.grid is None) == (self.table is None):
+            raise ValueError("GridCrop: give either grid: [nx, ny, nz] or table: NAME")
+        if self.neighbours and self.grid is not None and self.count >= self.num_locations:
+            raise ValueError(
+                f"GridCrop: {self.count} neighbours, but grid {list(self.grid)} has {self.num_locations} locations"
+            )
+
+    @property
+    def num_locations(self) -> int:
+        """Locations of the grid (0 where a table holds them)."""
+        return int(np.prod(self.grid)) if self.grid is not None else 0
+
+    def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
+        """The crop at each wanted location; `count` copies of it where it is the request's own."""
+        location = scene.request.location
+        if location is None:
+            raise ValueError("GridCrop needs a request with a location; use sampler SameLocation")
+        record = scene.record(self.slot)
+        centers, neighbours = self._locations(scene, record)
+        wanted = neighbours[location][: self.count] if self.neighbours else [location] * self.count
+        step = self.step_voxel(record)
+        return [Placement(self.slot, self.frame(centers[j], step), int(j)) for j in wanted]
+
+    def _locations(self, scene: Scene, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        if self.table is not None:
+            table = scene.derived(self.table, self.slot)
+            matrix = record.mm_to_volume
+            return table["centre_mm"] @ matrix[:3, :3].T + matrix[:3, 3], table.get("neighbours", np.empty((0, 0), int))
+        return scene.box(self.slot, self.within).to_volume(self.cells), self._nearest
+
+    @cached_property
+    def cells(self) -> Float[np.ndarray, "location 3"]:
+        """Centres of the grid's cells, as shares of the region."""
+        assert self.grid is not None
+        axes = [(np.arange(n) + 0.5) / n for n in self.grid]
+        return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+    @cached_property
+    def _nearest(self) -> np.ndarray:
+        distance = np.linalg.norm(self.cells[:, None] - self.cells[None], axis=-1)
+        return np.argsort(distance, axis=1, kind="stable")[:, 1:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Same(ViewSpec):
+    """The places of another group, to be drawn a second time; `size` may be left out, or resizes the same region.
+
+    Args:
+        of: name of a group stated before.
+    """
+
+    of: str = ""
+
+    @property
+    def needs_size(self) -> bool:
+        """The other group's size is the default."""
+        return False
+
+    def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
+        """The other group's places; one place is repeated `count` times."""
+        found = _group(placed, self.of, "Same")
+        if len(found) not in (1, self.count):
+            raise ValueError(
+                f"Same: group {self.of!r} has {len(found)} views, this one {self.count}; give both the same count"
+            )
+        chosen = found * (self.count if len(found) == 1 else 1)
+        return [Placement(p.slot, self._resized(p.frame), p.location_index) for p in chosen]
+
+    def _resized(self, frame: Frame) -> Frame:
+        if not self.size or tuple(self.size) == frame.shape:
+            return frame
+        ratio = np.array(frame.shape) / np.array(self.size)
+        matrix = np.eye(4)
+        matrix[:3, :3] = np.diag(ratio)
+        matrix[:3, 3] = (ratio - 1) / 2
+        x, y, z = self.size
+        return frame.reindexed((x, y, z), matrix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearby(ViewSpec):
+    """Crops about the centre of another group's first view, or about the request's anchor, shifted by a little.
+
+    Args:
+        of: name of a group stated before, or "anchor" for the request's anchor (a body coordinate).
+        shift: largest shift along each axis, as a share of the region's side.
+        within: the region: shifts are shares of it, and the crop is moved to lie inside it.
+    """
+
+    of: str = "anchor"
+    shift: float | Sequence[float] = 0.0
+    within: Region = "body"
+
+    def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
+        """Independently shifted crops."""
+        record, box = scene.record(self.slot), scene.box(self.slot, self.within)
+        if self.of == "anchor":
+            if scene.request.anchor_body is None:
+                raise ValueError("Nearby(of=anchor) needs a request with an anchor; use sampler Anchored")
+            center = record.body.to_volume(np.array(scene.request.anchor_body))
+        else:
+            center = _group(placed, self.of, "Nearby")[0].frame.center
+        step = self.step_voxel(record)
+        side = step * np.array(self.size)
+        shifts = rng.uniform(-1, 1, (self.count, 3)) * np.array(self.shift) * box.size
+        return [Placement(self.slot, self.frame(clamped(center + shift, box, side), step)) for shift in shifts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Containing(ViewSpec):
+    """Crops of their own scales that hold one common point.
+
+    Args:
+        scale: range of each crop's scale; its spacing is `spacing_mm` times that.
+        independent: probability that the crops are placed independently of each other instead.
+        within: where the crops have to lie, and the common point.
+        margin_voxel: distance of the common point from the region's faces.
+    """
+
+    scale: Sequence[float] = (1.0, 1.0)
+    independent: float = 0.0
+    within: Region = "volume"
+    margin_voxel: float | Sequence[float] = 0.0
+
+    def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
+        """`count` crops about one point, or wherever they fall."""
+        record, box = scene.record(self.slot), scene.box(self.slot, self.within)
+        apart = rng.uniform() < self.independent
+        margin = np.minimum(np.broadcast_to(np.asarray(self.margin_voxel, dtype=np.float64), 3), box.size / 2)
+        point = rng.uniform(box.lower + margin, box.upper - margin)
+        placements = []
+        for _ in range(self.count):
+            step = self.step_voxel(record, rng.uniform(self.scale[0], self.scale[1]))
+            side = step * np.array(self.size)
+            lowest, highest = np.sort([box.lower, box.upper - side], axis=0)  # a crop larger than the box covers it
+            if not apart:
+                lowest, highest = np.maximum(lowest, point - side), np.minimum(highest, point)
+            placements.append(Placement(self.slot, self.frame(rng.uniform(lowest, highest) + side / 2, step)))
+        return placements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed(ViewSpec):
+    """The crop about a stated body or volume coordinate (0 to 1 along each axis), without chance.
+
+    Args:
+        center: shares of the region along x, y, z.
+        within: the region.
+    """
+
+    center: Sequence[float] = (0.5, 0.5, 0.5)
+    within: Region = "volume"
+
+    def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
+        """`count` equal crops."""
+        center = scene.box(self.slot, self.within).to_volume(np.array(self.center, dtype=np.float64))
+        frame = self.frame(center, self.step_voxel(scene.record(self.slot)))
+        return [Placement(self.slot, frame)] * self.count
+
+
+def _group(placed: dict[str, list[Placement]], name: str, who: str) -> list[Placement]:
+    if name not in placed:
+        raise ValueError(f"{who}: no group {name!r} is stated before this one; there are {sorted(placed)}")
+    return placed[name]

@@ -1,0 +1,186 @@
+"""Which cases make a batch: samplers are pure functions of the step, so that a run resumes by starting at its step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+
+from medssl.data.randomness import counter_generator
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to be made.
+
+    Args:
+        cases: numbers of the cases in the store.
+        sample: its number in the run: with the seed it determines everything drawn for it.
+        location: grid location, where the sampler assigns one.
+        anchor_body: body coordinate, where the sampler assigns one.
+    """
+
+    cases: tuple[int, ...]
+    sample: int
+    location: int | None = None
+    anchor_body: tuple[float, float, float] | None = None
+
+
+class CaseSampler(Protocol):
+    """Gives every rank its part of each step's batch."""
+
+    def batch(
+        self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> list[Request]:
+        """The requests of one rank at one step: disjoint and equally many over the ranks, the same for any number.
+
+        Args:
+            step: optimiser step, from 0.
+            index: case numbers to choose from.
+            batch_size: requests of all ranks together, divisible by `world`.
+            seed: of the run.
+            rank: this process.
+            world: number of processes.
+        """
+
+
+@lru_cache(maxsize=16)
+def _permutation(num: int, *key: int | str) -> np.ndarray:
+    return counter_generator("permutation", *key).permutation(num)
+
+
+def _nth(index: Sequence[int], position: int, *key: int | str) -> int:
+    """Entry `position` of the endless sequence of reshuffled copies of `index`."""
+    epoch, place = divmod(position, len(index))
+    return int(index[_permutation(len(index), *key, epoch)[place]])
+
+
+def _of_rank(requests: list[Request], rank: int, world: int) -> list[Request]:
+    if len(requests) % world:
+        raise ValueError(
+            f"batch_size {len(requests)} is not divisible by {world} processes; choose a multiple of {world}"
+        )
+    return requests[rank::world]
+
+
+class Shuffled:
+    """Every case once an epoch, in a new order each; batches run on over the end of an epoch."""
+
+    def batch(
+        self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> list[Request]:
+        """See `CaseSampler`."""
+        samples = range(step * batch_size, (step + 1) * batch_size)
+        return _of_rank([Request((_nth(index, n, seed),), n) for n in samples], rank, world)
+
+
+class Pairs:
+    """Every case once an epoch, each with a partner case.
+
+    Args:
+        partner: "random": any other case, uniformly; "previous": the case one sample before.
+    """
+
+    def __init__(self, *, partner: Literal["random", "previous"] = "random") -> None:
+        if partner not in ("random", "previous"):
+            raise ValueError(f"Pairs: partner must be random or previous, got {partner!r}")
+        self.partner = partner
+
+    def batch(
+        self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> list[Request]:
+        """See `CaseSampler`."""
+        requests = []
+        for n in range(step * batch_size, (step + 1) * batch_size):
+            first = _nth(index, n, seed)
+            if self.partner == "previous":
+                second = _nth(index, max(n - 1, 0), seed)
+            else:
+                others = [case for case in index if case != first] if len(index) < 64 else index
+                generator = counter_generator("partner", seed, n)
+                second = first
+                while len(index) > 1 and second == first:
+                    second = int(others[int(generator.integers(len(others)))])
+            requests.append(Request((first, second), n))
+        return _of_rank(requests, rank, world)
+
+
+class SameLocation:
+    """One grid location a batch, for all ranks; all locations once a round, in a new order each.
+
+    Args:
+        num_locations: number of locations.
+        batches_per_visit: batches at a location before the next; None: as many as the cases fill, at least one.
+        order: "shuffled" or "sequential".
+    """
+
+    def __init__(
+        self,
+        *,
+        num_locations: int,
+        batches_per_visit: int | None = None,
+        order: Literal["shuffled", "sequential"] = "shuffled",
+    ) -> None:
+        if num_locations < 1:
+            raise ValueError(f"SameLocation: num_locations must be at least 1, got {num_locations}")
+        self.num_locations = num_locations
+        self.batches_per_visit = batches_per_visit
+        self.order = order
+
+    def batch(
+        self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> list[Request]:
+        """See `CaseSampler`."""
+        visit, turn = divmod(step, self.batches_per_visit or max(1, len(index) // batch_size))
+        location = visit % self.num_locations
+        if self.order == "shuffled":
+            location = _nth(range(self.num_locations), visit, "location", seed)
+        requests = [
+            Request((_nth(index, turn * batch_size + j, "visit", seed, visit),), step * batch_size + j, location)
+            for j in range(batch_size)
+        ]
+        return _of_rank(requests, rank, world)
+
+
+class Anchored:
+    """A few places of the body, each seen in several cases: nearby centres from different volumes in one batch.
+
+    Args:
+        volumes_per_anchor: cases for each anchor.
+        min_distance_body: least distance (largest axis) between the anchors of a batch, as far as it can be had in
+            100 draws.
+        margin_body: distance of anchors from the faces of the body box.
+    """
+
+    def __init__(
+        self, *, volumes_per_anchor: int = 2, min_distance_body: float = 0.2, margin_body: float = 0.0
+    ) -> None:
+        if volumes_per_anchor < 1 or not 0 <= margin_body < 0.5:
+            raise ValueError(
+                f"Anchored: volumes_per_anchor must be >= 1, margin_body in [0, 0.5); got {volumes_per_anchor} and {margin_body}"
+            )
+        self.volumes_per_anchor = volumes_per_anchor
+        self.min_distance_body = min_distance_body
+        self.margin_body = margin_body
+
+    def batch(
+        self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> list[Request]:
+        """See `CaseSampler`; the cases of one anchor lie next to each other in the global batch."""
+        anchors: list[np.ndarray] = []
+        generator = counter_generator("anchors", seed, step)
+        while len(anchors) * self.volumes_per_anchor < batch_size:
+            draws = generator.uniform(self.margin_body, 1 - self.margin_body, (100, 3))
+            if anchors:
+                distance = np.abs(draws[:, None] - np.array(anchors)).max(axis=2).min(axis=1)
+                far = np.flatnonzero(distance >= self.min_distance_body)
+                anchors.append(draws[far[0] if len(far) else distance.argmax()])
+            else:
+                anchors.append(draws[0])
+        requests = []
+        for j in range(batch_size):
+            x, y, z = map(float, anchors[j // self.volumes_per_anchor])
+            n = step * batch_size + j
+            requests.append(Request((_nth(index, n, seed),), n, anchor_body=(x, y, z)))
+        return _of_rank(requests, rank, world)

@@ -1,0 +1,57 @@
+"""What a placement may look at, and what it gives back."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from medssl.data.geometry import Frame
+from medssl.data.sampling import Request
+from medssl.data.store import Record, VolumeStore
+from medssl.data.volume import Box
+
+Region = Literal["body", "volume"]
+
+
+class Scene:
+    """What a placement may look at: the records, points and derived tables of the cases of one request."""
+
+    def __init__(self, store: VolumeStore, request: Request) -> None:
+        self.store = store
+        self.request = request
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """Index records of the request's cases."""
+        return tuple(self.store.record(case) for case in self.request.cases)
+
+    def record(self, slot: int) -> Record:
+        """The record of the request's case number `slot`; a ValueError where the request has fewer cases."""
+        if slot >= len(self.records):
+            raise ValueError(
+                f"a view wants case {slot + 1} of its request, which holds {len(self.records)}; use a sampler of pairs"
+            )
+        return self.records[slot]
+
+    def points(self, slot: int = 0) -> np.ndarray:
+        """Body and label voxels of a case, (point, 4): x, y, z and -1 for body or the label's value."""
+        return self.store.points(self.request.cases[slot])
+
+    def derived(self, name: str, slot: int = 0) -> dict[str, np.ndarray]:
+        """A derived table of a case."""
+        return self.store.derived(name, self.request.cases[slot])
+
+    def box(self, slot: int, within: Region) -> Box:
+        """The body box or the whole volume of a case, in voxel faces."""
+        record = self.record(slot)
+        return record.body if within == "body" else Box.whole(record.shape)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One view's place: the request's case number `slot`, the frame there, and the grid location where there is one."""
+
+    slot: int
+    frame: Frame
+    location_index: int | None = None
