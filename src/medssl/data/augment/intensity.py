@@ -1,0 +1,94 @@
+"""Pointwise changes of grey values: brightness, contrast, gamma."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64
+from torch import Tensor
+
+from medssl.data.augment.base import IntensityAugmentation, Measured, check_range, column, uniform
+from medssl.data.store import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brightness(IntensityAugmentation):
+    """Multiplies by a factor and adds a shift.
+
+    Args:
+        factor: range of the factor, 0 or more.
+        shift: range of the shift, in the image's units at this place of the chain.
+    """
+
+    factor: Sequence[float] = (1.0, 1.0)
+    shift: Sequence[float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_range("Brightness: factor", self.factor, low=0)
+        check_range("Brightness: shift", self.shift, low=-np.inf)
+
+    def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
+        """Factor and shift."""
+        return [uniform(rng, self.factor), uniform(rng, self.shift)]
+
+    def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
+        """See `IntensityAugmentation`."""
+        return image.mul_(column(parameters, 0)).add_(column(parameters, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast(IntensityAugmentation):
+    """Stretches values about the mean of the view or group.
+
+    Args:
+        factor: range of the stretch, 0 or more; 1 changes nothing.
+        keep_range: clip to the former minimum and maximum.
+    """
+
+    factor: Sequence[float] = (0.8, 1.2)
+    keep_range: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        super().__post_init__()
+        check_range("Contrast: factor", self.factor, low=0)
+
+    def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
+        """The factor."""
+        return [uniform(rng, self.factor)]
+
+    def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
+        """See `IntensityAugmentation`."""
+        limits = (measured.minimum, measured.maximum) if self.keep_range else None
+        factor, mean = column(parameters, 0), measured.mean
+        image.mul_(factor).add_(mean * (1 - factor))
+        return image if limits is None else image.clamp_(*limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gamma(IntensityAugmentation):
+    """Raises values, scaled to [0, 1] by minimum and maximum of the view or group, to a power, and scales them back.
+
+    Args:
+        gamma: range of the exponent, above 0, drawn uniformly; below 1 brightens.
+    """
+
+    gamma: Sequence[float] = (0.7, 1.5)
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        super().__post_init__()
+        check_range("Gamma: gamma", self.gamma, low=1e-3)
+
+    def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
+        """The exponent."""
+        return [uniform(rng, self.gamma)]
+
+    def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
+        """See `IntensityAugmentation`."""
+        low, high = measured.minimum, measured.maximum
+        spread = high - low
+        image.sub_(low).div_(spread + 1e-7).clamp_min_(0)
+        return image.pow_(column(parameters, 0)).mul_(spread).add_(low)

@@ -1,0 +1,215 @@
+"""From stored voxels to views: which box to read, then one interpolation, or a slice where voxels stay voxels."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Float64, Int, Shaped
+from torch import Tensor
+
+from medssl.data.augment.filters import apply_axis_matrices
+from medssl.data.geometry import Frame
+from medssl.data.placements import ViewSpec
+from medssl.data.resampling import SINC_RATIO, resampling_matrix, support_voxel
+from medssl.data.views import PlacedView
+
+PREFILTER_RATIO = 1.2
+"""An oblique view this much coarser than its level is low-passed first: trilinear weights alone would alias."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The box of one stored level that a view is drawn from.
+
+    Args:
+        level: number of the level.
+        lower: first voxel of the box in the level, (3,) int.
+        upper: one past the last voxel.
+        frame: view voxel -> voxel of the box.
+    """
+
+    level: int
+    lower: np.ndarray
+    upper: np.ndarray
+    frame: Frame
+
+
+def source_of(view: PlacedView, spec: ViewSpec, *, finest: bool = False) -> Source:
+    """The coarsest level still as fine as the view's grid (`finest`: level 0), and its box that covers the view."""
+    frame, displacement = view.pose
+    level = 0
+    if not finest:
+        factors = np.array(view.record.level_factors)
+        level = int(np.flatnonzero(np.all(factors <= frame.step_voxel + 1e-9, axis=1)).max(initial=0))
+    factor = np.array(view.record.level_factors[level], dtype=np.float64)
+    to_level = np.diag([*(1 / factor), 1.0])
+    to_level[:3, 3] = 0.5 / factor - 0.5
+    moved = frame.moved(to_level)
+    low, high = moved.bounds(0.0 if displacement is None else displacement.bound_voxel)
+    if moved.is_aligned and displacement is None:
+        lower, upper = np.rint(low), np.rint(high) + 1
+    else:
+        oblique = moved.axes is None or displacement is not None
+        margin = np.array([support_voxel(ratio) for ratio in _filter_ratios(moved, view, oblique=oblique)])
+        lower, upper = np.floor(low - margin), np.ceil(high + margin) + 1
+    first, last = _allowed(view, spec, level, factor)
+    lower = np.clip(lower, first, last - 1).astype(np.int64)
+    upper = np.clip(upper, lower + 1, last).astype(np.int64)
+    shift = np.eye(4)
+    shift[:3, 3] = -lower
+    return Source(level, lower, upper, moved.moved(shift))
+
+
+def _filter_ratios(frame: Frame, view: PlacedView, *, oblique: bool) -> Float64[np.ndarray, "3"]:
+    """For each axis of the box the `ratio` to filter by: 1 (linear) unless the view is coarser than the volume."""
+    step = frame.step_voxel
+    if oblique:
+        return np.where(step > PREFILTER_RATIO, step, 1.0)
+    return np.where(view.pose.frame.step_voxel > 1 + 1e-6, np.maximum(step, SINC_RATIO), 1.0)
+
+
+def _allowed(
+    view: PlacedView, spec: ViewSpec, level: int, factor: Float64[np.ndarray, "3"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last voxel of the level that the view may see."""
+    last = -(-np.array(view.record.shape) // factor.astype(int))
+    if spec.context == "volume":
+        return np.zeros(3, dtype=np.int64), last
+    low, high = view.placement.frame.bounds(0.5)
+    low, high = ((edge + 0.5) / factor for edge in (low, high))
+    first = np.clip(np.rint(low), 0, last - 1).astype(np.int64)
+    return first, np.clip(np.rint(high), first + 1, last).astype(np.int64)
+
+
+def draw_image(
+    voxels: Shaped[Tensor, "channel bx by bz"],
+    source: Source,
+    view: PlacedView,
+    *,
+    outside: str | float,
+    out: Float32[Tensor, "channel x y z"],
+) -> None:
+    """Draw the view's grey values, in file units, into `out`, on the device where both lie."""
+    displacement, frame = view.pose.displacement, source.frame
+    if displacement is None and frame.is_aligned and _covers(source):
+        out.copy_(_turned(voxels, frame))
+        _scale(out, view)
+        return
+    values = voxels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    _scale(values, view)
+    fill = None if outside == "border" else _fill(view, outside, voxels.device)
+    if displacement is None and frame.axes is not None:
+        ratios = _filter_ratios(frame, view, oblique=False)
+        out.copy_(_drawn_by_axis(values, frame, ratios=ratios, fill=fill))
+        return
+    ratios = _filter_ratios(frame, view, oblique=True)
+    if np.any(ratios > 1):
+        low_pass = [_low_pass(n, ratio).to(values.device) for n, ratio in zip(values.shape[1:], ratios, strict=True)]
+        values = apply_axis_matrices(values[None], low_pass)[0]
+    if fill is not None:
+        values.sub_(fill)  # beyond the box the sampler sees zeros
+    grid = sampling_grid(source, view, voxels.device)
+    padding = "border" if fill is None else "zeros"
+    out.copy_(F.grid_sample(values[None], grid, mode="bilinear", padding_mode=padding, align_corners=False)[0])
+    if fill is not None:
+        out.add_(fill)
+
+
+def _fill(view: PlacedView, outside: str | float, device: torch.device) -> Float32[Tensor, "channel 1 1 1"]:
+    kept = view.record.statistics
+    values = [k["minimum"] if isinstance(outside, str) else float(outside) for k in kept]
+    return torch.tensor(values, device=device)[:, None, None, None]
+
+
+def _scale(values: Tensor, view: PlacedView) -> None:
+    """Stored integers to file units, in place."""
+    if (view.record.slope, view.record.intercept) != (1.0, 0.0):
+        values.mul_(view.record.slope).add_(view.record.intercept)
+
+
+def draw_label(voxels: Int[Tensor, "one bx by bz"], source: Source, view: PlacedView) -> Int[Tensor, "one x y z"]:
+    """The view's labels, nearest neighbour, 0 outside; `voxels` are of level 0."""
+    if view.pose.displacement is None and source.frame.is_aligned and _covers(source):
+        return _turned(voxels, source.frame).long()
+    grid = sampling_grid(source, view, voxels.device)
+    return F.grid_sample(voxels[None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)[
+        0
+    ].long()
+
+
+def draw_valid(view: PlacedView, device: torch.device) -> Bool[Tensor, "one x y z"]:
+    """Which voxels of the view lie inside the volume."""
+    whole = Source(0, np.zeros(3, dtype=int), np.array(view.record.shape), view.pose.frame)
+    grid = sampling_grid(whole, view, device)[0]
+    return torch.all(grid.abs() <= 1, dim=-1)[None]
+
+
+def displacement_field(view: PlacedView, device: torch.device) -> Float32[Tensor, "3 x y z"]:
+    """The displacement of every view voxel, view voxels; zero where the view is not bent."""
+    displacement = view.pose.displacement
+    shape = view.pose.frame.shape
+    if displacement is None:
+        return torch.zeros(3, *shape, device=device)
+    weights = [torch.from_numpy(displacement.weights(axis, side)).to(device) for axis, side in enumerate(shape)]
+    return apply_axis_matrices(torch.from_numpy(displacement.nodes).to(device)[None], weights)[0]
+
+
+def sampling_grid(source: Source, view: PlacedView, device: torch.device) -> Float32[Tensor, "one x y z 3"]:
+    """Where each view voxel lies in the box, as `grid_sample` counts it: -1 and 1 are the faces, last axis first."""
+    sides = source.upper - source.lower
+    linear = source.frame.linear * (2 / sides)[:, None]  # box voxel -> (2 i + 1) / n - 1
+    start = (2 * source.frame.matrix[:3, 3] + 1) / sides - 1
+    columns, origin = (torch.from_numpy(a[::-1].copy()).to(device) for a in (linear, start))
+    axes = [
+        torch.arange(n, dtype=torch.float64, device=device)[:, None] * columns[:, axis]
+        for axis, n in enumerate(source.frame.shape)
+    ]
+    plane = (axes[0][:, None] + axes[1][None] + origin).float()  # (x, y, 3)
+    grid = plane[:, :, None] + axes[2].float()
+    if view.pose.displacement is not None:
+        field = displacement_field(view, device)
+        grid += torch.einsum("kd,dxyz->xyzk", columns.float(), field)
+    return grid[None]
+
+
+def _covers(source: Source) -> bool:
+    """Whether the box holds every voxel of an aligned view."""
+    low, high = source.frame.bounds()
+    return bool(np.all(np.rint(low) >= 0) and np.all(np.rint(high) < source.upper - source.lower))
+
+
+def _turned(voxels: Tensor, frame: Frame) -> Tensor:
+    """An aligned view cut from its box: slice, then flip and permute to the view's axes."""
+    low, high = (np.rint(edge).astype(int) for edge in frame.bounds())
+    cut = voxels[:, low[0] : high[0] + 1, low[1] : high[1] + 1, low[2] : high[2] + 1]
+    axes = frame.axes
+    assert axes is not None
+    flipped = [1 + axis for view_axis, axis in enumerate(axes) if frame.linear[axis, view_axis] < 0]
+    cut = cut.flip(flipped) if flipped else cut
+    return cut if axes == (0, 1, 2) else cut.permute(0, *(1 + axis for axis in axes))
+
+
+def _drawn_by_axis(
+    values: Float32[Tensor, "channel bx by bz"], frame: Frame, *, ratios: Float64[np.ndarray, "3"], fill: Tensor | None
+) -> Float32[Tensor, "channel x y z"]:
+    """An axis-parallel view: one matrix an axis, then the view's order of axes. `fill` None repeats the border."""
+    axes = frame.axes
+    assert axes is not None
+    matrices: list[Tensor] = [torch.empty(0)] * 3
+    for view_axis, axis in enumerate(axes):
+        step = frame.linear[axis, view_axis]
+        positions = frame.matrix[axis, 3] + step * np.arange(frame.shape[view_axis])
+        weights = resampling_matrix(positions, values.shape[1 + axis], ratio=float(ratios[axis]), border=fill is None)
+        matrices[axis] = torch.from_numpy(weights).to(values.device)
+    drawn = apply_axis_matrices(values[None], matrices)[0]
+    if fill is not None:
+        x, y, z = (m.sum(dim=1) for m in matrices)
+        covered = x[:, None, None] * y[None, :, None] * z[None, None, :]
+        drawn += fill * (1 - covered)
+    return drawn if axes == (0, 1, 2) else drawn.permute(0, *(1 + axis for axis in axes))
+
+
+def _low_pass(side: int, ratio: float) -> Float[Tensor, "side side"]:
+    """The filter for an output `ratio` times as coarse, on the input's own grid; the identity for a ratio of 1."""
+    return torch.from_numpy(resampling_matrix(np.arange(side, dtype=np.float64), side, ratio=float(ratio), border=True))

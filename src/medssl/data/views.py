@@ -1,0 +1,193 @@
+"""What a method asks for (`ViewPlan`) and what it gets (`View`)."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
+from torch import Tensor
+
+from medssl.data.augment.base import IntensityAugmentation, Pose, SpatialAugmentation
+from medssl.data.placements import ViewSpec
+from medssl.data.randomness import counter_generator, counter_key
+from medssl.data.scene import Placement, Scene
+from medssl.data.store import Record
+
+INVERSE_STEPS = 20
+INVERSE_TOLERANCE_VOXEL = 0.25
+
+
+@dataclass
+class View:
+    """One group of a drawn batch: `b` samples with `v` views each, all of one size.
+
+    Args:
+        image: grey values.
+        matrix: view voxel -> level-0 volume voxel.
+        volume_to_mm: volume voxel -> RAS mm, of the view's case.
+        volume_shape: voxels of the case's volume.
+        case: number of the case in the store.
+        group: number of the case's cohort; equal for equal cohorts.
+        location: body coordinate of the crop's centre before augmentation.
+        displacement: view voxels, where a view was bent: the voxel u shows `matrix @ (u + displacement[u])`.
+        location_index: grid location, -1 where there is none.
+        valid: voxels inside the volume.
+        label: nearest-neighbour labels.
+        points: points that travel with the view, in volume voxels.
+        inside: whether they lie in the view.
+        point_features: further columns of the points' table.
+    """
+
+    image: Float[Tensor, "b v c x y z"]
+    matrix: Float64[Tensor, "b v 4 4"]
+    volume_to_mm: Float64[Tensor, "b v 4 4"]
+    volume_shape: Int64[Tensor, "b v 3"]
+    case: Int64[Tensor, "b v"]
+    group: Int64[Tensor, "b v"]
+    location: Float64[Tensor, "b v 3"]
+    displacement: Float32[Tensor, "b v 3 x y z"] | None = None
+    location_index: Int64[Tensor, "b v"] | None = None
+    valid: Bool[Tensor, "b v 1 x y z"] | None = None
+    label: Int[Tensor, "b v 1 x y z"] | None = None
+    points: Float64[Tensor, "b v k 3"] | None = None
+    inside: Bool[Tensor, "b v k"] | None = None
+    point_features: Float32[Tensor, "b v k f"] | None = None
+
+    def to_volume(self, points: Float[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
+        """View voxels -> volume voxels, displacement included."""
+        points = points.double()
+        return _mapped(points + self._displaced(points), self.matrix)
+
+    def to_view(self, points: Float[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
+        """Volume voxels -> view voxels; not-a-number where the inverse is off by more than 0.25 volume voxel."""
+        straight = _mapped(points.double(), torch.linalg.inv(self.matrix))
+        if self.displacement is None:
+            return straight
+        found = straight
+        for _ in range(INVERSE_STEPS):
+            found = straight - self._displaced(found)
+        residual = (self.to_volume(found) - points).norm(dim=-1, keepdim=True)
+        return torch.where(residual <= INVERSE_TOLERANCE_VOXEL, found, torch.nan)
+
+    def grid_mm(self) -> Float32[Tensor, "b v 3 x y z"]:
+        """RAS position of every voxel in millimetres, displacement included."""
+        sides = self.image.shape[3:]
+        axes = [torch.arange(n, dtype=torch.float64, device=self.image.device) for n in sides]
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (3 x y z)
+        grid = grid if self.displacement is None else grid + self.displacement
+        to_mm = self.volume_to_mm @ self.matrix
+        rotated = torch.einsum(
+            "bvij,bvjxyz->bvixyz", to_mm[..., :3, :3], grid.expand(*self.case.shape, *grid.shape[-4:])
+        )
+        return (rotated + to_mm[..., :3, 3, None, None, None]).float()
+
+    def center_volume(self) -> Float64[Tensor, "b v 3"]:
+        """The middle of each view in volume voxels."""
+        middle = (torch.tensor(self.image.shape[3:], dtype=torch.float64, device=self.image.device) - 1) / 2
+        return _mapped(middle.expand(*self.case.shape, 1, 3), self.matrix)[..., 0, :]
+
+    def position(self, frame: Literal["body", "volume", "mm"] = "body") -> Float64[Tensor, "b v 3"]:
+        """Where each view is: body coordinate before augmentation, or the middle in shares of the volume or mm."""
+        if frame == "body":
+            return self.location
+        if frame == "volume":
+            return (self.center_volume() + 0.5) / self.volume_shape
+        if frame == "mm":
+            return _mapped(self.center_volume()[..., None, :], self.volume_to_mm)[..., 0, :]
+        raise ValueError(f"position frame must be body, volume or mm, got {frame!r}")
+
+    def _displaced(self, points: Float64[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
+        """The displacement at view voxels, trilinear, the edge's beyond the edge."""
+        if self.displacement is None:
+            return torch.zeros_like(points)
+        sides = torch.tensor(self.displacement.shape[3:], device=points.device)
+        grid = 2 * points / (sides - 1).clamp_min(1) - 1
+        field = self.displacement.flatten(0, 1).double()
+        found = F.grid_sample(
+            field, grid.flatten(0, 1).flip(-1)[:, :, None, None], align_corners=True, padding_mode="border"
+        )  # (b*v 3 k 1 1)
+        return found[..., 0, 0].mT.unflatten(0, points.shape[:2])
+
+
+def _mapped(points: Float64[Tensor, "b v k 3"], matrix: Float64[Tensor, "b v 4 4"]) -> Float64[Tensor, "b v k 3"]:
+    return points @ matrix[..., :3, :3].mT + matrix[..., None, :3, 3]
+
+
+@dataclass(frozen=True)
+class PlacedView:
+    """Everything that determines one view, before any voxel is read.
+
+    Args:
+        case: number of the case in the store.
+        record: its index record.
+        placement: the place before augmentation.
+        pose: the place after it.
+        parameters: of each intensity augmentation of the group, in order.
+        keys: of each intensity augmentation, for what it draws by voxel.
+    """
+
+    case: int
+    record: Record
+    placement: Placement
+    pose: Pose
+    parameters: tuple[np.ndarray, ...]
+    keys: tuple[int, ...]
+
+
+class ViewPlan:
+    """The groups of views a method asks for, by name, placed in the order in which they are stated.
+
+    Args:
+        groups: name -> where the group's views lie and how they are drawn.
+    """
+
+    def __init__(self, *, groups: Mapping[str, ViewSpec]) -> None:
+        if not groups:
+            raise ValueError("a view plan needs at least one group under views.groups")
+        self.groups = dict(groups)
+
+    @property
+    def num_locations(self) -> int:
+        """Grid locations of the group that states a grid; 0 where none does."""
+        return max(getattr(spec, "num_locations", 0) for spec in self.groups.values())
+
+    def place(self, scene: Scene, *, seed: int, step: int) -> dict[str, list[PlacedView]]:
+        """The views of one request, a pure function of (seed, step, the request's sample, view)."""
+        sample = scene.request.sample
+        places: dict[str, list[Placement]] = {}
+        for name, spec in self.groups.items():
+            places[name] = spec.place(scene, places, counter_generator("place", seed, step, sample, name))
+        return {
+            name: [
+                self._placed(scene, place, name, number, (seed, step, sample))
+                for number, place in enumerate(places[name])
+            ]
+            for name in self.groups
+        }
+
+    def _placed(
+        self, scene: Scene, place: Placement, group: str, number: int, counter: tuple[int, int, int]
+    ) -> PlacedView:
+        record = scene.records[place.slot]
+        pose, parameters, keys = Pose(place.frame, None), [], []
+        seen: Counter[tuple[str, str]] = Counter()
+        for order, augmentation in enumerate(self.groups[group].augment):
+            kind = type(augmentation).__name__
+            if augmentation.share == "view":
+                key: tuple[int | str, ...] = ("view", group, number, order)
+            elif augmentation.share == "group":
+                key = ("group", group, order)
+            else:
+                key = ("shared", augmentation.share, kind, seen[augmentation.share, kind])
+                seen[augmentation.share, kind] += 1
+            rng = counter_generator("augment", *counter, *key)
+            if isinstance(augmentation, SpatialAugmentation):
+                pose = augmentation.move(pose, rng, record=record)
+            elif isinstance(augmentation, IntensityAugmentation):
+                parameters.append(augmentation.draw(rng, record))
+                keys.append(counter_key("voxels", *counter, group, number, order))
+        return PlacedView(scene.request.cases[place.slot], record, place, pose, tuple(parameters), tuple(keys))
