@@ -1,0 +1,231 @@
+"""The data module: requests ahead of time, chunk reads in flight, and drawing on the device after the transfer."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+
+from medssl.data.draw import displacement_field, draw_image, draw_label, draw_valid
+from medssl.data.loading import MicroBatches, PrefetchingLoader, RawBatch, RawView, Timers
+from medssl.data.placements import ViewSpec
+from medssl.data.randomness import counter_generator
+from medssl.data.sampling import CaseSampler, Shuffled
+from medssl.data.store import VolumeStore
+from medssl.data.views import View, ViewPlan
+
+VALIDATION_SEED = 20_240_001
+"""Validation views have a seed of their own: the same crops at every validation of every run."""
+
+
+@dataclass
+class Batch:
+    """What a training step gets: drawn views by group, the names of the cases they come from, and where in the run."""
+
+    views: dict[str, View]
+    cases: list[str]
+    step: int
+    micro: int
+
+
+class VolumeDataModule(lightning.LightningDataModule):
+    """Feeds a trainer from a store: training batches from the trainer's step on, validation batches of held-out cases.
+
+    Args:
+        store: prepared volumes.
+        views: what the method wants.
+        sampler: which cases make a batch.
+        batch_size: samples of an optimiser step, over all processes and micro-batches.
+        seed: of the run.
+        accumulate: micro-batches an optimiser step.
+        validation_fraction: share of the cases held out, at least one where it is positive and there are two; cases
+            whose source already
+            calls them "validation" are held out instead. Cases called "test" are never used.
+        prefetch: batches read ahead.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: VolumeStore,
+        views: ViewPlan,
+        sampler: CaseSampler,
+        batch_size: int,
+        seed: int,
+        accumulate: int = 1,
+        validation_fraction: float = 0.1,
+        prefetch: int = 3,
+    ) -> None:
+        super().__init__()
+        self.store, self.plan, self.sampler = store, views, sampler
+        self.batch_size, self.seed, self.accumulate, self.prefetch = batch_size, seed, accumulate, prefetch
+        self.timers = Timers()
+        self.training_cases, self.validation_cases = split_cases(store, validation_fraction)
+        self.group_numbers = {name: n for n, name in enumerate(sorted({record.group for record in store.records()}))}
+
+    def facts(self) -> dict[str, int]:
+        """Plain numbers that schedules and queue sizes are made of."""
+        num_cases = len(self.training_cases)
+        return {
+            "num_cases": num_cases,
+            "num_locations": self.plan.num_locations,
+            "steps_per_epoch": max(1, -(-num_cases // self.batch_size)),
+        }
+
+    def train_dataloader(self) -> PrefetchingLoader:
+        """Batches from the trainer's present step to its last."""
+        trainer = self.trainer
+        assert trainer is not None
+        steps = range(trainer.global_step, trainer.max_steps)
+        return self.loader(self.sampler, self.training_cases, steps=steps, seed=self.seed, accumulate=self.accumulate)
+
+    def val_dataloader(self) -> PrefetchingLoader | list[Any]:
+        """Each held-out case about once, the same crops every time."""
+        world = self.trainer.world_size if self.trainer else 1
+        size = max(world, self.batch_size // self.accumulate // world * world)
+        if not self.validation_cases:
+            return []
+        steps = range(-(-len(self.validation_cases) // size))
+        return self.loader(Shuffled(), self.validation_cases, steps=steps, seed=VALIDATION_SEED, batch_size=size)
+
+    def loader(
+        self,
+        sampler: CaseSampler,
+        cases: Sequence[int],
+        *,
+        steps: range,
+        seed: int,
+        batch_size: int | None = None,
+        accumulate: int = 1,
+    ) -> PrefetchingLoader:
+        """A loader for this process."""
+        trainer = self.trainer
+        batches = MicroBatches(
+            sampler,
+            cases,
+            steps=steps,
+            batch_size=batch_size or self.batch_size,
+            accumulate=accumulate,
+            seed=seed,
+            rank=trainer.global_rank if trainer else 0,
+            world=trainer.world_size if trainer else 1,
+        )
+        on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        return PrefetchingLoader(
+            self.store,
+            self.plan,
+            micro_batches=batches,
+            seed=seed,
+            prefetch=self.prefetch,
+            timers=self.timers,
+            pin_memory=on_gpu,
+        )
+
+    def on_after_batch_transfer(self, batch: RawBatch, dataloader_idx: int) -> Batch:
+        """Draw the views on the device where the voxels arrived."""
+        first = next(iter(batch.groups.values()))[0].voxels
+        events = None
+        if first.is_cuda:
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
+        start = time.perf_counter()
+        drawn = self.draw(batch)
+        if events:
+            events[1].record()
+            self.timers.events.append(events)
+        else:
+            self.timers.draw_s += time.perf_counter() - start
+        return drawn
+
+    @torch.no_grad()
+    def draw(self, batch: RawBatch) -> Batch:
+        """The drawn batch; with autocast off, since grey values and coordinates want float32."""
+        device = next(iter(batch.groups.values()))[0].voxels.device
+        with torch.autocast(device.type, enabled=False):
+            views = {
+                name: self._view(self.plan.groups[name], raws, len(batch.requests))
+                for name, raws in batch.groups.items()
+            }
+        return Batch(views, batch.cases, batch.step, batch.micro)
+
+    def _view(self, spec: ViewSpec, raws: list[RawView], num_samples: int) -> View:
+        return view_of(spec, raws, num_samples=num_samples, store=self.store, group_numbers=self.group_numbers)
+
+
+def view_of(
+    spec: ViewSpec, raws: Sequence[RawView], *, num_samples: int, store: VolumeStore, group_numbers: dict[str, int]
+) -> View:
+    """One group of a batch, drawn: geometry crop by crop into one tensor, then the intensity augmentations at once."""
+    device, placed = raws[0].voxels.device, [raw.placed for raw in raws]
+    channels = {view.record.channels for view in placed}
+    if len(channels) > 1:
+        raise ValueError(f"cases of {sorted(channels)} channels cannot share a batch; pick one with data.channels=N")
+
+    def grouped(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (num_samples, -1))
+
+    def table(rows: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        return grouped(torch.as_tensor(np.array(rows), dtype=dtype).to(device, non_blocking=True))
+
+    image = torch.empty((len(raws), channels.pop(), *placed[0].pose.frame.shape), device=device)
+    for number, raw in enumerate(raws):
+        draw_image(raw.voxels, raw.source, raw.placed, outside=spec.outside, out=image[number])
+    image = grouped(image)
+    intensity = [augmentation for augmentation in spec.augment if hasattr(augmentation, "apply")]
+    for order, augmentation in enumerate(intensity):
+        parameters = np.stack([view.parameters[order] for view in placed]).reshape(
+            num_samples, len(raws) // num_samples, -1
+        )
+        keys = np.array([view.keys[order] for view in placed]).reshape(parameters.shape[:2])
+        image = augmentation.apply(image, parameters, keys)
+    locations = [view.record.body.to_body(view.placement.frame.center) for view in placed]
+    indices = [-1 if view.placement.location_index is None else view.placement.location_index for view in placed]
+    view = View(
+        image=image,
+        matrix=table([view.pose.frame.matrix for view in placed], torch.float64),
+        volume_to_mm=table([view.record.volume_to_mm for view in placed], torch.float64),
+        volume_shape=table([view.record.shape for view in placed], torch.int64),
+        case=table([view.case for view in placed], torch.int64),
+        group=table([group_numbers[view.record.group] for view in placed], torch.int64),
+        location=table(locations, torch.float64),
+        location_index=table(indices, torch.int64) if max(indices) >= 0 else None,
+    )
+    if any(view.pose.displacement is not None for view in placed):
+        view.displacement = grouped(torch.stack([displacement_field(p, device) for p in placed]))
+    if spec.valid:
+        view.valid = grouped(torch.stack([draw_valid(p, device) for p in placed]))
+    if spec.label:
+        labels = [draw_label(raw.label, raw.label_source or raw.source, raw.placed) for raw in raws]
+        view.label = grouped(torch.stack(labels))
+    if spec.points is not None:
+        tables = [store.derived(spec.points, p.case) for p in placed]
+        view.points = table([t["points_voxel"] for t in tables], torch.float64)
+        if "features" in tables[0]:
+            view.point_features = table([t["features"] for t in tables], torch.float32)
+        found = view.to_view(view.points)
+        last = torch.tensor(image.shape[3:], device=device) - 1
+        view.inside = ((found >= 0) & (found <= last)).all(-1)
+    return view
+
+
+def split_cases(store: VolumeStore, validation_fraction: float) -> tuple[list[int], list[int]]:
+    """Case numbers for training and for validation; a fixed choice that does not depend on the run's seed."""
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction must lie in [0, 1), got {validation_fraction}")
+    splits = [record.split for record in store.records()]
+    training = [number for number, split in enumerate(splits) if split not in ("validation", "test")]
+    held_out = [number for number, split in enumerate(splits) if split == "validation"]
+    if validation_fraction and not held_out and len(training) > 1:
+        count = max(1, round(validation_fraction * len(training)))
+        chosen = counter_generator("validation", len(training)).permutation(len(training))[:count]
+        held_out = sorted(training[n] for n in chosen)
+        training = [number for number in training if number not in set(held_out)]
+    if not training:
+        raise ValueError(
+            f"{store.root} has no case to train on: all {len(splits)} are called validation or test by their source"
+        )
+    return training, held_out if validation_fraction else []
