@@ -1,0 +1,28 @@
+"""Teachers: frozen copies that follow a student."""
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def frozen_copy(student: Module) -> Module:
+    """An exact copy in evaluation mode whose parameters take no gradient."""
+    return copy.deepcopy(student).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_ema(teacher: nn.Module, student: nn.Module, *, momentum: float) -> None:
+    """Move `teacher` in place: `momentum * teacher + (1 - momentum) * student` for what the student trains.
+
+    Frozen parameters and buffers are copied, because an average of equal floats drifts by rounding.
+    """
+    pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    trained = [(old, new) for old, new in pairs if new.requires_grad]
+    torch._foreach_lerp_([old for old, _ in trained], [new for _, new in trained], 1 - momentum)
+    copied = [(old, new) for old, new in pairs if not new.requires_grad]
+    for old, new in [*copied, *zip(teacher.buffers(), student.buffers(), strict=True)]:
+        old.copy_(new)

@@ -1,0 +1,14 @@
+"""Reductions over the processes of a run; plain pass-through where there is only one."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@torch.no_grad()
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all ranks, as a new tensor without gradient; every rank must call it."""
+    total = tensor.detach().clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return total

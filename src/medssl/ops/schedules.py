@@ -1,0 +1,22 @@
+"""Values that change over a run, as functions of where the run stands."""
+
+import math
+
+
+def cosine(step: float, total_steps: float, *, start: float, end: float, warmup_steps: int = 0) -> float:
+    """Half a cosine from `start` at the end of the warm-up towards `end`, which is reached at `total_steps`.
+
+    The warm-up rises linearly from 0 at step 0 to `start` at its last step, `warmup_steps - 1`. Past `total_steps` the
+    value stays at `end`.
+
+    Source: arXiv:2104.14294.
+    """
+    if step < warmup_steps:
+        return start * step / max(warmup_steps - 1, 1)
+    share = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))
+
+
+def linear_ramp(position: float, length: float, *, start: float, end: float) -> float:
+    """From `start` at 0 straight to `end` at `length`, constant after; `end` throughout where `length` is 0."""
+    return end if position >= length else start + (end - start) * position / length

@@ -1,0 +1,12 @@
+import torch
+
+from medssl.ops.gather import sum_over_ranks
+
+
+def test_one_process_gets_a_copy_without_gradient():
+    tensor = torch.ones(3, requires_grad=True)
+    total = sum_over_ranks(tensor)
+    assert total.tolist() == [1, 1, 1]
+    assert not total.requires_grad
+    total += 1
+    assert tensor.tolist() == [1, 1, 1]
