@@ -1,0 +1,331 @@
+"""The plain 3D vision transformer and the decoder of a masked autoencoder."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medssl.ops.patches import Triple, patch_grid, patchify, triple
+
+POSITIONS = ("interpolate_from_global", "native")
+
+
+def sincos_positions(
+    grid: Sequence[int], dim: int, *, device: torch.device | str | None = None
+) -> Float[Tensor, "token dim"]:
+    """Fixed sine-cosine rows, one a patch, float64: a third of the channels for each axis, in axis order.
+
+    Inside an axis block come the sines of all frequencies, then the cosines.
+
+    Raises:
+        ValueError: `dim` is not a multiple of 6.
+    """
+    if dim % 6:
+        raise ValueError(f"a sine-cosine table for three axes needs a width divisible by 6, got {dim}")
+    half = dim // 6
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in axes]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+
+
+def resize_positions(
+    table: Float[Tensor, "1 row dim"], old_grid: Sequence[int], new_grid: Sequence[int]
+) -> Float[Tensor, "1 new_row dim"]:
+    """The position table of another grid, trilinear between cell centres; row 0 (CLS) stays as it is.
+
+    Raises:
+        ValueError: the table has not one row for each patch of `old_grid` and one for CLS.
+    """
+    old, new = triple(old_grid), triple(new_grid)
+    if table.shape[1] != 1 + math.prod(old):
+        raise ValueError(f"a position table of {table.shape[1]} rows does not belong to the grid {old} plus a CLS row")
+    if old == new:
+        return table
+    rows = table[:, 1:].transpose(1, 2).unflatten(2, old)
+    rows = F.interpolate(rows, size=new, mode="trilinear", align_corners=False)
+    return torch.cat([table[:, :1], rows.flatten(2).transpose(1, 2)], dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"a width of {dim} cannot be split over {num_heads} attention heads; choose a divisor")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Mix the tokens `(batch, token, dim)` of each sample."""
+        heads = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, head, token, channel)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Transform each token on its own."""
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(tokens)))))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, dropout=dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dropout=dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Attention, then MLP, each added to its input."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class PositionedTransformer(nn.Module):
+    """Blocks, final norm and a frozen position table for a home grid: what encoder and decoder have in common.
+
+    `position` says where the rows for another grid come from: `interpolate_from_global` resizes the table of the home
+    grid, `native` computes sine-cosine rows from that grid's own integer coordinates.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: Triple,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        position: str,
+        dropout: float,
+        checkpoint_activations: bool,
+    ) -> None:
+        super().__init__()
+        if position not in POSITIONS:
+            raise ValueError(f"position is {position!r}, allowed are {', '.join(POSITIONS)}")
+        self.grid, self.dim, self.position = grid, dim, position
+        self.checkpoint_activations = checkpoint_activations
+        rows = sincos_positions(grid, dim).float()
+        self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, dim), rows])[None], requires_grad=False)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio, dropout=dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def positions(self, grid: Triple) -> Float[Tensor, "row dim"]:
+        """Position rows for `grid`, CLS first."""
+        if grid != self.grid and self.position == "native":
+            rows = sincos_positions(grid, self.dim, device=self.pos_embed.device).to(self.pos_embed)
+            return torch.cat([self.pos_embed[0, :1], rows])
+        return resize_positions(self.pos_embed, self.grid, grid)[0]
+
+    def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """One block, recomputed in the backward pass where `checkpoint_activations` is set."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same weights with the position table at the home grid; a table of another size must come from a cube.
+
+        Raises:
+            ValueError: the number of rows is not a cube plus one.
+        """
+        table = tensors.get("pos_embed")
+        if table is None or table.shape == self.pos_embed.shape or table.shape[2] != self.dim:
+            return tensors
+        side = round((table.shape[1] - 1) ** (1 / 3))
+        if side**3 != table.shape[1] - 1:
+            raise ValueError(
+                f"the position table in the file has {table.shape[1]} rows, which is no cubic grid plus CLS; "
+                "build the network for the grid that the file was trained with"
+            )
+        return {**tensors, "pos_embed": resize_positions(table, (side,) * 3, self.grid)}
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """Patch vectors to tokens. The weight is that of a convolution whose kernel and stride are one patch."""
+
+    def __init__(self, *, in_channels: int, dim: int, patch_voxel: Triple) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch_voxel, stride=patch_voxel)
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+
+    def forward(self, patches: Float[Tensor, "batch token voxel"]) -> Float[Tensor, "batch token dim"]:
+        """One matrix product over the patches given, so that masked ones cost nothing."""
+        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), self.proj.bias)
+
+
+class VisionTransformer(PositionedTransformer):
+    """ViT for volumes with a CLS token. Default: ViT-B with 16-voxel patches, home size 160.
+
+    An input may have any size whose sides are multiples of the patch. As an encoder it returns four feature maps, the
+    token grids after a quarter, half and three quarters of the blocks and, normed, after the last; `feature_depths`
+    names other numbers of finished blocks. `channels` and `strides` (voxels, per axis) describe the maps. Axes are
+    used as they come: the network has no notion of x, y or z.
+
+    Source: arXiv:2010.11929; state-dict keys as in published masked-autoencoder weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        size_voxel: int | Sequence[int] = 160,
+        patch_voxel: int | Sequence[int] = 16,
+        in_channels: int = 1,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        position: str = "interpolate_from_global",
+        dropout: float = 0.0,
+        feature_depths: Sequence[int] | None = None,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        patch = triple(patch_voxel)
+        super().__init__(
+            grid=patch_grid(triple(size_voxel), patch),
+            dim=dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            position=position,
+            dropout=dropout,
+            checkpoint_activations=checkpoint_activations,
+        )
+        self.patch_voxel, self.in_channels = patch, in_channels
+        self.feature_depths = tuple(feature_depths or (max(1, round(depth * k / 4)) for k in (1, 2, 3, 4)))
+        if not all(1 <= done <= depth for done in self.feature_depths) or self.feature_depths[-1] != depth:
+            raise ValueError(f"feature_depths {self.feature_depths} must lie in 1..{depth} and end with {depth}")
+        self.channels = (dim,) * len(self.feature_depths)
+        self.strides = (patch,) * len(self.feature_depths)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self._initialise()
+        self.patch_embed = PatchEmbedding(in_channels=in_channels, dim=dim, patch_voxel=patch)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def grid_of(self, image: Float[Tensor, "batch channel x y z"]) -> Triple:
+        """Patches along each axis of `image`."""
+        return patch_grid(image.shape[2:], self.patch_voxel)
+
+    def tokens(
+        self, image: Float[Tensor, "batch channel x y z"], keep: Int[Tensor, "batch kept"] | None = None
+    ) -> Float[Tensor, "batch token dim"]:
+        """Normed output tokens, CLS first, then all patches or the kept ones in the order of `keep`.
+
+        A patch that is not kept is neither embedded nor attended to.
+        """
+        tokens = self._embed(image, keep)
+        for block in self.blocks:
+            tokens = self.run_block(block, tokens)
+        return self.norm(tokens)
+
+    def forward(
+        self, image: Float[Tensor, "batch channel x y z"], location: Tensor | None = None
+    ) -> list[Float[Tensor, "batch dim i j k"]]:
+        """Feature maps, shallow to deep, all on the patch grid; `location` is accepted and not used."""
+        tokens, states = self._embed(image, None), {}
+        for done, block in enumerate(self.blocks, start=1):
+            tokens = states[done] = self.run_block(block, tokens)
+        chosen = [states[done] for done in self.feature_depths[:-1]] + [self.norm(tokens)]
+        return [state[:, 1:].transpose(1, 2).unflatten(2, self.grid_of(image)) for state in chosen]
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As the base class, and a one-channel patch weight is spread evenly over this network's input channels."""
+        tensors = super().adapt(tensors)
+        weight = tensors.get("patch_embed.proj.weight")
+        if weight is not None and weight.shape[1] == 1 < self.in_channels:
+            weight = weight.expand(-1, self.in_channels, -1, -1, -1) / self.in_channels
+            tensors = {**tensors, "patch_embed.proj.weight": weight}
+        return tensors
+
+    def _embed(self, image: Tensor, keep: Tensor | None) -> Tensor:
+        if image.shape[1] != self.in_channels:
+            raise ValueError(f"the encoder reads {self.in_channels} channels, the image has {image.shape[1]}")
+        patches, positions = patchify(image, self.patch_voxel), self.positions(self.grid_of(image))
+        rows = positions[1:]
+        if keep is not None:
+            patches, rows = patches.take_along_dim(keep[..., None], dim=1), rows[keep]
+        tokens = self.patch_embed(patches) + rows
+        first = (self.cls_token + positions[0]).expand(len(tokens), -1, -1)
+        return torch.cat([first, tokens], dim=1)
+
+
+class MaskedDecoder(PositionedTransformer):
+    """Predicts the voxels of every patch from the visible tokens of a `VisionTransformer`.
+
+    Visible tokens go back to their places, mask tokens fill the others; the CLS token is decoded along and cut off.
+
+    Source: arXiv:2111.06377.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder_dim: int = 768,
+        size_voxel: int | Sequence[int] = 160,
+        patch_voxel: int | Sequence[int] = 16,
+        out_channels: int = 1,
+        dim: int = 576,
+        depth: int = 8,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        position: str = "interpolate_from_global",
+        dropout: float = 0.0,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        patch = triple(patch_voxel)
+        super().__init__(
+            grid=patch_grid(triple(size_voxel), patch),
+            dim=dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            position=position,
+            dropout=dropout,
+            checkpoint_activations=checkpoint_activations,
+        )
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pred = nn.Linear(dim, math.prod(patch) * out_channels)
+        self._initialise()
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"], keep: Int[Tensor, "batch kept"], *, grid: Sequence[int]
+    ) -> Float[Tensor, "batch patch voxel"]:
+        """Patch vectors of the whole `grid` in `patchify` order from CLS and the tokens at `keep`."""
+        full_grid = triple(grid)
+        embedded = self.embed(tokens)
+        canvas = self.mask_token.to(embedded.dtype).expand(len(tokens), math.prod(full_grid), -1)
+        places = keep[..., None].expand(-1, -1, self.dim)
+        hidden = torch.cat([embedded[:, :1], canvas.scatter(1, places, embedded[:, 1:])], dim=1)
+        hidden = hidden + self.positions(full_grid)
+        for block in self.blocks:
+            hidden = self.run_block(block, hidden)
+        return self.pred(self.norm(hidden))[:, 1:]
