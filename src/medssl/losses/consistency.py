@@ -1,0 +1,112 @@
+"""Agreement between the views of a student and of a teacher."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+PAIRS = ("all", "same", "cross")
+
+
+def centred_softmax(
+    logits: Float[Tensor, "*rows prototype"], centre: Float[Tensor, "1 prototype"], *, temperature: float
+) -> Float[Tensor, "*rows prototype"]:
+    """Teacher probabilities `softmax((logits - centre) / temperature)`, without gradient, at least in float32.
+
+    Source: arXiv:2104.14294, section 3.1.
+    """
+    return ((_wide(logits.detach()) - centre) / temperature).softmax(dim=-1)
+
+
+def sinkhorn(
+    logits: Float[Tensor, "row prototype"],
+    *,
+    temperature: float,
+    num_iterations: int = 3,
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Float[Tensor, "row prototype"]:
+    """Teacher probabilities whose prototypes are used about equally; every row sums to 1. No gradient.
+
+    `total` turns this process' sums into sums over all processes; the identity where there is one.
+
+    Source: arXiv:2006.09882; the form of arXiv:2304.07193.
+    """
+    scores = _wide(logits.detach()) / temperature
+    top = scores.amax()  # a constant factor cancels in the first normalisation, if it is the same on all ranks
+    shift = total(top) / total(torch.ones_like(top))
+    weights = (scores - shift).exp()
+    rows = total(weights.new_tensor(float(len(weights))))
+    for _ in range(num_iterations):
+        weights = weights / (total(weights.sum(0)) * weights.shape[1])
+        weights = weights / (weights.sum(1, keepdim=True) * rows)
+    return weights * rows
+
+
+def cross_entropy_of_views(
+    student: Float[Tensor, "student_view batch prototype"],
+    teacher: Float[Tensor, "teacher_view batch prototype"],
+    *,
+    temperature: float,
+    pairs: str = "all",
+) -> Float[Tensor, ""]:
+    """Cross-entropy of teacher probabilities and student logits, averaged over the batch and over pairs of views.
+
+    `pairs` is `all`, `same` (equal view numbers) or `cross` (different ones). An empty set gives zero with a gradient
+    of zero. Gradient flows to `student` only. In nats.
+
+    Source: arXiv:2104.14294, eq. 3.
+    """
+    log_student = (_wide(student) / temperature).log_softmax(dim=-1)
+    return _mean_over_pairs(-log_student, _wide(teacher.detach()), pairs)
+
+
+def cosine_distance_of_views(
+    student: Float[Tensor, "student_view batch dim"],
+    teacher: Float[Tensor, "teacher_view batch dim"],
+    *,
+    pairs: str = "all",
+) -> Float[Tensor, ""]:
+    """`2 - 2 cos` between student and teacher vectors, averaged over the batch and over pairs of views.
+
+    Pairs, empty sets and gradient as in `cross_entropy_of_views`.
+
+    Source: arXiv:2006.07733, eq. 2.
+    """
+    student, teacher = (F.normalize(_wide(x), dim=-1) for x in (student, teacher.detach()))
+    has_pairs = num_pairs(len(student), len(teacher), pairs=pairs) > 0
+    return 2 * has_pairs - 2 * _mean_over_pairs(student, teacher, pairs)
+
+
+def num_pairs(num_student: int, num_teacher: int, *, pairs: str) -> int:
+    """Size of a set of view pairs.
+
+    Raises:
+        ValueError: the set is not known.
+    """
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs is {pairs!r}, allowed are {', '.join(PAIRS)}")
+    same = min(num_student, num_teacher)
+    return {"all": num_student * num_teacher, "same": same, "cross": num_student * num_teacher - same}[pairs]
+
+
+def mean_entropy(probabilities: Float[Tensor, "*rows prototype"]) -> Float[Tensor, ""]:
+    """Mean entropy of the rows, in nats; 0 log 0 counts as 0."""
+    return -torch.special.xlogy(probabilities, probabilities).sum(-1).mean()
+
+
+def _mean_over_pairs(student: Tensor, teacher: Tensor, pairs: str) -> Tensor:
+    # A sum over all pairs of products is the product of the sums: no tensor grows with the number of pairs, and no
+    # matrix product is rounded by autocast or TF32.
+    count, batch = num_pairs(len(student), len(teacher), pairs=pairs), student.shape[1]
+    if count == 0 or batch == 0:
+        return student.sum() * 0.0
+    shared = min(len(student), len(teacher))
+    same = (student[:shared] * teacher[:shared]).sum() if pairs != "all" else student.new_zeros(())
+    every = (student.sum(0) * teacher.sum(0)).sum() if pairs != "same" else student.new_zeros(())
+    return {"all": every, "same": same, "cross": every - same}[pairs] / (count * batch)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
