@@ -140,12 +140,11 @@ class PrefetchingLoader:
         self.store, self.plan, self.micro_batches = store, plan, micro_batches
         self.seed, self.prefetch, self.timers, self.pin_memory = seed, prefetch, timers, pin_memory
 
-    def __len__(self) -> int:
-        """Batches."""
-        return len(self.micro_batches)
-
     def __iter__(self) -> Iterator[RawBatch]:
-        """Batches in order; time spent here counts as waiting."""
+        """Batches in order; time spent here counts as waiting.
+
+        There is no length: Lightning would compare it with the batches of the whole run, and end a resumed one early.
+        """
         waiting: deque[RawBatch] = deque()
         upcoming = iter(self.micro_batches)
         while True:
