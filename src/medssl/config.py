@@ -1,6 +1,6 @@
 """From a command line to a composed configuration, and from a user's mistake to one readable line.
 
-`config_dir` is the only code that knows where the YAML lives; `main` is the frame of every command (`python -m medssl.NAME`).
+`config_dir` is the only code that knows where the YAML lives; `main` is the frame of every `python -m medssl.NAME`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,7 +60,9 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("epochs", epochs, replace=True)
     OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
     OmegaConf.register_new_resolver("div", lambda dividend, divisor: dividend / divisor, replace=True)
-    OmegaConf.register_new_resolver("precision", lambda kind: "32-true" if kind == "cpu" else "bf16-mixed", replace=True)
+    OmegaConf.register_new_resolver(
+        "precision", lambda kind: "32-true" if kind == "cpu" else "bf16-mixed", replace=True
+    )
 
 
 def to_yaml(config: DictConfig) -> str:
@@ -68,7 +70,7 @@ def to_yaml(config: DictConfig) -> str:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    def known(node: object, path: str) -> object:
+    def known(node: Any, path: str) -> Any:
         if isinstance(node, dict):
             return {key: known(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()}
         if isinstance(node, list):
@@ -105,7 +107,9 @@ class CommandLine:
                 value = argument.split("=", 1)[1] if "=" in argument else next(rest, "")
                 extra_dir = Path(value).expanduser()
                 if not value or not extra_dir.is_dir():
-                    raise ValueError(f"--config-dir {value!r} is no folder; it names the folder that holds method/*.yaml")
+                    raise ValueError(
+                        f"--config-dir {value!r} is no folder; it names the folder that holds method/*.yaml"
+                    )
             elif argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
                 raise ValueError(f"{argument!r} is not understood; give KEY=VALUE, or --help for the list")
             else:
@@ -119,7 +123,11 @@ def help_text(name: str, description: str, *, extra_dir: Path | None = None) -> 
     A key is explained by the comment behind it in `NAME.yaml`; one that lives in a group by a line `# group.key: text`.
     """
     text = (config_dir() / f"{name}.yaml").read_text()
-    lines = [f"usage: python -m medssl.{name} KEY=VALUE ... [--config-dir DIR] [--cfg] [--help]", "", description.strip()]
+    lines = [
+        f"usage: python -m medssl.{name} KEY=VALUE ... [--config-dir DIR] [--cfg] [--help]",
+        "",
+        description.strip(),
+    ]
     defaults = re.findall(r"^  - (?:override )?(\w+): *(\S+)", text, flags=re.M)
     if defaults:
         lines += ["", "groups (GROUP=CHOICE; * is taken when none is given)"]
@@ -144,8 +152,8 @@ def help_text(name: str, description: str, *, extra_dir: Path | None = None) -> 
 def main(name: str, run: Callable[[DictConfig], None], *, arguments: Sequence[str] | None = None) -> None:
     """Compose the configuration `name` from the command line and give it to `run`; exits the process.
 
-    The docstring of `run`'s module is the description in `--help`. A mistake of the user becomes one message on stderr and
-    exit code 2; a fault of the program keeps its traceback.
+    The docstring of `run`'s module is the description in `--help`. A mistake of the user becomes one message on stderr
+    and exit code 2; a fault of the program keeps its traceback.
     """
     try:
         line = CommandLine.parse(sys.argv[1:] if arguments is None else arguments)
@@ -173,8 +181,8 @@ def main(name: str, run: Callable[[DictConfig], None], *, arguments: Sequence[st
 def user_message(error: BaseException) -> str | None:
     """What to tell a user about `error`; None where it is a fault of the program.
 
-    The user's: a configuration that cannot be composed or instantiated, a file system that refuses, and every ValueError
-    that our own code (or a method from `--config-dir`) raised. A ValueError out of another library is a fault.
+    The user's: a configuration that cannot be composed or instantiated, a file system that refuses, and every
+    ValueError that our own code (or a method from `--config-dir`) raised. One out of another library is a fault.
     """
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
@@ -214,11 +222,13 @@ def _composition_message(error: Exception) -> str:
     if missing := re.search(r"Missing mandatory value: ([\w.\[\]]+)", text):
         return f"{missing[1]} is missing; give it as {missing[1]}=VALUE"
     if unknown := re.search(r"Could not override '([\w./@]+)'\.\s+To append", text):
-        return f"there is no key {unknown[1]!r}{_suggestion(unknown[1])}; --cfg shows all keys, +{unknown[1]}=VALUE adds one"
+        suggestion = _suggestion(unknown[1])
+        return f"there is no key {unknown[1]!r}{suggestion}; --cfg shows all keys, +{unknown[1]}=VALUE adds one"
     if sweep := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key = sweep[1].partition("=")[0]
         return f"{sweep[1]!r} holds a comma; a list is written {key}=[1,2,3], a text with commas {key}='\"a,b\"'"
-    if choice := re.search(r"Could not find '([^'/]+)/([^']+)'\s+Available options in '[^']+':\n((?:\t\S+\n)+)", text):
+    available = r"Could not find '([^'/]+)/([^']+)'\s+Available options in '[^']+':\n((?:\t\S+\n)+)"
+    if choice := re.search(available, text):
         return f"{choice[1]}={choice[2]} does not exist; {choice[1]} is one of {', '.join(choice[3].split())}"
     if (override := getattr(error, "override", None)) is not None:
         return f"{override!r} cannot be read ({_one_line(text)}); quote a text with special characters: KEY='\"text\"'"

@@ -33,7 +33,8 @@ def build_optimizer(
 
     Raises: ValueError: the warm-up is as long as the run.
     """
-    arguments = {key: value for key, value in settings.items() if key not in ("warmup_steps", "final_fraction", "clip_norm")}
+    ours = ("warmup_steps", "final_fraction", "clip_norm")
+    arguments = {key: value for key, value in settings.items() if key not in ours}
     warmup_steps, final_fraction = settings.get("warmup_steps", 0), settings.get("final_fraction", 0.0)
     if warmup_steps and warmup_steps >= total_steps:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -19,39 +18,27 @@ def was_restarted() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths inside the output folder of one run."""
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.csv"
-
-    @property
-    def last_checkpoint(self) -> Path:
-        return self.root / "checkpoints" / "last.ckpt"
-
-    @property
-    def figures(self) -> Path:
-        return self.root / "figures"
-
-    @property
-    def encoder(self) -> Path:
-        return self.root / "encoder.safetensors"
-
-    @property
-    def rejected(self) -> Path:
-        return self.root / "rejected.jsonl"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.metrics = root / "metrics.csv"
+        self.last_checkpoint = root / "checkpoints" / "last.ckpt"
+        self.figures = root / "figures"
+        self.encoder = root / "encoder.safetensors"
+        self.rejected = root / "rejected.jsonl"
 
     def holds_a_run(self) -> bool:
         """Whether an earlier run wrote here."""
         return any(path.exists() for path in (self.config, self.metrics, self.last_checkpoint, self.encoder))
+
+    def way_on(self) -> str:
+        """How to go on with what lies here."""
+        if self.last_checkpoint.is_file():
+            return f"{self.last_checkpoint} is saved, go on with the same command and resume={self.root}"
+        return "nothing of its training is saved, start again" if self.holds_a_run() else "start the same command again"
 
     def claim(self, *, overwrite: bool, resume: bool) -> None:
         """Make the folder ready for a run: empty of an earlier one unless that is to be resumed.
@@ -61,8 +48,8 @@ class RunFolder:
         if self.holds_a_run() and not resume:
             if not overwrite:
                 raise ValueError(
-                    f"{self.root} already holds a run; go on with it by resume={self.root},"
-                    " replace it by overwrite=true, or give another output_dir"
+                    f"{self.root} already holds a run: {self.way_on()}, or replace it with overwrite=true,"
+                    " or give another output_dir"
                 )
             for path in (self.config, self.metrics, self.rejected, *self.root.glob("encoder*.safetensors")):
                 path.unlink(missing_ok=True)

@@ -1,0 +1,45 @@
+"""Pre-train an encoder on unlabelled volumes.
+
+Examples:
+    python -m medssl.pretrain method=glmae_tiny data=phantoms output_dir=runs/first
+    python -m medssl.pretrain method=glmae data=decathlon data.root=/data/Task04 trainer=gpu
+    python -m medssl.pretrain method=glmae data=folder data.root=/scans trainer=ddp trainer.devices=4
+    python -m medssl.pretrain output_dir=runs/first method=glmae_tiny resume=runs/first
+    python -m medssl.pretrain --config-dir ./conf method=mine        # a method of your own
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medssl.config import main
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def run(config: DictConfig) -> None:
+    """Claim the run folder, then train; a stop outside of training leaves what is done and says how to go on."""
+    from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_rank, was_restarted
+    from medssl.training.stopping import Stopped, StopSignals
+
+    folder = RunFolder(Path(config.output_dir).expanduser())
+    if config.resume is None and was_restarted() and folder.last_checkpoint.is_file():
+        config.resume = str(folder.root)
+    checkpoint = None if config.resume is None else checkpoint_to_resume(Path(config.resume).expanduser())
+    with StopSignals() as signals:
+        try:
+            if process_rank() == 0:
+                folder.claim(overwrite=config.overwrite, resume=checkpoint is not None)
+            from medssl.training.pretraining import pretrain  # torch and all that takes seconds
+
+            pretrain(config, folder, checkpoint=checkpoint, signals=signals)
+        except Stopped as stop:
+            print(f"\nstopped by {stop} outside of a step; {folder.way_on()}", file=sys.stderr)
+            sys.exit(130)
+
+
+if __name__ == "__main__":
+    main("pretrain", run)

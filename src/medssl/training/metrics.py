@@ -1,0 +1,118 @@
+"""metrics.csv: one row per optimiser step, sent to the logger as well."""
+
+import csv
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.optim import Optimizer
+
+from medssl.training.pretrain_module import PretrainModule
+
+
+class MetricsTable:
+    """A CSV file that grows by rows and can be taken back to a step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns: list[str] = []
+        self.last: dict[str, Any] = {}
+        self.last_offset = 0
+
+    def take_back(self, *, step: int) -> None:
+        """Drop the rows after `step` (the run is about to do those again) and a line that was cut off in writing."""
+        if not self.path.is_file():
+            return
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            self.columns = list(reader.fieldnames or [])
+            self._rewrite([row for row in reader if None not in row.values() and int(row["step"]) <= step])
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row; one with a new column rewrites the file."""
+        if any(name not in self.columns for name in row):
+            self.columns += [name for name in row if name not in self.columns]
+            with self.path.open(newline="") if self.path.is_file() else io.StringIO() as file:
+                self._rewrite(list(csv.DictReader(file)))
+        self.last, self.last_offset = row, self.path.stat().st_size
+        self._append(row)
+
+    def amend(self, **values: Any) -> None:
+        """Write the last row again, with `values` in it."""
+        with self.path.open("r+") as file:
+            file.truncate(self.last_offset)
+        self.add({**self.last, **values})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.path)
+
+
+def float32(value: float) -> float:
+    """The value in as many digits as a 32-bit number has."""
+    return float(f"{value:.9g}")
+
+
+class Metrics(L.Callback):
+    """Writes the row of each optimiser step: loss, its terms, learning rate, speed, shares of waiting and drawing.
+
+    Args:
+        path: of metrics.csv.
+        batch_size: samples per optimiser step over all ranks.
+        with_validation: whether there is to be a column `validation_loss`.
+    """
+
+    def __init__(self, path: Path, *, batch_size: int, with_validation: bool) -> None:
+        self.table, self.batch_size, self.with_validation = MetricsTable(path), batch_size, with_validation
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the table where the run stands."""
+        self.step = trainer.global_step
+        if trainer.is_global_zero:
+            self.table.take_back(step=self.step)
+        self.since = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Note the learning rate of the step, before its schedule moves on."""
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: PretrainModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the row once the last micro-batch of a step is done."""
+        if trainer.global_step == self.step:
+            return
+        self.step, now = trainer.global_step, time.perf_counter()
+        seconds, self.since = now - self.since, now
+        timers = trainer.datamodule.timers.take()
+        row: dict[str, Any] = {"step": self.step}
+        for name in pl_module.scalars[0]:
+            row[name] = float32(sum(scalars[name] for scalars in pl_module.scalars) / len(pl_module.scalars))
+        row["learning_rate"] = float32(self.learning_rate)
+        row["samples_per_s"] = round(self.batch_size / seconds, 3)
+        row["data_wait_share"] = round(timers["wait_s"] / seconds, 4)
+        row["draw_share"] = round(timers["draw_s"] / seconds, 4)
+        if trainer.is_global_zero:
+            self.table.add({**row, "validation_loss": ""} if self.with_validation else row)
+            for logger in trainer.loggers:
+                logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=self.step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
+        """Add the validation loss to the row of the step just done; its time does not count as training."""
+        loss = float32(pl_module.validation_loss())
+        if trainer.is_global_zero:
+            self.table.amend(validation_loss=loss)
+            for logger in trainer.loggers:
+                logger.log_metrics({"validation_loss": loss}, step=self.step)
+        self.since = time.perf_counter()
+        trainer.datamodule.timers.take()

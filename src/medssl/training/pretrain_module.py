@@ -1,0 +1,96 @@
+"""The loop's view of a method: what happens in one step of pre-training."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from medssl.data.module import Batch
+from medssl.data.randomness import counter_key
+from medssl.methods.base import Method, Progress, StepOutput
+from medssl.training.optim import build_optimizer
+
+
+class PretrainModule(L.LightningModule):
+    """Runs a `Method` under Lightning: progress, seeds, hooks, and the scalars of each step, averaged over ranks.
+
+    Torch's global generator is seeded before every micro-batch, so that dropout goes on exactly after a restart.
+
+    Args:
+        method: the pretext task.
+        optimizer: the `optimizer` part of the configuration.
+        total_steps: optimiser steps of the whole run.
+        steps_per_epoch: optimiser steps in which every volume comes once.
+        seed: of the run.
+    """
+
+    def __init__(
+        self, method: Method, *, optimizer: dict[str, Any], total_steps: int, steps_per_epoch: float, seed: int
+    ) -> None:
+        super().__init__()
+        self.method, self.optimizer_settings = method, optimizer
+        self.total_steps, self.steps_per_epoch, self.seed = total_steps, steps_per_epoch, seed
+        self.scalars: list[dict[str, float]] = []  # one entry a micro-batch of the step under way
+        self.validation_losses: list[Tensor] = []
+
+    def progress(self, batch: Batch) -> Progress:
+        """Where the run stands at `batch`."""
+        epoch, total_epochs = batch.step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch
+        return Progress(batch.step, self.total_steps, epoch, total_epochs, self.seed, self.global_rank, batch.micro)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Loss of one micro-batch. Raises: ValueError: a term is not finite."""
+        self.last_progress = progress = self.progress(batch)
+        torch.manual_seed(counter_key("step", self.seed, progress.step, progress.rank, progress.micro))
+        output = self.method(batch.views, progress)
+        if batch.micro == 0:
+            self.scalars = []
+        self.scalars.append(self._finite_scalars(output, batch))
+        return output.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the method change its gradients."""
+        self.method.after_backward(self.last_progress)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the method move what follows its weights."""
+        super().optimizer_step(*args, **kwargs)
+        self.method.after_step(self.last_progress)
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Add the loss on one batch of held-out volumes."""
+        self.validation_losses.append(self.method(batch.views, self.progress(batch)).loss.detach().float())
+
+    def validation_loss(self) -> float:
+        """Mean over the batches and ranks since the last call."""
+        mean = self.trainer.strategy.reduce(torch.stack(self.validation_losses).mean(), reduce_op="mean")
+        self.validation_losses = []
+        return float(mean)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Optimiser and schedule, stepped together."""
+        groups = self.method.param_groups()
+        optimizer, schedule = build_optimizer(self.optimizer_settings, groups, total_steps=self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _finite_scalars(self, output: StepOutput, batch: Batch) -> dict[str, float]:
+        terms = {"loss": output.loss, **output.logs}
+        local = torch.stack([value.detach().float().reshape(()) for value in terms.values()])
+        mean = self.trainer.strategy.reduce(local.clone(), reduce_op="mean").tolist()
+        if not all(map(math.isfinite, mean)):  # on one rank at least: all of them stop here
+            values = dict(zip(terms, local.tolist(), strict=True))
+            faults = {name: value for name, value in values.items() if not math.isfinite(value)}
+            raise ValueError(not_finite(batch.step, faults, cases=batch.cases))
+        return dict(zip(terms, mean, strict=True))
+
+
+def not_finite(step: int, faults: dict[str, float], *, cases: Sequence[str]) -> str:
+    """What to tell about a loss that is NaN or infinite."""
+    if not faults:
+        return f"step {step}: the loss is not finite on another rank"
+    terms = ", ".join(f"{name} = {value}" for name, value in faults.items())
+    advice = "look at these volumes, lower optimizer.lr or set optimizer.clip_norm, and resume from the last checkpoint"
+    return f"step {step}: {terms}; cases {', '.join(cases)}; {advice}"

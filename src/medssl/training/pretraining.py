@@ -1,0 +1,161 @@
+"""A pre-training run from its configuration: store, views, method, loop."""
+
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from medssl.config import to_yaml
+from medssl.data.module import VolumeDataModule
+from medssl.data.prepare import locate_store, prepare_store
+from medssl.data.randomness import counter_key
+from medssl.data.store import VolumeStore
+from medssl.methods.base import Method
+from medssl.training.checkpoints import LastCheckpoint, check_checkpoint
+from medssl.training.export import Export, build_card
+from medssl.training.metrics import Metrics
+from medssl.training.pictures import Pictures
+from medssl.training.pretrain_module import PretrainModule
+from medssl.training.progress_bar import ProgressBar
+from medssl.training.run_folder import RunFolder, process_rank
+from medssl.training.stopping import StopSignals
+
+
+def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, signals: StopSignals) -> None:
+    """Prepare the data where needed, build everything that `config` names, train, and write the run folder.
+
+    Raises: ValueError: a setting or file of the user is wrong; the message says what to do.
+    """
+    quiet()
+    store = open_store(config)
+    data = build_data(config, store)
+    config.facts = data.facts()
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, total_steps=values["trainer"]["max_steps"])
+    method = build_method(values)
+    module = PretrainModule(
+        method,
+        optimizer=values["optimizer"],
+        total_steps=values["trainer"]["max_steps"],
+        steps_per_epoch=values["facts"]["steps_per_epoch"],
+        seed=values["seed"],
+    )
+    trainer = build_trainer(values, folder, card=build_card(values, store), signals=signals)
+    if process_rank() == 0:
+        folder.config.write_text(to_yaml(config))
+        if (store.root / "rejected.jsonl").is_file():
+            shutil.copyfile(store.root / "rejected.jsonl", folder.rejected)
+        weights = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+        size = f"{len(store)} volumes, {weights / 1e6:.1f} M weights to train, {trainer.max_steps} steps"
+        print(f"{size} -> {folder.root}", flush=True)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        print(closing_words(folder, stopped=signals.requested, step=trainer.global_step, total=trainer.max_steps))
+
+
+def open_store(config: DictConfig) -> VolumeStore:
+    """The store of the run; rank 0 prepares it where it is missing, other ranks wait until its index is there."""
+    root = Path(locate_store(config.data, config.store))
+    index = root / "index.jsonl"
+    if not index.is_file() and "source" in config.data:
+        if process_rank() == 0:
+            print(f"preparing {config.data.name} -> {root}", flush=True)
+            prepare_store(
+                instantiate(config.data.source),
+                root,
+                channels=config.data.channels,
+                spacing_mm=config.data.spacing_mm,
+                min_side_voxel=config.data.min_side_voxel,
+                max_rejected_fraction=config.max_rejected_fraction,
+            )
+        while not index.is_file():
+            time.sleep(0.5)
+    return VolumeStore(root)
+
+
+def build_data(config: DictConfig, store: VolumeStore) -> VolumeDataModule:
+    """The data module with the views and the sampler that the method's configuration declares."""
+    return VolumeDataModule(
+        store=store,
+        views=instantiate(config.views, _convert_="all"),
+        sampler=instantiate(config.sampler, _convert_="all"),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        accumulate=config.accumulate,
+        validation_fraction=config.data.get("validation_fraction", 0.0) if config.validate_every else 0.0,
+    )
+
+
+def build_method(values: dict[str, Any]) -> Method:
+    """The method with its first weights, which follow from the seed; compiled where that is asked for."""
+    torch.manual_seed(counter_key("weights", values["seed"]))
+    method = instantiate(values["method"], _convert_="all")
+    if values["compile"]:
+        for region in method.compile_regions():
+            region.compile()
+    return method
+
+
+def build_trainer(
+    values: dict[str, Any], folder: RunFolder, *, card: dict[str, Any], signals: StopSignals
+) -> L.Trainer:
+    """Lightning's loop with our callbacks; the `trainer` part of the configuration holds further arguments of it."""
+    every = values["validate_every"]
+    callbacks = [
+        Metrics(folder.metrics, batch_size=values["batch_size"], with_validation=bool(every)),
+        ProgressBar(),
+        Pictures(folder.figures, every=values["figures_every"]),
+        Export(folder.encoder, card, every=values["export_every"]),
+        LastCheckpoint(folder.last_checkpoint, every=values["checkpoint_every"], signals=signals),
+    ]
+    return L.Trainer(
+        **instantiate(values["trainer"], _convert_="all"),
+        max_epochs=-1,
+        accumulate_grad_batches=values["accumulate"],
+        gradient_clip_val=values["optimizer"].get("clip_norm"),
+        val_check_interval=every * values["accumulate"] if every else None,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if every else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        logger=instantiate(values["logger"]) if values["logger"] else False,
+        default_root_dir=folder.root,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def quiet() -> None:
+    """Silence what the trainer says about itself; our own callbacks tell what a user needs."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+    warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).* before .*optimizer\.step\(\)")
+
+
+def closing_words(folder: RunFolder, *, stopped: str, step: int, total: int) -> str:
+    """Where the results lie, and how to use them or go on."""
+    if stopped:
+        return f"stopped by {stopped} after step {step} of {total}; {folder.way_on()}"
+    pictures = sorted(folder.figures.glob("*.png"), key=lambda path: path.stat().st_mtime)
+    lines = [f"encoder         {folder.encoder}", f"metrics         {folder.metrics}"]
+    lines += [f"reconstruction  {pictures[-1]}"] if pictures else []
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "    import medssl, torch",
+            f'    encoder = medssl.load_encoder("{folder.encoder}")',
+            "    features = encoder(torch.zeros(1, 1, 96, 96, 96))  # feature maps, fine to coarse",
+        ]
+    )

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM: at once outside of training, after the step under way inside."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """The user or the scheduler stopped the process where there is nothing to save."""
+
+
+class StopSignals:
+    """While entered, both signals raise `Stopped`, or, with `training` set, leave their name in `requested`.
+
+    A second Ctrl-C always raises.
+    """
+
+    def __init__(self) -> None:
+        self.requested = ""
+        self.training = False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals (again: the trainer puts its own handlers over them)."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        if not self.training or (self.requested and number == signal.SIGINT):
+            raise Stopped(name)
+        if not self.requested and not int(os.environ.get("LOCAL_RANK") or 0):
+            os.write(2, f"\n{name}: finishing the step under way, then saving (Ctrl-C again stops at once)\n".encode())
+        self.requested = name
