@@ -1,15 +1,17 @@
 """last.ckpt, written every so often and when the run is asked to stop."""
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 
+from medssl.data.module import Batch
+from medssl.training.callback import StepCallback
+from medssl.training.pretrain_module import PretrainModule
 from medssl.training.stopping import StopSignals
 
 
-class LastCheckpoint(L.Callback):
+class LastCheckpoint(StepCallback):
     """Keeps `last.ckpt`: every `every` optimiser steps, at the end, and at a stop signal, which also ends the run.
 
     Saves only between optimiser steps. The file is replaced in one move, so that a kill leaves the old or the new one.
@@ -19,19 +21,14 @@ class LastCheckpoint(L.Callback):
         self.path, self.every, self.signals = path, every, signals
         self.saved_step = -1
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def start(self, trainer: L.Trainer) -> None:
         """From here on a signal waits for the end of the step."""
-        self.step = self.saved_step = trainer.global_step
+        self.saved_step = self.step
         self.signals.install()
         self.signals.training = True
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save where a step has just ended and it is time to, or the run is asked to stop."""
-        if trainer.global_step == self.step:
-            return
-        self.step = trainer.global_step
+    def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
+        """Save where it is time to, or the run is asked to stop."""
         stop = trainer.strategy.reduce_boolean_decision(bool(self.signals.requested), all=False)
         if stop or self.step % self.every == 0:
             self.save(trainer)
@@ -42,7 +39,7 @@ class LastCheckpoint(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of the run."""
-        if self.saved_step != trainer.global_step:
+        if self.saved_step != self.step:
             self.save(trainer)
         self.signals.training = False
 
@@ -52,7 +49,7 @@ class LastCheckpoint(L.Callback):
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             partial.replace(self.path)
-        self.saved_step = trainer.global_step
+        self.saved_step = self.step
 
 
 def check_checkpoint(path: Path, *, total_steps: int) -> int:
@@ -61,7 +58,7 @@ def check_checkpoint(path: Path, *, total_steps: int) -> int:
         step = int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"])
     except Exception as error:
         raise ValueError(
-            f"resume: {path} is not a checkpoint of a run, or was cut off; give a run folder or its checkpoints/last.ckpt"
+            f"resume: {path} is not a whole checkpoint of a run; give a run folder or its checkpoints/last.ckpt"
         ) from error
     if step >= total_steps:
         raise ValueError(f"resume: {path} is at step {step} of {total_steps}; raise trainer.max_steps to go on")

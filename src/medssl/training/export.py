@@ -8,7 +8,9 @@ from typing import Any
 
 import lightning as L
 
+from medssl.data.module import Batch
 from medssl.data.store import VolumeStore
+from medssl.training.callback import StepCallback
 from medssl.training.pretrain_module import PretrainModule
 from medssl.weights import save_weights
 
@@ -31,29 +33,22 @@ def build_card(config: Mapping[str, Any], store: VolumeStore) -> dict[str, Any]:
     }
 
 
-class Export(L.Callback):
+class Export(StepCallback):
     """Writes `encoder.safetensors` at the end of a run, and `encoder-STEP.safetensors` every `every` steps."""
 
     def __init__(self, path: Path, card: dict[str, Any], *, every: int | None) -> None:
         self.path, self.card, self.every = path, card, every
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note where the run stands."""
-        self.step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: PretrainModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
         """Export where it is time to."""
-        if trainer.global_step > self.step:
-            self.step = trainer.global_step
-            if self.every and self.step % self.every == 0:
-                self._write(trainer, pl_module, self.path.with_stem(f"{self.path.stem}-{self.step:07d}"))
+        if self.every and self.step % self.every == 0:
+            self._write(trainer, module, self.path.with_stem(f"{self.path.stem}-{self.step:07d}"))
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the state in which training ended, also where it was asked to stop."""
+        assert isinstance(pl_module, PretrainModule)
         self._write(trainer, pl_module, self.path)
 
-    def _write(self, trainer: L.Trainer, pl_module: PretrainModule, path: Path) -> None:
+    def _write(self, trainer: L.Trainer, module: PretrainModule, path: Path) -> None:
         if trainer.is_global_zero:
-            save_weights(path, pl_module.method.parts(), {**self.card, "step": trainer.global_step})
+            save_weights(path, module.method.parts(), {**self.card, "step": self.step})

@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 from torch.optim import Optimizer
 
+from medssl.data.module import Batch, VolumeDataModule
+from medssl.training.callback import StepCallback
 from medssl.training.pretrain_module import PretrainModule
 
 
@@ -63,7 +65,7 @@ def float32(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-class Metrics(L.Callback):
+class Metrics(StepCallback):
     """Writes the row of each optimiser step: loss, its terms, learning rate, speed, shares of waiting and drawing.
 
     Args:
@@ -75,9 +77,11 @@ class Metrics(L.Callback):
     def __init__(self, path: Path, *, batch_size: int, with_validation: bool) -> None:
         self.table, self.batch_size, self.with_validation = MetricsTable(path), batch_size, with_validation
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def start(self, trainer: L.Trainer) -> None:
         """Open the table where the run stands."""
-        self.step = trainer.global_step
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, VolumeDataModule)
+        self.timers = data.timers
         if trainer.is_global_zero:
             self.table.take_back(step=self.step)
         self.since = time.perf_counter()
@@ -86,18 +90,13 @@ class Metrics(L.Callback):
         """Note the learning rate of the step, before its schedule moves on."""
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: PretrainModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write the row once the last micro-batch of a step is done."""
-        if trainer.global_step == self.step:
-            return
-        self.step, now = trainer.global_step, time.perf_counter()
+    def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
+        """Write the row."""
+        now = time.perf_counter()
         seconds, self.since = now - self.since, now
-        timers = trainer.datamodule.timers.take()
+        timers = self.timers.take()
         row: dict[str, Any] = {"step": self.step}
-        for name in pl_module.scalars[0]:
-            row[name] = float32(sum(scalars[name] for scalars in pl_module.scalars) / len(pl_module.scalars))
+        row |= {name: float32(value) for name, value in module.mean_scalars().items()}
         row["learning_rate"] = float32(self.learning_rate)
         row["samples_per_s"] = round(self.batch_size / seconds, 3)
         row["data_wait_share"] = round(timers["wait_s"] / seconds, 4)
@@ -107,12 +106,13 @@ class Metrics(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=self.step)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the validation loss to the row of the step just done; its time does not count as training."""
+        assert isinstance(pl_module, PretrainModule)
         loss = float32(pl_module.validation_loss())
         if trainer.is_global_zero:
             self.table.amend(validation_loss=loss)
             for logger in trainer.loggers:
                 logger.log_metrics({"validation_loss": loss}, step=self.step)
         self.since = time.perf_counter()
-        trainer.datamodule.timers.take()
+        self.timers.take()

@@ -31,7 +31,7 @@ def build_optimizer(
         groups: parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`.
         total_steps: length of the run, where the cosine ends.
 
-    Raises: ValueError: the warm-up is as long as the run.
+    Raises: ValueError: the warm-up is as long as the run, or the optimiser does not know a key.
     """
     ours = ("warmup_steps", "final_fraction", "clip_norm")
     arguments = {key: value for key, value in settings.items() if key not in ours}
@@ -41,7 +41,11 @@ def build_optimizer(
             f"optimizer.warmup_steps={warmup_steps} leaves nothing of trainer.max_steps={total_steps};"
             " lower the first or raise the second"
         )
-    optimizer = instantiate(arguments, _partial_=True)(list(groups))
+    build = instantiate(arguments, _partial_=True)
+    try:
+        optimizer = build(list(groups))
+    except TypeError as error:
+        raise ValueError(f"optimizer: {error}; a key is taken out by ~optimizer.KEY") from error
 
     def share(step: int) -> float:
         return warmup_cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction)

@@ -1,11 +1,11 @@
 """The loop's view of a method: what happens in one step of pre-training."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from medssl.data.module import Batch
@@ -70,7 +70,11 @@ class PretrainModule(L.LightningModule):
         self.validation_losses = []
         return float(mean)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def mean_scalars(self) -> dict[str, float]:
+        """Loss and terms of the step just done, averaged over its micro-batches."""
+        return {name: sum(row[name] for row in self.scalars) / len(self.scalars) for name in self.scalars[0]}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and schedule, stepped together."""
         groups = self.method.param_groups()
         optimizer, schedule = build_optimizer(self.optimizer_settings, groups, total_steps=self.total_steps)
@@ -81,16 +85,10 @@ class PretrainModule(L.LightningModule):
         local = torch.stack([value.detach().float().reshape(()) for value in terms.values()])
         mean = self.trainer.strategy.reduce(local.clone(), reduce_op="mean").tolist()
         if not all(map(math.isfinite, mean)):  # on one rank at least: all of them stop here
-            values = dict(zip(terms, local.tolist(), strict=True))
-            faults = {name: value for name, value in values.items() if not math.isfinite(value)}
-            raise ValueError(not_finite(batch.step, faults, cases=batch.cases))
+            values = zip(terms, local.tolist(), strict=True)
+            faults = [f"{name} = {value}" for name, value in values if not math.isfinite(value)]
+            if not faults:
+                raise SystemExit(2)  # the rank at fault tells
+            advice = "look at these volumes, lower optimizer.lr or set optimizer.clip_norm, then resume"
+            raise ValueError(f"step {batch.step + 1}: {', '.join(faults)}; cases {', '.join(batch.cases)}; {advice}")
         return dict(zip(terms, mean, strict=True))
-
-
-def not_finite(step: int, faults: dict[str, float], *, cases: Sequence[str]) -> str:
-    """What to tell about a loss that is NaN or infinite."""
-    if not faults:
-        return f"step {step}: the loss is not finite on another rank"
-    terms = ", ".join(f"{name} = {value}" for name, value in faults.items())
-    advice = "look at these volumes, lower optimizer.lr or set optimizer.clip_norm, and resume from the last checkpoint"
-    return f"step {step}: {terms}; cases {', '.join(cases)}; {advice}"

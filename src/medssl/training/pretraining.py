@@ -109,7 +109,7 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's loop with our callbacks; the `trainer` part of the configuration holds further arguments of it."""
     every = values["validate_every"]
-    callbacks = [
+    callbacks: list[L.Callback] = [
         Metrics(folder.metrics, batch_size=values["batch_size"], with_validation=bool(every)),
         ProgressBar(),
         Pictures(folder.figures, every=values["figures_every"]),
