@@ -1,0 +1,87 @@
+"""What every pretext task is: one module that turns drawn views into a loss."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from medssl.data.views import View
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The scalar to minimise and detached scalars to log, one a loss term among them."""
+
+    loss: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: schedules and random draws inside a method are functions of this alone.
+
+    `step` counts optimiser steps from 0, `epoch` is its fractional epoch, `micro` numbers the micro-batches that are
+    accumulated into one step.
+    """
+
+    step: int
+    total_steps: int
+    epoch: float
+    total_epochs: float
+    seed: int
+    rank: int = 0
+    micro: int = 0
+
+    def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A fresh generator for the draw called `name`; it depends on seed, step, micro-batch, rank and name only."""
+        key = f"{self.seed}/{self.step}/{self.micro}/{self.rank}/{name}".encode()
+        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        return torch.Generator(device).manual_seed(number >> 1)  # seeds are signed 64-bit integers
+
+
+class Method(nn.Module):
+    """A pretext task. Networks are injected; nothing here knows files, configs or the trainer.
+
+    A subclass sets `encoder` and writes `forward`. Everything that must survive a restart lives in parameters and
+    buffers.
+    """
+
+    encoder: nn.Module
+
+    def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
+        """Loss of one micro-batch; state may only be collected here while `training` is set."""
+        raise NotImplementedError
+
+    def after_backward(self, progress: Progress) -> None:
+        """Change gradients: called once per optimiser step, after the last backward and before global clipping."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Move teachers, centres and queues: called once after each optimiser step with that step's progress."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups: trainable tensors of two and more dimensions, and the others without weight decay."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in trained if parameter.ndim > 1]},
+            {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The named networks that leave pre-training."""
+        return {"encoder": self.encoder}
+
+    def compile_regions(self) -> Iterable[nn.Module]:
+        """The modules that `torch.compile` should take one by one: transformer blocks, else the encoder."""
+        blocks = [block for module in self.modules() for block in getattr(module, "blocks", ())]
+        return blocks or [self.encoder]
+
+    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+        """Pictures of what the method does with `batch`, by name; state and training mode stay as they are."""
+        return {}

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from torch import nn
+
+from medssl.methods.base import Method, Progress
+
+RUN = {"step": 3, "total_steps": 10, "epoch": 0.5, "total_epochs": 2.0, "seed": 1}
+
+
+class Small(Method):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+
+def draw(name="mask", **changes):
+    return torch.rand(5, generator=Progress(**{**RUN, **changes}).generator(name)).tolist()
+
+
+def test_a_draw_depends_on_seed_step_micro_batch_rank_and_name_only():
+    assert draw() == draw() == draw(total_steps=99, epoch=0.7, total_epochs=3.0)
+    others = [draw(seed=2), draw(step=4), draw(micro=1), draw(rank=1), draw("subset")]
+    assert all(other != draw() for other in others)
+    assert len({tuple(other) for other in others}) == len(others)
+
+
+def test_a_draw_stays_the_same_between_versions():
+    assert draw()[:2] == pytest.approx([0.0725150, 0.6416237], abs=1e-6)
+
+
+def test_biases_and_norms_are_not_decayed_and_frozen_tensors_not_trained():
+    method = Small()
+    decayed, plain = method.param_groups()
+    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)]
+    assert [tuple(p.shape) for p in plain["params"]] == [(4,)] * 3
+    assert plain["weight_decay"] == 0
+    assert "weight_decay" not in decayed
+
+
+def test_a_method_without_one_dimensional_weights_has_one_group():
+    method = Small()
+    method.encoder = nn.Linear(3, 4, bias=False)
+    assert len(method.param_groups()) == 1
+
+
+def test_the_encoder_is_what_leaves_pre_training_unless_a_method_says_more():
+    method = Small()
+    assert method.parts() == {"encoder": method.encoder}
+    assert method.figures({}, Progress(**RUN)) == {}
+    assert method.compile_regions() == [method.encoder]
