@@ -31,14 +31,14 @@ class RunFolder:
         self.rejected = root / "rejected.jsonl"
 
     def holds_a_run(self) -> bool:
-        """Whether an earlier run wrote here."""
-        return any(path.exists() for path in (self.config, self.metrics, self.last_checkpoint, self.encoder))
+        """Whether an earlier run trained here; one that stopped before its first step left nothing to lose."""
+        return any(path.exists() for path in (self.metrics, self.last_checkpoint, self.encoder))
 
     def way_on(self) -> str:
         """How to go on with what lies here."""
         if self.last_checkpoint.is_file():
-            return f"{self.last_checkpoint} is saved, go on with the same command and resume={self.root}"
-        return "nothing of its training is saved, start again" if self.holds_a_run() else "start the same command again"
+            return f"saved {self.last_checkpoint}; go on with the same command and resume={self.root}"
+        return f"nothing of the training is saved{'; start again with overwrite=true' if self.holds_a_run() else ''}"
 
     def claim(self, *, overwrite: bool, resume: bool) -> None:
         """Make the folder ready for a run: empty of an earlier one unless that is to be resumed.
@@ -47,8 +47,9 @@ class RunFolder:
         """
         if self.holds_a_run() and not resume:
             if not overwrite:
+                going_on = f"go on with it by resume={self.root}, " if self.last_checkpoint.is_file() else ""
                 raise ValueError(
-                    f"{self.root} already holds a run: {self.way_on()}, or replace it with overwrite=true,"
+                    f"{self.root} already holds a run; {going_on}replace it by overwrite=true,"
                     " or give another output_dir"
                 )
             for path in (self.config, self.metrics, self.rejected, *self.root.glob("encoder*.safetensors")):

@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,7 +22,7 @@ class StopSignals:
         self.requested = ""
         self.training = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopSignals":
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
         self.install()
         return self

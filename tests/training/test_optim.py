@@ -1,0 +1,43 @@
+import math
+
+import pytest
+import torch
+
+from medssl.training.optim import build_optimizer, warmup_cosine
+
+
+def test_the_rate_rises_linearly_and_falls_as_half_a_cosine():
+    shares = [warmup_cosine(step, total_steps=110, warmup_steps=10) for step in (0, 5, 10, 35, 60, 110, 200)]
+    assert shares == pytest.approx([0, 0.5, 1, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0, 0])
+
+
+def test_the_cosine_ends_at_the_final_fraction():
+    assert warmup_cosine(100, total_steps=100, final_fraction=0.1) == pytest.approx(0.1)
+    assert warmup_cosine(0, total_steps=100, final_fraction=0.1) == 1
+
+
+def test_groups_keep_what_they_state_and_take_the_rest_from_the_settings():
+    weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    settings = {"_target_": "torch.optim.AdamW", "lr": 0.2, "weight_decay": 0.5, "betas": [0.9, 0.95]}
+    settings |= {"warmup_steps": 2, "final_fraction": 0.0, "clip_norm": 1.0}
+    groups = [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer, schedule = build_optimizer(settings, groups, total_steps=10)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.2 * 0.5 * (1 + math.cos(math.pi / 8))])
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused():
+    settings = {"_target_": "torch.optim.SGD", "lr": 0.1, "warmup_steps": 10}
+    with pytest.raises(ValueError, match=r"warmup_steps=10 leaves nothing of trainer\.max_steps=10"):
+        build_optimizer(settings, [{"params": [torch.nn.Parameter(torch.ones(1))]}], total_steps=10)
+
+
+def test_a_key_that_the_optimiser_does_not_know_is_named():
+    settings = {"_target_": "torch.optim.SGD", "lr": 0.1, "betas": [0.9, 0.95]}
+    with pytest.raises(ValueError, match="betas"):
+        build_optimizer(settings, [{"params": [torch.nn.Parameter(torch.ones(1))]}], total_steps=10)

@@ -1,0 +1,62 @@
+import pytest
+
+from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_rank, was_restarted
+
+
+@pytest.fixture
+def used(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(overwrite=False, resume=False)
+    for path in (folder.config, folder.metrics, folder.last_checkpoint, folder.encoder, folder.root / "notes.txt"):
+        path.write_text("earlier")
+    return folder
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out(used):
+    with pytest.raises(ValueError, match=r"already holds a run; .*resume=.*overwrite=true"):
+        used.claim(overwrite=False, resume=False)
+    assert used.metrics.read_text() == "earlier"
+
+
+def test_resuming_keeps_everything(used):
+    used.claim(overwrite=False, resume=True)
+    assert used.last_checkpoint.read_text() == "earlier"
+
+
+def test_overwriting_removes_the_files_of_the_run_and_no_others(used):
+    used.claim(overwrite=True, resume=False)
+    left = [path.name for path in used.root.rglob("*") if path.is_file()]
+    assert left == ["notes.txt"]
+
+
+def test_a_start_that_failed_before_its_first_step_can_be_repeated(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim(overwrite=False, resume=False)
+    folder.config.write_text("seed: 0")
+    folder.claim(overwrite=False, resume=False)
+
+
+def test_resume_takes_a_run_folder_or_a_checkpoint(used, tmp_path):
+    assert checkpoint_to_resume(used.root) == used.last_checkpoint
+    assert checkpoint_to_resume(used.last_checkpoint) == used.last_checkpoint
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        checkpoint_to_resume(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [({}, 0), ({"RANK": "3", "LOCAL_RANK": "0"}, 3), ({"SLURM_PROCID": "2"}, 2), ({"LOCAL_RANK": "1"}, 1)],
+)
+def test_the_rank_is_what_the_launcher_says(monkeypatch, variables, rank):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert process_rank() == rank
+
+
+def test_a_job_that_its_scheduler_started_again_knows_it(monkeypatch):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert not was_restarted()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert was_restarted()
