@@ -58,7 +58,8 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
         print(f"{size} -> {folder.root}", flush=True)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
-        print(closing_words(folder, stopped=signals.requested, step=trainer.global_step, total=trainer.max_steps))
+        step, channels = trainer.global_step, store.record(0).channels
+        print(closing_words(folder, stopped=signals.requested, step=step, total=trainer.max_steps, channels=channels))
 
 
 def open_store(config: DictConfig) -> VolumeStore:
@@ -143,19 +144,19 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).* before .*optimizer\.step\(\)")
 
 
-def closing_words(folder: RunFolder, *, stopped: str, step: int, total: int) -> str:
+def closing_words(folder: RunFolder, *, stopped: str, step: int, total: int, channels: int) -> str:
     """Where the results lie, and how to use them or go on."""
     if stopped:
         return f"stopped by {stopped} after step {step} of {total}; {folder.way_on()}"
-    pictures = sorted(folder.figures.glob("*.png"), key=lambda path: path.stat().st_mtime)
-    lines = [f"encoder         {folder.encoder}", f"metrics         {folder.metrics}"]
-    lines += [f"reconstruction  {pictures[-1]}"] if pictures else []
+    pictures = sorted(folder.figures.glob(f"*-{step:07d}.png"))
     return "\n".join(
         [
-            *lines,
+            f"encoder  {folder.encoder}",
+            f"metrics  {folder.metrics}",
+            *(f"picture  {path}" for path in pictures),
             "",
             "    import medssl, torch",
             f'    encoder = medssl.load_encoder("{folder.encoder}")',
-            "    features = encoder(torch.zeros(1, 1, 96, 96, 96))  # feature maps, fine to coarse",
+            f"    features = encoder(torch.zeros(1, {channels}, 96, 96, 96))  # feature maps, fine to coarse",
         ]
     )

@@ -1,0 +1,96 @@
+"""Two processes on the CPU that train together: what they see, what they share, what they write."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from medssl.config import main
+from medssl.pretrain import run
+
+STEPS = 3
+PROBE = """
+import hashlib, os
+from pathlib import Path
+import torch
+from medssl.methods.glmae import GLMAE
+
+class Probe(GLMAE):
+    '''GL-MAE that writes down, by rank, what it sees and where its weights go.'''
+
+    def forward(self, batch, progress):
+        if self.training:
+            cases = batch["global"].case.flatten().tolist()
+            corners = batch["global"].matrix[:, :, :3, 3].flatten().tolist()
+            self.write(progress, f"{progress.step} sees {cases} {corners}")
+        return super().forward(batch, progress)
+
+    def after_step(self, progress):
+        super().after_step(progress)
+        state = b"".join(tensor.numpy().tobytes() for tensor in self.state_dict().values())
+        self.write(progress, f"{progress.step} holds {hashlib.sha256(state).hexdigest()}")
+        if progress.step == 0:
+            torch.save(self.centre, Path(os.environ["PROBE"]) / f"centre-{progress.rank}.pt")
+
+    def write(self, progress, line):
+        with (Path(os.environ["PROBE"]) / f"rank-{progress.rank}.log").open("a") as file:
+            file.write(line + "\\n")
+"""
+
+
+def arguments(root, name, *more):
+    return [
+        *("--config-dir", str(root), "method=glmae_tiny", "method._target_=probe.Probe"),
+        *("views.groups.global.size=[32,32,32]", "views.groups.local.size=[16,16,16]", "batch_size=4"),
+        *("data=phantoms", "data.num_cases=4", "data.size_voxel=48", f"store={root / 'store'}"),
+        *(f"trainer.max_steps={STEPS}", "figures_every=1", "validate_every=2", f"output_dir={root / name}", *more),
+    ]
+
+
+@pytest.mark.ddp
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    (tmp_path / "probe.py").write_text(PROBE)
+    for name in ("alone", "together"):
+        (tmp_path / f"log-{name}").mkdir()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PROBE", str(tmp_path / "log-alone"))
+    main("pretrain", run, arguments=arguments(tmp_path, "alone"))
+    together = arguments(tmp_path, "together", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "medssl.pretrain", *together],
+        env={**os.environ, "PROBE": str(tmp_path / "log-together")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    logs = [(tmp_path / "log-together" / f"rank-{rank}.log").read_text().splitlines() for rank in (0, 1)]
+    seen, held = ([[line for line in log if word in line] for log in logs] for word in (" sees ", " holds "))
+    assert len(seen[0]) == len(seen[1]) == STEPS
+    assert held[0] == held[1]
+    assert len(set(held[0])) == STEPS
+    assert not set(seen[0]) & set(seen[1])
+    alone = (tmp_path / "log-alone" / "rank-0.log").read_text().splitlines()
+    for step in range(STEPS):  # the same requests, dealt out
+        whole, *parts = (eval_cases(log, step) for log in (alone, *logs))
+        assert sorted(whole) == sorted(parts[0] + parts[1])
+
+    centres = [torch.load(tmp_path / "log-together" / f"centre-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    expected = torch.load(tmp_path / "log-alone" / "centre-0.pt", weights_only=True)
+    assert torch.equal(*centres)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(centres[0], expected, rtol=1e-4, atol=1e-7)
+
+    assert done.stdout.count("volumes,") == 1
+    rows = (tmp_path / "together" / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == [str(step) for step in range(1, STEPS + 1)]
+    assert len(list((tmp_path / "together" / "figures").iterdir())) == 2 * STEPS
+
+
+def eval_cases(log, step):
+    """The cases that one process saw in a step."""
+    (line,) = (line for line in log if line.startswith(f"{step} sees "))
+    return [int(number) for number in line.split("[")[1].split("]")[0].split(",")]

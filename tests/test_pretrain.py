@@ -1,0 +1,237 @@
+"""The command from phantoms to an encoder: the run folder, and every way of stopping and going on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+import medssl
+from medssl.config import main
+from medssl.pretrain import run
+
+PROBE = """
+import hashlib, os, signal, time
+from pathlib import Path
+import torch
+from medssl.methods.glmae import GLMAE
+
+class Probe(GLMAE):
+    '''GL-MAE that writes down what it sees and fails on request.'''
+
+    def forward(self, batch, progress):
+        if self.training and (log := os.environ.get("PROBE_LOG")):
+            digest = hashlib.sha256(b"".join(view.image.numpy().tobytes() for view in batch.values())).hexdigest()
+            with Path(log).open("a") as file:
+                file.write(f"{progress.step} {progress.micro} {digest}\\n")
+        wish, _, step = os.environ.get("PROBE_WISH", "").partition("@")
+        if wish and progress.step == int(step):
+            if wish == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if wish == "wait":
+                Path(os.environ["PROBE_LOG"]).with_suffix(".waiting").touch()
+                time.sleep(0.5)
+            if wish == "nan":
+                batch["global"].image.fill_(float("nan"))
+        return super().forward(batch, progress)
+"""
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the probe beside it; all runs share one store, which the first one makes."""
+    root = tmp_path_factory.mktemp("pretrain")
+    (root / "conf").mkdir()
+    (root / "conf" / "probe.py").write_text(PROBE)
+    return root
+
+
+def arguments(root, name, **settings):
+    fixed = {
+        "method": "glmae_tiny",
+        "method._target_": "probe.Probe",
+        "+method.encoder.dropout": 0.1,
+        "views.groups.global.size": "[32,32,32]",
+        "views.groups.local.size": "[16,16,16]",
+        "data": "phantoms",
+        "data.num_cases": 4,
+        "data.size_voxel": 48,
+        "store": root / "store",
+        "output_dir": root / name,
+        "batch_size": 4,
+        "accumulate": 2,
+        "checkpoint_every": 4,
+        "validate_every": 2,
+        "figures_every": 4,
+        "trainer.max_steps": STEPS,
+    }
+    return ["--config-dir", str(root / "conf"), *(f"{key}={value}" for key, value in {**fixed, **settings}.items())]
+
+
+def pretrain(root, name, *, wish="", **settings):
+    """Run the command in this process and give back the run folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setenv("PROBE_LOG", str(root / f"{name}.log"))
+        patch.setenv("PROBE_WISH", wish)
+        main("pretrain", run, arguments=arguments(root, name, **settings))
+    return root / name
+
+
+def start(root, name, *, wish="", **settings):
+    """Run the command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "medssl.pretrain", *arguments(root, name, **settings)],
+        env={**os.environ, "PROBE_LOG": str(root / f"{name}.log"), "PROBE_WISH": wish},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 90
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def straight(workplace):
+    return pretrain(workplace, "straight")
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def differences(a, b, path=""):
+    """Names of the entries in which two nested states differ by a bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        missing = [f"{path}.{key}" for key in a.keys() ^ b.keys()]
+        return missing + [name for key in a.keys() & b.keys() for name in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple):
+        return [name for n, (x, y) in enumerate(zip(a, b, strict=True)) for name in differences(x, y, f"{path}[{n}]")]
+    return [] if a == b else [path]
+
+
+def test_the_run_folder_holds_what_was_promised(straight):
+    assert yaml.safe_load((straight / "config.yaml").read_text())["facts"]["num_cases"] == 3  # one is held out
+    assert "${" not in (straight / "config.yaml").read_text()
+    rows = metrics(straight)
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+    terms = ["reconstruction_global", "reconstruction_local", "consistency_global", "consistency_local"]
+    shares = ["learning_rate", "samples_per_s", "data_wait_share", "draw_share"]
+    assert set(terms + shares) <= set(rows[0])
+    assert [bool(row["validation_loss"]) for row in rows] == [False, True] * 3
+    assert all(0 <= float(row["data_wait_share"]) + float(row["draw_share"]) <= 1 for row in rows)
+    pictures = sorted(path.name for path in (straight / "figures").iterdir())
+    assert pictures == [f"{name}-{step:07d}.png" for name in ("global", "local") for step in (4, 6)]
+    assert checkpoint(straight)["global_step"] == STEPS
+
+
+def test_the_encoder_loads_with_the_card_of_its_run(straight):
+    encoder = medssl.load_encoder(straight / "encoder.safetensors")
+    features = encoder(torch.zeros(1, 1, 24, 32, 40))
+    assert [tuple(map_.shape[1:]) for map_ in features] == [(channels, 3, 4, 5) for channels in encoder.channels]
+    weights = checkpoint(straight)["state_dict"]
+    assert all(torch.equal(tensor, weights[f"method.encoder.{key}"]) for key, tensor in encoder.state_dict().items())
+    card = medssl.read_card(straight / "encoder.safetensors")
+    assert card["step"] == STEPS
+    assert card["data"]["num_cases"] == 4
+    assert card["reading"]["views"]["groups"]["global"]["size"] == [32, 32, 32]
+    assert card["versions"]["torch"] == torch.__version__
+
+
+def test_a_killed_run_goes_on_bit_for_bit(workplace, straight):
+    killed = start(workplace, "killed", wish="kill@5")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    folder = workplace / "killed"
+    assert checkpoint(folder)["global_step"] == 4
+    assert [row["step"] for row in metrics(folder)] == ["1", "2", "3", "4", "5"]
+    (workplace / "killed.log").unlink()
+
+    pretrain(workplace, "killed", resume=folder)
+    ours, theirs = checkpoint(straight), checkpoint(folder)
+    assert any(key.startswith("method.teacher.") for key in ours["state_dict"])
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
+        assert differences(ours[part], theirs[part]) == []
+    batches = (workplace / "straight.log").read_text().splitlines()
+    assert (workplace / "killed.log").read_text().splitlines() == batches[2 * 4 :]
+    same = [key for key in metrics(straight)[0] if key not in ("samples_per_s", "data_wait_share", "draw_share")]
+    rows, again = ([[row[key] for key in same] for row in metrics(run)] for run in (straight, folder))
+    assert rows == again
+
+
+def test_a_second_start_in_the_same_folder_is_refused(workplace, straight, capsys):
+    before = (straight / "metrics.csv").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        pretrain(workplace, "straight")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "already holds a run" in message
+    assert "overwrite=true" in message
+    assert message.count("\n") == 1
+    assert (straight / "metrics.csv").read_bytes() == before
+
+
+def test_a_loss_that_is_not_a_number_names_step_term_and_cases(workplace, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain(workplace, "nan", wish="nan@1", validate_every="null")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    cases = {json.loads(line)["case"] for line in (workplace / "store" / "index.jsonl").read_text().splitlines()}
+    assert message.startswith("error: step 2: loss = nan, reconstruction_global = nan")
+    assert sum(case in message for case in cases) == 2
+    assert [row["step"] for row in metrics(workplace / "nan")] == ["1"]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(workplace, straight):
+    process = start(workplace, "stopped", wish="wait@2")
+    wait_for(workplace / "stopped.waiting", process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0
+    assert "Traceback" not in output
+    assert "stopped by SIGTERM after step 3 of 6" in output
+    assert f"resume={workplace / 'stopped'}" in output
+    assert checkpoint(workplace / "stopped")["global_step"] == 3
+
+
+def test_a_finished_run_has_nothing_left_to_resume(workplace, straight, capsys):
+    with pytest.raises(SystemExit):
+        pretrain(workplace, "straight", resume=straight)
+    assert "is at step 6 of 6" in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_split_is_refused(workplace, straight, capsys):
+    with pytest.raises(SystemExit):
+        pretrain(workplace, "odd", batch_size=3)
+    assert "divisible" in capsys.readouterr().err
+
+
+def test_two_stops_of_another_kind(workplace, straight):
+    """Activation checkpointing changes no number; exports come at their interval."""
+    folder = pretrain(workplace, "checkpointed", checkpoint_activations="true", export_every=3)
+    assert [row["loss"] for row in metrics(folder)] == pytest.approx([row["loss"] for row in metrics(straight)])
+    assert sorted(path.name for path in folder.glob("encoder*")) == [
+        "encoder-0000003.safetensors",
+        "encoder-0000006.safetensors",
+        "encoder.safetensors",
+    ]
