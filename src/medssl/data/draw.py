@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32, Float64, Int, Shaped
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer, Shaped
 from torch import Tensor
 
 from medssl.data.augment.filters import apply_axis_matrices
@@ -128,7 +128,7 @@ def _scale(values: Tensor, view: PlacedView) -> None:
         values.mul_(view.record.slope).add_(view.record.intercept)
 
 
-def draw_label(voxels: Int[Tensor, "one bx by bz"], source: Source, view: PlacedView) -> Int[Tensor, "one x y z"]:
+def draw_label(voxels: Integer[Tensor, "one bx by bz"], source: Source, view: PlacedView) -> Int64[Tensor, "one x y z"]:
     """The view's labels, nearest neighbour, 0 outside; `voxels` are of level 0."""
     if view.pose.displacement is None and source.frame.is_aligned and _covers(source):
         return _turned(voxels, source.frame).long()

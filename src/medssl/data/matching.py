@@ -1,7 +1,7 @@
 """Matched crops of two cases, and the matchers that propose corresponding points."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from medssl.data.placements import ViewSpec
 from medssl.data.scene import Placement, Scene
 
 
+@runtime_checkable
 class Matcher(Protocol):
     """Proposes corresponding points of a request's two cases; it may be asked again."""
 
@@ -51,8 +52,16 @@ class Matched(ViewSpec):
     matcher: Matcher = field(default_factory=BodyCoordinateMatcher)
     score_threshold: float = 0.0
     tries: int = 101
-    on_fail: Literal["best", "last"] = "best"
+    on_fail: str = "best"
     count: int = 2
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        super().__post_init__()
+        if self.on_fail not in ("best", "last"):
+            raise ValueError(f"Matched: on_fail must be best or last, got {self.on_fail!r}")
+        if self.tries < 1:
+            raise ValueError(f"Matched: tries must be at least 1, got {self.tries}")
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
         """Query and key."""

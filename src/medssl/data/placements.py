@@ -3,18 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float
 
+from medssl.data.augment.base import Augmentation
 from medssl.data.geometry import Frame
 from medssl.data.scene import Placement, Region, Scene
 from medssl.data.store import Record
 from medssl.data.volume import Box
-
-if TYPE_CHECKING:
-    from medssl.data.augment import Augmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +39,8 @@ class ViewSpec:
     slot: int = 0
     spacing_mm: str | float | Sequence[float] = "native"
     outside: str | float = "minimum"
-    context: Literal["volume", "crop"] = "volume"
-    augment: "Sequence[Augmentation]" = field(default_factory=tuple)
+    context: str = "volume"
+    augment: Sequence[Augmentation] = field(default_factory=tuple)
     valid: bool = False
     label: bool = False
     points: str | None = None

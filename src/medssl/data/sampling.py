@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Request:
     anchor_body: tuple[float, float, float] | None = None
 
 
+@runtime_checkable
 class CaseSampler(Protocol):
     """Gives every rank its part of each step's batch."""
 
@@ -82,7 +83,7 @@ class Pairs:
         partner: "random": any other case, uniformly; "previous": the case one sample before.
     """
 
-    def __init__(self, *, partner: Literal["random", "previous"] = "random") -> None:
+    def __init__(self, *, partner: str = "random") -> None:
         if partner not in ("random", "previous"):
             raise ValueError(f"Pairs: partner must be random or previous, got {partner!r}")
         self.partner = partner
@@ -120,10 +121,12 @@ class SameLocation:
         *,
         num_locations: int,
         batches_per_visit: int | None = None,
-        order: Literal["shuffled", "sequential"] = "shuffled",
+        order: str = "shuffled",
     ) -> None:
         if num_locations < 1:
             raise ValueError(f"SameLocation: num_locations must be at least 1, got {num_locations}")
+        if order not in ("shuffled", "sequential"):
+            raise ValueError(f"SameLocation: order must be shuffled or sequential, got {order!r}")
         self.num_locations = num_locations
         self.batches_per_visit = batches_per_visit
         self.order = order
@@ -158,7 +161,7 @@ class Anchored:
     ) -> None:
         if volumes_per_anchor < 1 or not 0 <= margin_body < 0.5:
             raise ValueError(
-                f"Anchored: volumes_per_anchor must be >= 1, margin_body in [0, 0.5); got {volumes_per_anchor} and {margin_body}"
+                f"Anchored: volumes_per_anchor >= 1, margin_body in [0, 0.5); got {volumes_per_anchor} and {margin_body}"
             )
         self.volumes_per_anchor = volumes_per_anchor
         self.min_distance_body = min_distance_body

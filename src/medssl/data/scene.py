@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
@@ -11,7 +10,8 @@ from medssl.data.sampling import Request
 from medssl.data.store import Record, VolumeStore
 from medssl.data.volume import Box
 
-Region = Literal["body", "volume"]
+Region = str
+""""body" (its box) or "volume" (all of it)."""
 
 
 class Scene:
@@ -45,6 +45,8 @@ class Scene:
     def box(self, slot: int, within: Region) -> Box:
         """The body box or the whole volume of a case, in voxel faces."""
         record = self.record(slot)
+        if within not in ("body", "volume"):
+            raise ValueError(f"within must be body or volume, got {within!r}")
         return record.body if within == "body" else Box.whole(record.shape)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class IntensityAugmentation(Augmentation):
             always by channel.
     """
 
-    statistics: Literal["view", "group"] = "view"
+    statistics: str = "view"
 
     def __post_init__(self) -> None:
         """Check the settings."""

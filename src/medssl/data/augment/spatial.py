@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -70,7 +69,7 @@ class Affine(SpatialAugmentation):
     per_axis: bool = False
     balanced: bool = False
     translation: float | Sequence[float] = 0.0
-    space: Literal["mm", "voxel"] = "mm"
+    space: str = "mm"
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -1,0 +1,114 @@
+"""Small stores of synthetic volumes for the tests of the data layer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medssl.data.draw import source_of
+from medssl.data.loading import RawView
+from medssl.data.module import view_of
+from medssl.data.scene import Scene
+from medssl.data.store import VolumeStore, write_case, write_index
+from medssl.data.views import View, ViewPlan
+from medssl.data.volume import Box, Volume, intensity_statistics, voxel_hash
+
+StoreMaker = Callable[..., VolumeStore]
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> StoreMaker:
+    """Write arrays (c x y z) as the cases of a store; the body box leaves 2 voxels on each side."""
+
+    def make(
+        *arrays: np.ndarray,
+        labels: list[np.ndarray] | None = None,
+        affine: np.ndarray | None = None,
+        groups: tuple[str, ...] = (),
+        modality: str = "ct",
+        splits: tuple[str, ...] = (),
+    ) -> VolumeStore:
+        root = tmp_path / "store"
+        root.mkdir(exist_ok=True)
+        records = []
+        for number, array in enumerate(arrays):
+            volume = Volume(array, np.eye(4) if affine is None else affine, "synthetic")
+            generator = np.random.default_rng(number)
+            body = Box(np.full(3, 1.5), np.array(volume.shape) - 2.5)
+            points = np.full((256, 4), -1, dtype=np.int32)
+            points[:, :3] = generator.integers(2, np.array(volume.shape) - 2, (256, 3))
+            label = None if labels is None else labels[number]
+            if label is not None:
+                for value in np.unique(label[label > 0]):
+                    found = generator.permutation(np.argwhere(label == value))[:64]
+                    points = np.concatenate([points, np.c_[found, np.full(len(found), value)].astype(np.int32)])
+            records.append(
+                write_case(
+                    root,
+                    case=f"case_{number:03d}",
+                    volume=volume,
+                    label=label,
+                    modality=modality,
+                    group=groups[number] if groups else "synthetic",
+                    split=splits[number] if splits else "",
+                    statistics=intensity_statistics(array),
+                    body=body,
+                    points=points,
+                    voxel_hash=voxel_hash(array),
+                    source="synthetic",
+                )
+            )
+        write_index(root, records)
+        (root / "store.json").write_text('{"format": 1, "recipe": {}}')
+        return VolumeStore(root)
+
+    return make
+
+
+@pytest.fixture
+def draw() -> Callable[..., dict[str, View]]:
+    """Place, read and draw a view plan for some requests, without a loader."""
+
+    def drawn(
+        store: VolumeStore, plan: ViewPlan, requests: list, *, seed: int = 0, step: int = 0, device: str = "cpu"
+    ) -> dict[str, View]:
+        groups: dict[str, list[RawView]] = {name: [] for name in plan.groups}
+        for request in requests:
+            for name, views in plan.place(Scene(store, request), seed=seed, step=step).items():
+                spec = plan.groups[name]
+                for view in views:
+                    source = source_of(view, spec)
+                    raw = RawView(view, source, store.read(view.case, source.level, source.lower, source.upper))
+                    raw.voxels = _tensor(raw.voxels, device)
+                    if spec.label:
+                        raw.label_source = source_of(view, spec, finest=True)
+                        raw.label = _tensor(
+                            store.read_label(view.case, raw.label_source.lower, raw.label_source.upper), device
+                        )
+                    groups[name].append(raw)
+        numbers = {name: n for n, name in enumerate(sorted({r.group for r in store.records()}))}
+        return {
+            name: view_of(plan.groups[name], raws, num_samples=len(requests), store=store, group_numbers=numbers)
+            for name, raws in groups.items()
+        }
+
+    return drawn
+
+
+def _tensor(future, device: str):
+    import torch
+
+    return torch.from_numpy(future.result()).to(device)
+
+
+def noise(shape: tuple[int, ...] = (1, 40, 36, 32), seed: int = 0) -> np.ndarray:
+    """Integer noise in the range of CT."""
+    return np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16)
+
+
+@pytest.fixture
+def noise_store(make_store: StoreMaker) -> VolumeStore:
+    """Four cases of noise, with a label of three values."""
+    arrays = [noise(seed=n) for n in range(4)]
+    return make_store(*arrays, labels=[(a[0] > 500) + (a[0] > 700).astype(int) + (a[0] > 990) for a in arrays])

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+
+from medssl.data.augment import Flip, GaussianNoise
+from medssl.data.module import VolumeDataModule, split_cases
+from medssl.data.placements import GridCrop, RandomCrop
+from medssl.data.sampling import Shuffled
+from medssl.data.views import ViewPlan
+
+PLAN = ViewPlan(groups={"x": RandomCrop(size=[8] * 3, augment=[Flip(), GaussianNoise()])})
+
+
+def _module(store, **settings):
+    defaults = {"store": store, "views": PLAN, "sampler": Shuffled(), "batch_size": 2, "seed": 0}
+    return VolumeDataModule(**{**defaults, **settings})
+
+
+def test_the_held_out_cases_are_fixed_and_never_trained_on(noise_store):
+    training, validation = split_cases(noise_store, 0.25)
+    assert len(validation) == 1
+    assert sorted(training + validation) == [0, 1, 2, 3]
+    assert split_cases(noise_store, 0.25) == (training, validation)
+    assert split_cases(noise_store, 0.0) == ([0, 1, 2, 3], [])
+
+
+def test_a_source_that_names_validation_and_test_cases_is_obeyed(make_store):
+    arrays = [np.random.default_rng(n).integers(-1000, 1000, (1, 12, 12, 12)).astype(np.int16) for n in range(4)]
+    store = make_store(*arrays, splits=("train", "validation", "test", "train"))
+    assert split_cases(store, 0.1) == ([0, 3], [1])
+
+
+def test_facts_count_training_cases_steps_and_locations(noise_store):
+    module = _module(noise_store, views=ViewPlan(groups={"x": GridCrop(size=[4] * 3, grid=[2, 3, 4])}), batch_size=2)
+    assert module.facts() == {"num_cases": 3, "num_locations": 24, "steps_per_epoch": 2}
+
+
+def test_validation_draws_the_same_crops_each_time_whatever_the_seed(noise_store):
+    batches = [next(iter(_module(noise_store, seed=seed).val_dataloader())) for seed in (0, 1)]
+    first, second = (_module(noise_store).draw(batch).views["x"].image for batch in batches)
+    assert torch.equal(first, second)
+
+
+def test_reading_ahead_changes_nothing_and_waiting_is_counted(noise_store):
+    images = []
+    for prefetch in (0, 3):
+        module = _module(noise_store, prefetch=prefetch)
+        loader = module.loader(module.sampler, module.training_cases, steps=range(5), seed=0)
+        images.append(torch.cat([module.on_after_batch_transfer(batch, 0).views["x"].image for batch in loader]))
+        seconds = module.timers.take()
+        assert seconds["wait_s"] > 0
+        assert seconds["draw_s"] > 0
+        assert module.timers.take() == {"wait_s": 0.0, "draw_s": 0.0}
+    assert torch.equal(*images)
+
+
+def test_accumulation_cuts_the_same_batch_into_parts(noise_store):
+    module = _module(noise_store, batch_size=4, validation_fraction=0)
+
+    def requests(accumulate):
+        loader = module.loader(module.sampler, module.training_cases, steps=range(2), seed=0, accumulate=accumulate)
+        return [request for batch in loader for request in batch.requests]
+
+    assert requests(1) == requests(4)
+    with pytest.raises(ValueError, match=r"batch_size=4 .* must be divisible by processes x accumulate = 1 x 3"):
+        requests(3)
+
+
+def test_an_unreadable_chunk_names_the_case(noise_store):
+    case = noise_store.record(0).case
+    (shard,) = (path for path in (noise_store.root / f"{case}.zarr" / "0" / "c").rglob("0") if path.is_file())
+    content = bytearray(shard.read_bytes())
+    content[: len(content) // 2] = b"\x00" * (len(content) // 2)
+    shard.write_bytes(content)
+    module = _module(noise_store, validation_fraction=0)
+    loader = module.loader(module.sampler, [0], steps=range(4), seed=0)
+    with pytest.raises(ValueError, match=rf"cannot read a chunk of .*{case}\.zarr.*prepare again"):
+        list(loader)
+
+
+def test_cases_of_different_channels_are_refused_by_name_of_the_option(make_store):
+    store = make_store(
+        np.ones((1, 12, 12, 12), np.int16) * np.arange(12, dtype=np.int16), np.ones((2, 12, 12, 12), np.int16)
+    )
+    module = _module(store, validation_fraction=0)
+    loader = module.loader(module.sampler, [0, 1], steps=range(1), seed=0)
+    with pytest.raises(ValueError, match=r"data\.channels=N"):
+        module.draw(next(iter(loader)))
+
+
+def test_the_loader_holds_boxes_and_never_a_whole_volume(noise_store):
+    module = _module(noise_store)
+    loader = module.loader(module.sampler, module.training_cases, steps=range(2), seed=0)
+    for batch in loader:
+        for raw in batch.groups["x"]:
+            assert raw.voxels.shape == (1, 8, 8, 8)
+            assert raw.voxels.untyped_storage().nbytes() == 2 * 8**3
