@@ -1,0 +1,292 @@
+"""Where cases come from: folders, data-set lists, tables, phantoms. A scan reads names and headers, not images."""
+
+import csv
+import difflib
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from medssl.data.cases import Case, PhantomCase, Scan, case_names, file_name
+from medssl.data.formats import has_image_suffix, is_dicom, stem
+from medssl.data.phantoms import VERSION
+
+SPLITS = {
+    "": "",
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+CSV_COLUMNS = ("case", "image", "label", "group", "split", "modality")
+LABEL_ENDINGS = ("_seg", "_label", "_organs", "_vertebrae")
+NEVER_DICOM = {
+    ".bval", ".bvec", ".csv", ".gif", ".gz", ".htm", ".html", ".ini", ".jpeg", ".jpg", ".json", ".log", ".md", ".npy",
+    ".npz", ".pdf", ".pkl", ".png", ".pt", ".py", ".rst", ".sh", ".tar", ".tif", ".tiff", ".tsv", ".txt", ".xls",
+    ".xlsx", ".xml", ".yaml", ".yml", ".zip",
+}  # fmt: skip
+NUM_DICOM_PROBES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Any tree of images: NIfTI, NRRD, MetaImage files and folders of DICOM slices; label maps in it are skipped.
+
+    Label maps are what lies in folders `labels*`, what ends in `_seg`, `_label`, `_organs`, `_vertebrae`, and, judged
+    when the file is read, volumes of few whole values. The top folder of a file is its group.
+    """
+
+    root: str | Path
+    include_labels: bool = False
+
+    def recipe(self) -> dict[str, Any]:
+        """Root and choice of labels."""
+        return {"kind": "folder", "root": str(_existing(self.root)), "include_labels": self.include_labels}
+
+    def scan(self) -> Scan:
+        """Walk the tree once; a file is opened only to tell DICOM from other files without an image suffix."""
+        root = _existing(self.root)
+        if not root.is_dir():
+            raise ValueError(f"data.root={self.root} is a file; data=folder takes a folder of images")
+        scan, found = Scan(), []
+        for path in _images_below(root):
+            relative = path.relative_to(root)
+            folder = next((p for p in relative.parts[:-1] if p.lower().startswith("labels")), None)
+            if not self.include_labels and folder is not None:
+                scan.skip(path, f"lies in {folder}/: a label map")
+            elif not self.include_labels and stem(path).lower().endswith(LABEL_ENDINGS):
+                scan.skip(path, f"the name ends in _{stem(path).rsplit('_', 1)[1]}: a label map")
+            else:
+                found.append(relative)
+        if not found and not scan.skipped:
+            kinds = "files that end in .nii .nii.gz .nrrd .nhdr .mha .mhd, and folders of DICOM slices"
+            raise ValueError(f"no image below {root}; looked for {kinds}")
+        for name, relative in zip(case_names(found, root.name), found, strict=True):
+            group = relative.parts[0] if len(relative.parts) > 1 else ""
+            scan.cases.append(Case(name, root / relative, group=group, skip_label_maps=not self.include_labels))
+        return scan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decathlon:
+    """The layout of the Medical Segmentation Decathlon: `dataset.json` lists `training`, `validation`, `test`."""
+
+    root: str | Path
+
+    def recipe(self) -> dict[str, Any]:
+        """The root."""
+        return {"kind": "decathlon", "root": str(_existing(self.root))}
+
+    def scan(self) -> Scan:
+        """The listed images; labels where the list has them."""
+        root = _existing(self.root)
+        listed = _read_json(root / "dataset.json")
+        scan = Scan()
+        entries = [(key, entry) for key in ("training", "validation", "test") for entry in listed.get(key) or []]
+        if not entries:
+            raise ValueError(f"{root / 'dataset.json'} lists no image; it needs the key training, validation or test")
+        group = str(listed.get("name", root.name))
+        for key, entry in entries:
+            entry = {"image": entry} if isinstance(entry, str) else entry
+            image, label = entry.get("image"), entry.get("label")
+            files = [image] if isinstance(image, str) else list(image or [])
+            if not files:
+                what = "a label" if label else "an entry"
+                scan.reject(root / (label or "dataset.json"), "", f"{key}: {what} without an image")
+                continue
+            first, *more = (root / f for f in files)
+            name, path = file_name(stem(first)), root / label if label else None
+            scan.cases.append(Case(name, first, path, group, SPLITS[key], more_channels=tuple(more)))
+        return scan.checked()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NnUnet:
+    """The raw layout of nnU-Net: imagesTr/CASE_0000.*, labelsTr/CASE.*, imagesTs/; one file a channel."""
+
+    root: str | Path
+
+    def recipe(self) -> dict[str, Any]:
+        """The root."""
+        return {"kind": "nnunet", "root": str(_existing(self.root))}
+
+    def scan(self) -> Scan:
+        """Cases of imagesTr (train) and imagesTs (test); a label without image and a missing channel are problems."""
+        root = _existing(self.root)
+        scan = Scan()
+        labels = {stem(f): f for folder in ("labelsTr", "labelsTs") for f in _image_files(root / folder)}
+        found: dict[tuple[str, str], dict[int, Path]] = defaultdict(dict)
+        for folder, split in (("imagesTr", "train"), ("imagesTs", "test")):
+            for file in _image_files(root / folder):
+                match = re.fullmatch(r"(.+)_(\d{4})", stem(file))
+                if match is None:
+                    scan.reject(file, file_name(stem(file)), "the name does not end in a channel number such as _0000")
+                else:
+                    found[match[1], split][int(match[2])] = file
+        if not found and not scan.problems:
+            raise ValueError(
+                f"{root} has no imagesTr/CASE_0000.nii.gz; is it the folder DatasetXXX_NAME of nnUNet_raw?"
+            )
+        channels = set().union(*found.values()) if found else set()
+        for (name, split), files in found.items():
+            if missing := sorted(channels - set(files)):
+                scan.reject(next(iter(files.values())), file_name(name), f"channel {missing[0]:04d} is missing")
+            else:
+                first, *more = (files[c] for c in sorted(files))
+                scan.cases.append(
+                    Case(file_name(name), first, labels.get(name), root.name, split, more_channels=tuple(more))
+                )
+        imaged = {name for name, _ in found}
+        for name, file in labels.items():
+            if name not in imaged:
+                scan.reject(file, file_name(name), "a label without an image")
+        return scan.checked()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Csv:
+    """A table: column `image` and, at will, `label case group split modality`; paths count from its folder."""
+
+    root: str | Path
+
+    def recipe(self) -> dict[str, Any]:
+        """The table."""
+        return {"kind": "csv", "root": str(self._table())}
+
+    def _table(self) -> Path:
+        path = _existing(self.root)
+        tables = [path] if path.is_file() else sorted(path.glob("*.csv"))
+        if len(tables) != 1:
+            raise ValueError(f"data.root={path} holds {len(tables)} .csv files; name the one that lists the images")
+        return tables[0]
+
+    def scan(self) -> Scan:
+        """One case a row."""
+        table = self._table()
+        lines = table.read_text(encoding="utf-8-sig").splitlines()
+        delimiter = max(",;\t", key=lines[0].count) if lines else ","
+        rows = list(csv.DictReader(lines, delimiter=delimiter))
+        columns = [c.strip() for c in (rows[0] if rows else []) if c]
+        for column in columns:
+            if column not in CSV_COLUMNS and (close := difflib.get_close_matches(column, CSV_COLUMNS, 1, 0.8)):
+                raise ValueError(f"{table}: column {column!r} is not known; is {close[0]!r} meant?")
+        if "image" not in columns:
+            found = ", ".join(columns) or "none"
+            raise ValueError(f"{table} needs the column image and a row; it has the columns: {found}")
+        scan = Scan()
+        for number, row in enumerate(rows, start=2):
+            entry = {(k or "").strip(): (v or "").strip() for k, v in row.items() if isinstance(v, str)}
+            self._add(scan, entry, number, table)
+        without = [i for i, case in enumerate(scan.cases) if not case.case]
+        relative = [Path(os.path.relpath(scan.cases[i].image, table.parent)) for i in without]
+        names = case_names([Path(*(p for p in r.parts if p not in ("/", ".."))) for r in relative], table.stem)
+        for i, name in zip(without, names, strict=True):
+            scan.cases[i] = replace(scan.cases[i], case=name)
+        return scan.checked()
+
+    @staticmethod
+    def _add(scan: Scan, entry: dict[str, str], number: int, table: Path) -> None:
+        case, image, label, group, split, modality = (entry.get(k, "") for k in CSV_COLUMNS)
+        split, modality = split.lower(), {"mri": "mr"}.get(modality.lower(), modality.lower())
+        where = table.parent / (image or label)
+        if not image:
+            scan.reject(where, case, f"line {number}: {'a label' if label else 'an entry'} without an image")
+        elif split not in SPLITS:
+            scan.reject(where, case, f"line {number}: split {split!r} is not known (train, validation, test)")
+        elif modality not in ("", "ct", "mr"):
+            scan.reject(where, case, f"line {number}: modality {modality!r} is not known (ct, mr)")
+        else:
+            path = table.parent / label if label else None
+            scan.cases.append(Case(file_name(case), where, path, group, SPLITS[split], modality or None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phantoms:
+    """Procedural torso CTs: `num_cases` subjects, the same for the same seed."""
+
+    num_cases: int = 32
+    size_voxel: int | Sequence[int] = 96
+    spacing_mm: float = 4.0
+    seed: int = 0
+
+    def recipe(self) -> dict[str, Any]:
+        """All parameters, and the version of the drawing."""
+        own = {"num_cases": self.num_cases, "spacing_mm": float(self.spacing_mm), "seed": self.seed}
+        return {"kind": "phantoms", "version": VERSION, "size_voxel": list(self._size()), **own}
+
+    def scan(self) -> Scan:
+        """One case a subject."""
+        scan, size = Scan(), self._size()
+        for number in range(self.num_cases):
+            name, seed = f"phantom_{number:04d}", self.seed * 1_000_003 + number
+            case = PhantomCase(name, Path(name), group="phantoms", modality="ct", size_voxel=size, seed=seed)
+            scan.cases.append(replace(case, spacing_mm=float(self.spacing_mm)))
+        return scan
+
+    def _size(self) -> tuple[int, int, int]:
+        size = [self.size_voxel] * 3 if isinstance(self.size_voxel, int) else list(self.size_voxel)
+        if len(size) != 3 or min(size) < 8 or self.num_cases < 1:
+            raise ValueError(
+                f"phantoms need three sides of 8 voxels or more and num_cases >= 1, got {size}, {self.num_cases}"
+            )
+        x, y, z = (int(n) for n in size)
+        return x, y, z
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """A prepared store alone: nothing is left to scan."""
+
+    root: str | Path
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe in the store."""
+        return _read_json(_existing(self.root) / "store.json")["recipe"]
+
+    def scan(self) -> Scan:
+        """Nothing."""
+        return Scan()
+
+
+def _existing(root: str | Path) -> Path:
+    path = Path(root).expanduser().resolve()
+    if not path.exists():
+        raise ValueError(f"data.root={root} does not exist")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); is data.root the right folder?") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(f for f in folder.iterdir() if has_image_suffix(f) and not f.name.startswith("."))
+
+
+def _images_below(root: Path) -> Iterator[Path]:
+    """Image files and DICOM folders, sorted; hidden names and .zarr folders are left out, links followed once."""
+    seen: set[tuple[int, int]] = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        state = Path(folder).stat()
+        if (state.st_dev, state.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith(".") and not name.endswith(".zarr"))
+        paths = [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
+        yield from (path for path in paths if has_image_suffix(path))
+        others = (path for path in paths if not has_image_suffix(path) and path.suffix.lower() not in NEVER_DICOM)
+        if any(is_dicom(path) for path, _ in zip(others, range(NUM_DICOM_PROBES), strict=False)):
+            yield Path(folder)

@@ -1,0 +1,254 @@
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from medssl.data.cases import LabelMapError
+from medssl.data.formats import ReadError
+from medssl.data.sources import Csv, Decathlon, Folder, NnUnet, Phantoms
+
+
+def image(path, shape=(10, 11, 12), seed=0, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(seed).integers(-500, 500, shape).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return array
+
+
+def label(path, shape=(10, 11, 12), value=1.0, dtype=np.uint8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.zeros(shape, dtype)
+    array[2:5, 2:5, 2:5] = value
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+    return array
+
+
+def names(scan):
+    return [case.case for case in scan.cases]
+
+
+def reasons(scan):
+    return {(Path(p["file"]).name, p["reason"]) for p in scan.problems}
+
+
+def test_a_folder_gives_each_image_its_own_safe_name_and_skips_label_maps(tmp_path):
+    for name in (
+        "a/scan.nii.gz",
+        "b/scan.nii.gz",
+        "b/deep er/scan (1).nii",
+        "top.nii.gz",
+        ".hidden.nii.gz",
+        "x.zarr/0.nii",
+    ):
+        image(tmp_path / name)
+    for name in ("labelsTr/scan.nii.gz", "a/scan_seg.nii.gz", "a/scan_organs.nii.gz", "b/Scan_Label.nii.gz"):
+        label(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    scan = Folder(root=tmp_path).scan()
+    assert sorted(names(scan)) == ["a__scan", "b__deep_er__scan_1_", "b__scan", "top"]
+    assert {c.case: c.group for c in scan.cases}["b__scan"] == "b"
+    assert {(Path(s["file"]).name, s["reason"]) for s in scan.skipped} == {
+        ("scan.nii.gz", "lies in labelsTr/: a label map"),
+        ("scan_seg.nii.gz", "the name ends in _seg: a label map"),
+        ("scan_organs.nii.gz", "the name ends in _organs: a label map"),
+        ("Scan_Label.nii.gz", "the name ends in _Label: a label map"),
+    }
+    assert scan.problems == []
+    assert len(Folder(root=tmp_path, include_labels=True).scan().cases) == 8
+
+
+def test_names_that_agree_but_for_letters_a_file_system_dislikes_are_told_apart_by_a_hash(tmp_path):
+    for name in ("a b.nii.gz", "a_b.nii.gz", "A_B.nrrd.nii", "c.nii", "c.nii.gz", "d" * 200 + ".nii.gz"):
+        image(tmp_path / name)
+    found = names(Folder(root=tmp_path).scan())
+    assert len({n.lower() for n in found}) == len(found) == 6
+    assert max(map(len, found)) <= 130
+    assert found == names(Folder(root=tmp_path).scan())
+
+
+def test_a_label_map_without_a_telling_name_is_told_when_it_is_read(tmp_path):
+    image(tmp_path / "image.nii.gz")
+    label(tmp_path / "unnamed.nii.gz")
+    by_name = {c.case: c for c in Folder(root=tmp_path).scan().cases}
+    by_name["image"].read(channels=None, min_side_voxel=8)
+    with pytest.raises(LabelMapError, match="few whole values in pieces"):
+        by_name["unnamed"].read(channels=None, min_side_voxel=8)
+    kept = {c.case: c for c in Folder(root=tmp_path, include_labels=True).scan().cases}
+    assert kept["unnamed"].read(channels=None, min_side_voxel=8)[0].array.max() == 1
+
+
+def test_the_real_folder_has_all_kinds_of_images_and_its_dicom_series_once(real_data):
+    scan = Folder(root=real_data).scan()
+    found = set(names(scan))
+    assert {"ct_dicom", "ct_abdomen__ct_torso_3mm", "mr_abdomen__mr_slab_3mm", "faulty__good"} <= found
+    assert len(found) == 160 + 1 + 2 + 1 + 14
+    assert len(scan.skipped) == 160 + 3
+
+
+def test_links_that_lead_in_circles_do_not_trap_the_walk(tmp_path):
+    image(tmp_path / "data" / "one.nii.gz")
+    (tmp_path / "data" / "round").symlink_to(tmp_path / "data", target_is_directory=True)
+    outside = tmp_path / "outside"
+    image(outside / "two.nii.gz")
+    (tmp_path / "data" / "linked").symlink_to(outside, target_is_directory=True)
+    assert sorted(names(Folder(root=tmp_path / "data").scan())) == ["linked__two", "one"]
+
+
+def test_ten_thousand_files_are_scanned_in_seconds(tmp_path):
+    for folder in range(100):
+        (tmp_path / f"patient{folder:03d}").mkdir()
+        for number in range(100):
+            name = f"{number}.nii.gz" if number < 30 else f"{number}.json" if number < 60 else f"{number}.dat"
+            os.mknod(tmp_path / f"patient{folder:03d}" / name)
+    started = time.perf_counter()
+    assert len(Folder(root=tmp_path).scan().cases) == 3000
+    assert time.perf_counter() - started < 3
+
+
+def test_an_empty_or_missing_folder_is_said_so(tmp_path):
+    with pytest.raises(ValueError, match="no image below"):
+        Folder(root=tmp_path).scan()
+    with pytest.raises(ValueError, match="does not exist"):
+        Folder(root=tmp_path / "nowhere").recipe()
+    image(tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match="data=folder takes a folder"):
+        Folder(root=tmp_path / "a.nii.gz").scan()
+
+
+def test_decathlon_lists_train_and_test_and_all_its_problems_at_once(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        image(tmp_path / "imagesTr" / f"{name}.nii.gz")
+    image(tmp_path / "imagesTs" / "t.nii.gz")
+    truth = label(tmp_path / "labelsTr" / "a.nii.gz")
+    label(tmp_path / "labelsTr" / "b.nii.gz", (10, 11, 9))
+    label(tmp_path / "labelsTr" / "c.nii.gz", value=0.5, dtype=np.float32)
+    pairs = [
+        {"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in ("a", "b", "c", "d", "gone")
+    ]
+    listed = {"name": "Task", "training": [*pairs, {"label": "./labelsTr/a.nii.gz"}], "test": ["./imagesTs/t.nii.gz"]}
+    (tmp_path / "dataset.json").write_text(json.dumps(listed))
+    scan = Decathlon(root=tmp_path).scan()
+    assert [(c.case, c.split, c.group) for c in scan.cases] == [("a", "train", "Task"), ("t", "test", "Task")]
+    assert reasons(scan) == {
+        ("b.nii.gz", "label of the wrong shape: 10 x 11 x 9, its image is 10 x 11 x 12"),
+        ("c.nii.gz", "fractional labels: 27 voxels are no whole numbers (such as 0.5)"),
+        ("d.nii.gz", "the label file does not exist"),
+        ("gone.nii.gz", "the image file does not exist"),
+        ("a.nii.gz", "training: a label without an image"),
+    }
+    assert np.array_equal(scan.cases[0].read(channels="all", min_side_voxel=8)[1], truth)
+    (tmp_path / "dataset.json").write_text("{broken")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        Decathlon(root=tmp_path).scan()
+    with pytest.raises(ValueError, match=r"is data\.root the right folder"):
+        Decathlon(root=tmp_path / "imagesTr").scan()
+
+
+def test_the_real_decathlon_task_has_no_problem(real_data):
+    scan = Decathlon(root=real_data / "Task04_Hippocampus").scan()
+    assert len(scan.cases) == 160
+    assert scan.problems == []
+
+
+def test_nnunet_channels_are_stacked_and_gaps_are_problems(tmp_path):
+    first = image(tmp_path / "imagesTr" / "x_0000.nii.gz", seed=1)
+    second = image(tmp_path / "imagesTr" / "x_0001.nii.gz", seed=2)
+    image(tmp_path / "imagesTr" / "y_0000.nii.gz")
+    image(tmp_path / "imagesTr" / "odd.nii.gz")
+    for channel in range(2):
+        image(tmp_path / "imagesTs" / f"z_000{channel}.nii.gz", affine=np.diag([1.0 + channel, 1, 1, 1]))
+    label(tmp_path / "labelsTr" / "x.nii.gz")
+    label(tmp_path / "labelsTr" / "alone.nii.gz")
+    scan = NnUnet(root=tmp_path).scan()
+    assert [(c.case, c.split) for c in scan.cases] == [("x", "train"), ("z", "test")]
+    assert reasons(scan) == {
+        ("y_0000.nii.gz", "channel 0001 is missing"),
+        ("odd.nii.gz", "the name does not end in a channel number such as _0000"),
+        ("alone.nii.gz", "a label without an image"),
+    }
+    volume, truth = scan.cases[0].read(channels="all", min_side_voxel=8)
+    assert np.array_equal(volume.array, np.stack([first, second]))
+    assert truth.sum() == 27
+    assert np.array_equal(scan.cases[0].read(channels=1, min_side_voxel=8)[0].array, second[None])
+    with pytest.raises(ReadError, match="the case has channels 0 to 1"):
+        scan.cases[0].read(channels=2, min_side_voxel=8)
+    with pytest.raises(ReadError, match="another grid"):
+        scan.cases[1].read(channels="all", min_side_voxel=8)
+
+
+def test_a_table_gives_label_group_split_and_modality(tmp_path):
+    image(tmp_path / "p1" / "ct.nii.gz")
+    image(tmp_path / "p2" / "ct.nii.gz")
+    label(tmp_path / "p1" / "organs.nii.gz")
+    (tmp_path / "cases.csv").write_text(
+        "\ufeffimage;label;group;split;modality;age\n"
+        "p1/ct.nii.gz;p1/organs.nii.gz;copd;train;CT;61\n"
+        "p2/ct.nii.gz;;healthy;val;;58\n"
+        "p2/none.nii.gz;;;;;\n"
+        ";p1/organs.nii.gz;;;;\n"
+        "p2/ct.nii.gz;;;sometimes;;\n"
+        "p2/ct.nii.gz;;;;pet;\n",
+        encoding="utf-8",
+    )
+    scan = Csv(root=tmp_path).scan()
+    found = [(c.case, c.group, c.split, c.modality) for c in scan.cases]
+    assert found == [("p1__ct", "copd", "train", "ct"), ("p2__ct", "healthy", "validation", None)]
+    assert reasons(scan) == {
+        ("none.nii.gz", "the image file does not exist"),
+        ("organs.nii.gz", "line 5: a label without an image"),
+        ("ct.nii.gz", "line 6: split 'sometimes' is not known (train, validation, test)"),
+        ("ct.nii.gz", "line 7: modality 'pet' is not known (ct, mr)"),
+    }
+
+
+def test_faulty_labels_of_a_table_are_named_before_work_starts(real_data, tmp_path):
+    faulty = real_data / "faulty"
+    rows = "".join(
+        f"{faulty / 'good.nii.gz'},{faulty / f'{name}.nii.gz'},{name}\n"
+        for name in ("label_wrong_shape", "label_fractional")
+    )
+    (tmp_path / "t.csv").write_text("image,label,case\n" + rows)
+    scan = Csv(root=tmp_path / "t.csv").scan()
+    assert scan.cases == []
+    assert reasons(scan) == {
+        ("label_wrong_shape.nii.gz", "label of the wrong shape: 24 x 24 x 21, its image is 24 x 24 x 24"),
+        ("label_fractional.nii.gz", "fractional labels: 13,824 voxels are no whole numbers (such as 0.5)"),
+    }
+
+
+def test_mistakes_in_a_table_are_named(tmp_path):
+    table = tmp_path / "t.csv"
+    for text, message in (
+        ("image,lable\na.nii,b.nii\n", "column 'lable' is not known; is 'label' meant"),
+        ("file,label\na.nii,b.nii\n", "needs the column image"),
+        ("", "needs the column image"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Csv(root=table).scan()
+    image(tmp_path / "a.nii.gz")
+    table.write_text("case,image\none,a.nii.gz\nONE,a.nii.gz\n")
+    scan = Csv(root=table).scan()
+    assert names(scan) == ["one"]
+    assert "the case name is taken by" in scan.problems[0]["reason"]
+    (tmp_path / "u.csv").write_text("image\n")
+    with pytest.raises(ValueError, match=r"holds 2 \.csv files"):
+        Csv(root=tmp_path).scan()
+
+
+def test_phantoms_are_numbered_travel_between_processes_and_their_recipe_is_json(tmp_path):
+    source = Phantoms(num_cases=3, size_voxel=[16, 16, 12], spacing_mm=20.0, seed=5)
+    scan = source.scan()
+    assert names(scan) == ["phantom_0000", "phantom_0001", "phantom_0002"]
+    case = pickle.loads(pickle.dumps(scan.cases[1]))
+    volume, organs = case.read(channels=None, min_side_voxel=8)
+    assert volume.shape == organs.shape == (16, 16, 12)
+    assert json.loads(json.dumps(source.recipe())) == source.recipe()
+    assert source.recipe() != Phantoms(num_cases=3, size_voxel=16, spacing_mm=20.0, seed=5).recipe()
+    with pytest.raises(ValueError, match="three sides of 8 voxels or more"):
+        Phantoms(size_voxel=4).scan()
