@@ -42,7 +42,7 @@ class Probe(GLMAE):
 
 def arguments(root, name, *more):
     return [
-        *("--config-dir", str(root), "method=glmae_tiny", "method._target_=probe.Probe"),
+        *("--config-dir", str(root / "conf"), "method=glmae_tiny", "method._target_=rank_probe.Probe"),
         *("views.groups.global.size=[32,32,32]", "views.groups.local.size=[16,16,16]", "batch_size=4"),
         *("data=phantoms", "data.num_cases=4", "data.size_voxel=48", f"store={root / 'store'}"),
         *(f"trainer.max_steps={STEPS}", "figures_every=1", "validate_every=2", f"output_dir={root / name}", *more),
@@ -51,7 +51,8 @@ def arguments(root, name, *more):
 
 @pytest.mark.ddp
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "rank_probe.py").write_text(PROBE)
     for name in ("alone", "together"):
         (tmp_path / f"log-{name}").mkdir()
     monkeypatch.setattr(sys, "path", list(sys.path))

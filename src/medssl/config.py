@@ -230,6 +230,8 @@ def _composition_message(error: Exception) -> str:
     available = r"Could not find '([^'/]+)/([^']+)'\s+Available options in '[^']+':\n((?:\t\S+\n)+)"
     if choice := re.search(available, text):
         return f"{choice[1]}={choice[2]} does not exist; {choice[1]} is one of {', '.join(choice[3].split())}"
+    if hidden := re.search(r"Could not override '([\w/@]+)'\. No match in the defaults list", text):
+        return f"{hidden[1]!r} is a folder of the configuration, not a key or group of this command; see --help"
     if (override := getattr(error, "override", None)) is not None:
         return f"{override!r} cannot be read ({_one_line(text)}); quote a text with special characters: KEY='\"text\"'"
     return _one_line(text)
