@@ -262,9 +262,8 @@ def main() -> None:
             full, level = found[f"full_{what}"], found[f"level_{what}"]
             unit = "s" if what == "s" else "MB"
             scale = 1 if what == "s" else 2**20
-            print(
-                f"  {what:8s} {level / scale:.2f} {unit} instead of {full / scale:.2f} {unit}: {full / level:.1f} times less"
-            )
+            ratio = f"{full / level:.1f} times less"
+            print(f"  {what:8s} {level / scale:.2f} instead of {full / scale:.2f} {unit}: {ratio}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What scripts/bench_data.py is compared with: same crop, augmentations and core, each as its library advises.
 
-Volumes lie uncompressed on disk (.nii) for MONAI and TorchIO and as a Blosc2 array of 32^3 blocks for batchgeneratorsv2:
-the fastest that each of them reads. A library that is not installed is left out, and said so.
+Volumes lie uncompressed on disk (.nii) for MONAI and TorchIO, as a Blosc2 array of 32^3 blocks for
+batchgeneratorsv2: the fastest that each of them reads. A library that is not installed is left out, and said so.
 """
 
 import importlib.util
