@@ -46,6 +46,11 @@ class Case:
     more_channels: tuple[Path, ...] = ()
     skip_label_maps: bool = False
 
+    @property
+    def has_label(self) -> bool:
+        """Whether `read` gives a label map."""
+        return self.label is not None
+
     def read(
         self, *, channels: str | int | None, min_side_voxel: int
     ) -> tuple[Volume, Integer[np.ndarray, "x y z"] | None]:
@@ -76,6 +81,11 @@ class PhantomCase(Case):
     size_voxel: tuple[int, int, int] = (96, 96, 96)
     spacing_mm: float = 4.0
     seed: int = 0
+
+    @property
+    def has_label(self) -> bool:
+        """Phantoms always have one."""
+        return True
 
     def read(
         self, *, channels: str | int | None, min_side_voxel: int

@@ -238,21 +238,6 @@ class Phantoms:
         return x, y, z
 
 
-@dataclass(frozen=True, kw_only=True)
-class Store:
-    """A prepared store alone: nothing is left to scan."""
-
-    root: str | Path
-
-    def recipe(self) -> dict[str, Any]:
-        """The recipe in the store."""
-        return _read_json(_existing(self.root) / "store.json")["recipe"]
-
-    def scan(self) -> Scan:
-        """Nothing."""
-        return Scan()
-
-
 def _existing(root: str | Path) -> Path:
     path = Path(root).expanduser().resolve()
     if not path.exists():

@@ -1,0 +1,107 @@
+"""A process pool for work case by case: spawned, watched, and gone when its parent is gone."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class WorkerDiedError(ValueError):
+    """A worker process ended without a word."""
+
+
+def run_all(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    num_workers: int | None = None,
+    progress: bool = True,
+    description: str = "",
+    num_done: int = 0,
+) -> Iterator[Result]:
+    """Results of `function` on all items, as they come, with a progress bar (rate, remaining time).
+
+    Args:
+        function: importable by name; it runs on one item at a time in each process.
+        items: picklable.
+        num_workers: processes; None means one a core, 0 works in this process.
+        progress: whether to show the bar.
+        description: what the bar says.
+        num_done: items that were finished before, for the bar.
+
+    Raises:
+        WorkerDiedError: a process was killed, most often for want of memory.
+    """
+    from tqdm import tqdm
+
+    bar = tqdm(
+        total=num_done + len(items),
+        initial=num_done,
+        desc=description,
+        unit="volume",
+        disable=not progress or not items,
+        dynamic_ncols=True,
+    )
+    with bar:
+        results = map(function, items) if num_workers == 0 else _in_processes(function, items, num_workers)
+        for result in results:
+            bar.update()
+            yield result
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], num_workers: int | None
+) -> Iterator[Result]:
+    workers = min(num_workers or num_cores(), len(items))
+    if workers == 0:
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    try:
+        waiting = iter(items)
+        running: set[Future[Any]] = set()
+        while True:
+            while len(running) < 2 * workers and (item := next(waiting, _END)) is not _END:
+                running.add(pool.submit(function, item))
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise WorkerDiedError(
+            "a worker process was killed, most often because memory ran out; what is finished is kept: "
+            f"start again with fewer than num_workers={workers}"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_END: Any = object()
+
+
+def _begin_worker() -> None:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"  # before numpy is imported here: one core a process, the same sums on any machine
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
