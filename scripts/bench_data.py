@@ -198,7 +198,7 @@ def training_shares(folder: Path, *, steps: int) -> dict[str, float]:
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     return {
         name: float(np.median([float(row[name]) for row in rows[5:] if row[name]]))
-        for name in ("data_wait_share", "draw_share", "samples/s")
+        for name in ("data_wait_share", "draw_share", "samples_per_s")
     }
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from medssl.methods.base import Method, Progress
+from medssl.methods.base import Method, Progress, StepOutput
 
 RUN = {"step": 3, "total_steps": 10, "epoch": 0.5, "total_epochs": 2.0, "seed": 1}
 
@@ -12,6 +12,9 @@ class Small(Method):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
         self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+    def forward(self, batch, progress):
+        return StepOutput(self.encoder(torch.ones(1, 3)).sum())
 
 
 def draw(name="mask", **changes):

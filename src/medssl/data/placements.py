@@ -1,5 +1,6 @@
 """Placements: which region of which case a view shows. Geometry only; tables of points are consulted, voxels never."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from medssl.data.volume import Box
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewSpec:
+class ViewSpec(ABC):
     """A group of `count` views of one size: where they lie (subclasses) and how they are drawn.
 
     Args:
@@ -62,9 +63,9 @@ class ViewSpec:
         """Whether `size` must be stated."""
         return True
 
+    @abstractmethod
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
         """`count` places; `placed` holds the groups stated before this one, by name."""
-        raise TypeError(f"{type(self).__name__} does not say where its views lie")  # abstract
 
     def step_voxel(self, record: Record, scale: float = 1.0) -> Float[np.ndarray, "3"]:
         """Stored voxels per view voxel, `scale` times the stated spacing."""

@@ -1,6 +1,7 @@
 """What every pretext task is: one module that turns drawn views into a loss."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ class Progress:
         return torch.Generator(device).manual_seed(number >> 1)  # seeds are signed 64-bit integers
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """A pretext task. Networks are injected; nothing here knows files, configs or the trainer.
 
     A subclass sets `encoder` and writes `forward`. Everything that must survive a restart lives in parameters and
@@ -54,9 +55,9 @@ class Method(nn.Module):
 
     encoder: nn.Module
 
+    @abstractmethod
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
         """Loss of one micro-batch; state may only be collected here while `training` is set."""
-        raise NotImplementedError
 
     def after_backward(self, progress: Progress) -> None:
         """Change gradients: called once per optimiser step, after the last backward and before global clipping."""

@@ -1,5 +1,6 @@
 """The two kinds of augmentation and what they share: first draw the parameters on the host, then apply them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,16 +41,16 @@ class Pose(NamedTuple):
     displacement: Displacement | None
 
 
-class SpatialAugmentation(Augmentation):
+class SpatialAugmentation(Augmentation, ABC):
     """Moves the frame of a view; no voxel is touched until the one interpolation at the end."""
 
+    @abstractmethod
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
         """The pose after parameters drawn from `rng`."""
-        raise TypeError(f"{type(self).__name__} does not say how it moves a view")  # abstract
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntensityAugmentation(Augmentation):
+class IntensityAugmentation(Augmentation, ABC):
     """Changes grey values of image batches with parameters of their own for each view.
 
     Args:
@@ -65,13 +66,13 @@ class IntensityAugmentation(Augmentation):
         if self.statistics not in ("view", "group"):
             raise ValueError(f"{type(self).__name__}: statistics must be view or group, got {self.statistics!r}")
 
+    @abstractmethod
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float] | np.ndarray:
         """Numbers for one view, always equally many."""
-        raise TypeError(f"{type(self).__name__} does not say what it draws")  # abstract
 
+    @abstractmethod
     def change(self, image: Tensor, parameters: Tensor, measured: "Measured", keys: Int64[Tensor, " view"]) -> Tensor:
         """The changed views (view c x y z); parameters are (view, k). It may work in place."""
-        raise TypeError(f"{type(self).__name__} does not say what it does")  # abstract
 
     def draw(self, rng: np.random.Generator, record: Record) -> np.ndarray:
         """Whether to act (1 or 0), then the parameters."""

@@ -1,5 +1,6 @@
 """Normalisation: from stored values (HU, scanner units) to what a network sees. A linear map and a clip, by channel."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ KNOWN_PERCENTILES = {0.5: "p0_5", 1: "p1", 5: "p5", 50: "p50", 95: "p95", 99: "p
 class LinearNormalisation(IntensityAugmentation):
     """Maps each channel linearly and clips it; nothing is drawn."""
 
+    @abstractmethod
     def limits(self, record: Record, channel: int) -> tuple[float, float, float, float]:
-        """Values (low, high) and what they become (low, high); a nan among the latter leaves that end unclipped."""
-        raise TypeError(f"{type(self).__name__} does not say its limits")  # abstract
+        """Values (low, high) and what they become (low, high)."""
 
     def parameters(self, rng: np.random.Generator, record: Record) -> np.ndarray:
         """Scale, shift, lowest and highest value of every channel."""
