@@ -22,9 +22,9 @@ def view_of(image):
 
 @pytest.fixture
 def views():
-    """Makes a batch: `views(b=2, p=2, q=3, seed=0)`; global views 24^3, local ones 16^3, smooth pictures."""
+    """Makes a batch of smooth pictures; `sides` of the p global and the q local views."""
 
-    def make(*, b=2, p=2, q=3, seed=0):
+    def make(*, b=2, p=2, q=3, seed=0, sides=(24, 16)):
         generator = torch.Generator().manual_seed(seed)
 
         def group(count, side):
@@ -32,7 +32,7 @@ def views():
             fine = torch.nn.functional.interpolate(coarse, size=(side,) * 3, mode="trilinear")
             return view_of(fine.unflatten(0, (b, count)))
 
-        return {"global": group(p, 24)} | ({"local": group(q, 16)} if q else {})
+        return {"global": group(p, sides[0])} | ({"local": group(q, sides[1])} if q else {})
 
     return make
 

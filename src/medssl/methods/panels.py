@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def orthogonal_slices(volumes: Mapping[str, Float[Tensor, "x y z"]], *, title: str = "") -> "Figure":
-    """One column a volume, with its sagittal, coronal and axial middle slice as rows; NaN is drawn in grey.
+    """One column a volume, with its sagittal, coronal and axial middle slice as rows; NaN is drawn in blue.
 
     The grey scale is that of the first volume, shared by all. Anterior and superior point up.
     """
@@ -27,7 +27,7 @@ def orthogonal_slices(volumes: Mapping[str, Float[Tensor, "x y z"]], *, title: s
         axes[0, column].set_title(name)
         for axis, plane in enumerate(("sagittal", "coronal", "axial")):
             panel = axes[axis, column]
-            panel.set_facecolor("0.5")
+            panel.set_facecolor("steelblue")
             middle = volume.select(axis, volume.shape[axis] // 2)
             picture = torch.flip(middle.T, dims=[0]).numpy()  # second axis of the slice upwards
             panel.imshow(picture, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
