@@ -196,17 +196,16 @@ def _drawn_by_axis(
     """An axis-parallel view: one matrix an axis, then the view's order of axes. `fill` None repeats the border."""
     axes = frame.axes
     assert axes is not None
-    matrices: list[Tensor] = [torch.empty(0)] * 3
+    matrices: list[np.ndarray] = [np.empty(0)] * 3
     for view_axis, axis in enumerate(axes):
-        step = frame.linear[axis, view_axis]
-        positions = frame.matrix[axis, 3] + step * np.arange(frame.shape[view_axis])
-        weights = resampling_matrix(positions, values.shape[1 + axis], ratio=float(ratios[axis]), border=fill is None)
-        matrices[axis] = torch.from_numpy(weights).to(values.device)
-    drawn = apply_axis_matrices(values[None], matrices)[0]
-    if fill is not None:
-        x, y, z = (m.sum(dim=1) for m in matrices)
-        covered = x[:, None, None] * y[None, :, None] * z[None, None, :]
-        drawn += fill * (1 - covered)
+        positions = frame.matrix[axis, 3] + frame.linear[axis, view_axis] * np.arange(frame.shape[view_axis])
+        side, ratio = values.shape[1 + axis], float(ratios[axis])
+        matrices[axis] = resampling_matrix(positions, side, ratio=ratio, border=fill is None)
+    drawn = apply_axis_matrices(values[None], [torch.from_numpy(m).to(values.device) for m in matrices])[0]
+    covered = [m.sum(axis=1) for m in matrices]  # below 1 where the filter reaches beyond the volume
+    if fill is not None and any(np.any(np.abs(c - 1) > 1e-5) for c in covered):
+        x, y, z = (torch.from_numpy(c).to(values.device) for c in covered)
+        drawn += fill * (1 - x[:, None, None] * y[None, :, None] * z[None, None, :])
     return drawn if axes == (0, 1, 2) else drawn.permute(0, *(1 + axis for axis in axes))
 
 
