@@ -216,7 +216,7 @@ def test_a_label_follows_its_image_into_ras_and_must_lie_on_it(voxels, tmp_path)
     flipped[0, 3] = 9
     image = save(tmp_path / "image.nii.gz", voxels)
     values = np.zeros(voxels.shape, np.float32)
-    values[1, 2, 3] = 300
+    values[1, 2, 3] = 70000
     label = save(tmp_path / "label.nii.gz", values[::-1], flipped)
     volume = read_volume(image)
     found = read_label(label, volume)

@@ -110,7 +110,7 @@ def test_the_body_of_an_mr_follows_otsu_and_an_empty_volume_is_all_body():
 
 def test_points_lie_in_the_body_and_on_their_labels_and_repeat_by_case_name():
     array = np.where(ball((40, 40, 40), (20, 20, 20), 12), 0, -1000).astype(np.int16)
-    label = np.zeros(array.shape, np.uint8)
+    label = np.zeros(array.shape, np.int16)
     label[18:22, 18:22, 18:22] = 3
     label[10:30, 20, 20] = 7
     _, mask, factor = find_body(volume_of(array), modality="ct", copy_spacing_mm=2.0)
@@ -165,7 +165,7 @@ def test_resampling_keeps_integers_their_range_and_their_channels():
 
 
 def test_a_resampled_label_holds_only_values_that_were_there_and_keeps_their_volume():
-    label = np.zeros((48, 48, 48), np.uint8)
+    label = np.zeros((48, 48, 48), np.int16)
     label[ball(label.shape, (20, 24, 24), 12)] = 4
     label[30:44, 10:40, 10:40] = 117
     volume = volume_of(np.zeros(label.shape, np.int16), (1.0, 1.0, 1.0))

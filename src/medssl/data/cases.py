@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int
 
 from medssl.data.formats import ReadError, stem
 from medssl.data.phantoms import draw_phantom
@@ -53,7 +53,7 @@ class Case:
 
     def read(
         self, *, channels: str | int | None, min_side_voxel: int
-    ) -> tuple[Volume, Integer[np.ndarray, "x y z"] | None]:
+    ) -> tuple[Volume, Int[np.ndarray, "x y z"] | None]:
         """The volume and its label map. Raises ReadError, and LabelMapError for a label map that is to be skipped."""
         files = (self.image, *self.more_channels)
         if len(files) > 1 and isinstance(channels, int):
@@ -89,7 +89,7 @@ class PhantomCase(Case):
 
     def read(
         self, *, channels: str | int | None, min_side_voxel: int
-    ) -> tuple[Volume, Integer[np.ndarray, "x y z"] | None]:
+    ) -> tuple[Volume, Int[np.ndarray, "x y z"] | None]:
         """The torso of this seed and its organs."""
         return draw_phantom(self.seed, size_voxel=self.size_voxel, spacing_mm=self.spacing_mm)
 
@@ -127,6 +127,7 @@ class Scan:
         return Scan(good, self.skipped, self.problems)
 
 
+@runtime_checkable
 class Source(Protocol):
     """What `prepare_store` needs of a source."""
 

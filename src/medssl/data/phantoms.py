@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int, Int16
 
 from medssl.data.phantom_canvas import (
     FAT_HU,
@@ -324,7 +324,7 @@ PARTS: tuple[Callable[[Canvas], None], ...] = (draw_wall, draw_chest, draw_abdom
 
 def draw_phantom(
     seed: int, *, size_voxel: Sequence[int] = (96, 96, 96), spacing_mm: float = 4.0
-) -> tuple[Volume, Integer[np.ndarray, "x y z"]]:
+) -> tuple[Volume, Int16[np.ndarray, "x y z"]]:
     """One torso CT in HU (int16) and its label map (`LABELS`), the same for the same arguments.
 
     Size, pose, shape, fat, breath, contrast phase, noise and table vary with the seed. The field of view
@@ -341,4 +341,4 @@ def draw_phantom(
     hu = np.clip(np.rint(hu + canvas.subject.noise_hu * noise), -1024, 3071).astype(np.int16)
     affine = np.diag([spacing_mm] * 3 + [1.0])
     affine[:3, 3] = [-(n - 1) / 2 * spacing_mm for n in canvas.size]
-    return Volume(hu[None], affine, f"phantom, seed {seed}"), canvas.label.reshape(canvas.size)
+    return Volume(hu[None], affine, f"phantom, seed {seed}"), canvas.label.reshape(canvas.size).astype(np.int16)

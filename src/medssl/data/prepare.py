@@ -115,11 +115,10 @@ def prepare_store(
         _tell(f"{len(scan.problems)} of {total} cases cannot be used:", scan.problems)
     check_recipe(root, recipe)
     root.mkdir(parents=True, exist_ok=True)
-    with _alone_in(root):
+    with alone_in(root):
         check_recipe(root, recipe)  # by now another process may have begun it
-        _write_text(root / "store.json", json.dumps({"format": FORMAT, "recipe": recipe}, indent=1, sort_keys=True))
-        for partial in root.glob(".*.partial"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        write_text(root / "store.json", json.dumps({"format": FORMAT, "recipe": recipe}, indent=1, sort_keys=True))
+        clear_partial(root)
         _check_share(root, scan.problems, total, max_rejected_fraction)
         done = {case.case for case in scan.cases if _is_finished(root, case)}
         jobs = [
@@ -137,6 +136,7 @@ def prepare_store(
                 num_done=len(done),
             )
         )
+        clear_partial(root)  # again: a worker of a killed run may have written on for a moment
         return _finish(root, scan, outcomes, max_rejected_fraction=max_rejected_fraction, progress=progress)
 
 
@@ -174,7 +174,10 @@ def locate_store(data: Any, store: str | Path | None) -> Path:
             raise ValueError("data=store needs the prepared store: give store=PATH")
         return Path(root).expanduser()
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
+    if OmegaConf.is_missing(data, "root"):
+        raise ValueError(f"data={data.name} needs data.root=PATH")
     recipe = store_recipe(
         instantiate(data.source, _convert_="all"),
         channels=data.channels,
@@ -335,12 +338,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _write_lines(path: Path, rows: list[dict[str, str]]) -> None:
     if rows:
-        _write_text(path, "".join(sorted(json.dumps(row, sort_keys=True) + "\n" for row in rows)))
+        write_text(path, "".join(sorted(json.dumps(row, sort_keys=True) + "\n" for row in rows)))
     else:
         path.unlink(missing_ok=True)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file, all or nothing."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text)
     partial.replace(path)
@@ -355,8 +359,17 @@ def _tell(heading: str, rows: list[dict[str, str]]) -> None:
     print("\n".join([heading, *_listed(rows)]), file=sys.stderr, flush=True)
 
 
+def clear_partial(folder: Path) -> None:
+    """Remove what killed processes left half written."""
+    for partial in folder.glob(".*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _alone_in(root: Path) -> Iterator[None]:
+def alone_in(root: Path) -> Iterator[None]:
     """Hold the lock of the folder: two processes never prepare one store at once; a killed one lets go of it."""
     try:
         import fcntl
@@ -368,7 +381,7 @@ def _alone_in(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another process prepares {root}; waiting for it", file=sys.stderr, flush=True)
+            print(f"another process works on {root}; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from medssl.data.formats import Header, ReadError, open_image, reasons_for, size_text
 from medssl.data.volume import Volume
@@ -35,8 +35,8 @@ def read_volume(path: str | Path, *, channels: str | int | None = None, min_side
     return Volume(array, affine, str(path))
 
 
-def read_label(path: str | Path, volume: Volume) -> Integer[np.ndarray, "x y z"]:
-    """The label map in a file, on the grid of `volume`, as uint8 or int32.
+def read_label(path: str | Path, volume: Volume) -> Int[np.ndarray, "x y z"]:
+    """The label map in a file, on the grid of `volume`, as int16 or int32.
 
     Raises:
         ReadError: another shape or place than the volume's, fractional, negative or non-finite values.
@@ -182,7 +182,7 @@ def _check_place(path: Path, affine: Float[np.ndarray, "4 4"], volume: Volume) -
         raise ReadError(path, f"the label lies elsewhere than its image: {far}; repair one of the headers")
 
 
-def _whole_numbers(path: Path, array: Shaped[np.ndarray, "..."]) -> Integer[np.ndarray, "..."]:
+def _whole_numbers(path: Path, array: Shaped[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
             raise ReadError(path, "the label holds values that are NaN or infinite")
@@ -194,4 +194,4 @@ def _whole_numbers(path: Path, array: Shaped[np.ndarray, "..."]) -> Integer[np.n
     if array.min() < 0 or array.max() >= 2**31:
         found = f"{array.min():g} to {array.max():g}"
         raise ReadError(path, f"label values from {found}; 0 is the background, others are positive")
-    return array.astype(np.uint8 if array.max() < 256 else np.int32)
+    return array.astype(np.int16 if array.max() < 2**15 else np.int32)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int32, Integer, Shaped
+from jaxtyping import Bool, Float, Float64, Int, Int32, Shaped
 
 from medssl.data.resampling import resample_axis, resampling_matrix
 
@@ -187,7 +187,7 @@ def _largest_filled(mask: Bool[np.ndarray, "x y z"]) -> Bool[np.ndarray, "x y z"
 
 def draw_points(
     mask: Bool[np.ndarray, "x2 y2 z2"],
-    label: Integer[np.ndarray, "x y z"] | None,
+    label: Int[np.ndarray, "x y z"] | None,
     *,
     factor: Int[np.ndarray, "3"],
     shape: Sequence[int],
@@ -235,8 +235,8 @@ def resample_volume(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
 
 
 def resample_label(
-    label: Integer[np.ndarray, "x y z"], volume: Volume, spacing_mm: Sequence[float]
-) -> Integer[np.ndarray, "x2 y2 z2"]:
+    label: Int[np.ndarray, "x y z"], volume: Volume, spacing_mm: Sequence[float]
+) -> Int[np.ndarray, "x2 y2 z2"]:
     """The label map of `volume` on the grid of `resample_volume`: in each voxel the value with the largest share.
 
     Every value is resampled alone, inside its own bounding box; on a tie the smaller value wins.

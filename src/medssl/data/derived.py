@@ -1,0 +1,188 @@
+"""Tables derived from a store, case by case: in parallel, resumable, with a table of their quality."""
+
+import collections
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from medssl.data.prepare import alone_in, clear_partial, recipe_hash, write_text
+from medssl.data.store import VolumeStore
+from medssl.data.volume import Volume, find_body
+from medssl.data.workers import run_all
+
+Table = Mapping[str, np.ndarray]
+
+
+@runtime_checkable
+class Derivation(Protocol):
+    """What can be derived: a picklable object, usually a frozen dataclass named by `_target_` in a file of `what/`."""
+
+    @property
+    def name(self) -> str:
+        """What `VolumeStore.derived` asks for."""
+
+    def recipe(self) -> dict[str, Any]:
+        """All that the tables depend on besides the store, as JSON values."""
+
+    def __call__(self, store: VolumeStore, case: int) -> Table:
+        """The arrays of one case; a pure function of store, case and recipe."""
+
+    def quality(self, table: Table) -> dict[str, float]:
+        """Numbers by which a person judges a case's table."""
+
+
+@dataclass(frozen=True)
+class DeriveSummary:
+    """Where the tables lie, how many were made now, and the mean of each quality."""
+
+    folder: Path
+    num_cases: int
+    num_new: int
+    mean_quality: dict[str, float]
+
+    def __str__(self) -> str:
+        means = ", ".join(f"{name} {value:.4g}" for name, value in self.mean_quality.items())
+        return f"{self.num_cases} tables ({self.num_new} new) -> {self.folder}\nmean quality: {means}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One table to be made."""
+
+    root: Path
+    folder: Path
+    derivation: Derivation
+    case: int
+
+
+def derive(
+    store: str | Path, derivation: Derivation, *, num_workers: int | None = None, progress: bool = True
+) -> DeriveSummary:
+    """Make the tables that are missing, then `quality.csv`, then point the store's `derived/<name>.json` to them.
+
+    Tables of other recipes stay beside; a killed run goes on where it was.
+
+    Args:
+        store: a prepared store.
+        derivation: what to derive.
+        num_workers: processes; None means one a core, 0 works in this one.
+        progress: whether to show a bar.
+    """
+    opened = VolumeStore(store)
+    recipe = derivation.recipe()
+    folder = opened.root / "derived" / f"{derivation.name}-{recipe_hash(recipe)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = [record.case for record in opened.records()]
+    with alone_in(folder):
+        clear_partial(folder)
+        jobs = [
+            Job(opened.root, folder, derivation, number)
+            for number, case in enumerate(cases)
+            if not (folder / f"{case}.npz").is_file()
+        ]
+        run = run_all(
+            derive_case,
+            jobs,
+            num_workers=num_workers,
+            progress=progress,
+            description=f"deriving {derivation.name}",
+            num_done=len(cases) - len(jobs),
+        )
+        collections.deque(run, maxlen=0)  # to its end
+        quality = {case: derivation.quality(_load(folder / f"{case}.npz")) for case in cases}
+        _write_quality(folder / "quality.csv", quality)
+        pointer = json.dumps({"folder": folder.name, "recipe": recipe}, indent=1, sort_keys=True)
+        write_text(folder.parent / f"{derivation.name}.json", pointer)
+    means = {name: float(np.mean([row[name] for row in quality.values()])) for name in next(iter(quality.values()))}
+    return DeriveSummary(folder, len(cases), len(jobs), means)
+
+
+def derive_case(job: Job) -> None:
+    """Make and write the table of one case; the file appears under its name only when it is whole."""
+    store = _opened(job.root)
+    case = store.record(job.case).case
+    table = job.derivation(store, job.case)
+    partial = job.folder / f".{case}.npz.{os.getpid()}.partial"
+    with partial.open("wb") as stream:
+        np.savez(stream, **{name: np.asarray(array) for name, array in table.items()})  # type: ignore[arg-type]
+    partial.replace(job.folder / f"{case}.npz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """The body of each case, measured on a coarse level of the store.
+
+    Table: `lower_voxel`, `upper_voxel` (3), faces of level 0; `fill` of that box and `volume_ml`, one number each.
+    """
+
+    threshold_hu: float = -500.0
+    copy_spacing_mm: float = 4.0
+
+    @property
+    def name(self) -> str:
+        """`body`."""
+        return "body"
+
+    def recipe(self) -> dict[str, Any]:
+        """Threshold and spacing."""
+        return asdict(self)
+
+    def __call__(self, store: VolumeStore, case: int) -> Table:
+        """Box, fill and volume."""
+        record = store.record(case)
+        factors = np.array(record.level_factors)
+        fine = [level for level, f in enumerate(factors) if (f * record.spacing_mm).max() <= self.copy_spacing_mm]
+        level = fine[-1] if fine else 0
+        factor = factors[level]
+        sides = -(-np.array(record.shape) // factor)
+        stored = store.read(case, level, [0, 0, 0], sides.tolist()).result()[:1]
+        affine = record.volume_to_mm @ np.diag([*factor.astype(float), 1.0])
+        volume = Volume(stored * np.float32(record.slope) + np.float32(record.intercept), affine, record.source)
+        box, mask, block = find_body(
+            volume, modality=record.modality, threshold_hu=self.threshold_hu, copy_spacing_mm=self.copy_spacing_mm
+        )
+        voxel_ml = float(np.prod(np.array(volume.spacing_mm) * block)) / 1000
+        inside = [
+            slice(int(a), int(b))
+            for a, b in zip((box.lower + 0.5) // block, -(-(box.upper + 0.5) // block), strict=True)
+        ]
+        upper = np.minimum((box.upper + 0.5) * factor, record.shape) - 0.5
+        return {
+            "lower_voxel": (box.lower + 0.5) * factor - 0.5,
+            "upper_voxel": upper,
+            "fill": mask[tuple(inside)].mean(),
+            "volume_ml": np.float64(mask.sum() * voxel_ml),
+        }
+
+    def quality(self, table: Table) -> dict[str, float]:
+        """Fill of the box and volume of the body."""
+        return {"fill": float(table["fill"]), "volume_ml": float(table["volume_ml"])}
+
+
+@lru_cache(maxsize=2)
+def _opened(root: Path) -> VolumeStore:
+    return VolumeStore(root)
+
+
+def _load(path: Path) -> Table:
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and derive again") from error
+
+
+def _write_quality(path: Path, rows: dict[str, dict[str, float]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["case", *next(iter(rows.values()))])
+    writer.writerows([case, *(repr(float(value)) for value in row.values())] for case, row in sorted(rows.items()))
+    write_text(path, text.getvalue())

@@ -1,0 +1,142 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from medssl.data.derived import Body, Derivation, derive
+from medssl.data.phantoms import LABELS
+from medssl.data.prepare import prepare_store
+from medssl.data.sources import Phantoms
+from medssl.data.store import VolumeStore
+
+NUM_CASES = 6
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("derived") / "store"
+    prepare_store(Phantoms(num_cases=NUM_CASES, size_voxel=48, spacing_mm=8.0), root, num_workers=0, progress=False)
+    return root
+
+
+def tree(folder):
+    return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+
+
+def test_a_derived_table_is_reached_by_its_name_and_does_not_depend_on_the_number_of_workers(store, capfd):
+    body = Body()
+    assert isinstance(body, Derivation)
+    first = derive(store, body, num_workers=0, progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert (first.num_cases, first.num_new) == (NUM_CASES, NUM_CASES)
+    alone = tree(first.folder)
+    for file in first.folder.iterdir():
+        file.unlink()
+    derive(store, body, num_workers=2)
+    assert tree(first.folder) == alone
+    table = VolumeStore(store).derived("body", 0)
+    assert set(table) == {"lower_voxel", "upper_voxel", "fill", "volume_ml"}
+
+
+def test_the_derived_body_is_the_one_that_was_measured_while_preparing(store):
+    derive(store, Body(), num_workers=0, progress=False)
+    opened = VolumeStore(store)
+    for number, record in enumerate(opened.records()):
+        table = opened.derived("body", number)
+        assert table["lower_voxel"] == pytest.approx(record.body.lower, abs=1.01)
+        assert table["upper_voxel"] == pytest.approx(record.body.upper, abs=1.01)
+        label = opened.read_label(number, [0] * 3, [48] * 3).result()[0]
+        assert LABELS["body"] in label
+        assert float(table["volume_ml"]) == pytest.approx((label > 0).sum() * 0.512, rel=0.06)
+        assert 0.3 < float(table["fill"]) < 0.9
+
+
+def test_finished_tables_are_kept_missing_ones_are_made_and_half_written_ones_are_cleared(store):
+    folder = derive(store, Body(), num_workers=0, progress=False).folder
+    straight = tree(folder)
+    kept = folder / "phantom_0001.npz"
+    before = kept.stat().st_mtime_ns
+    (folder / "phantom_0002.npz").unlink()
+    (folder / ".phantom_0002.npz.1.partial").write_bytes(b"half")
+    (folder / "quality.csv").unlink()
+    assert derive(store, Body(), num_workers=0, progress=False).num_new == 1
+    assert kept.stat().st_mtime_ns == before
+    assert tree(folder) == straight
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_tables(store):
+    command = [
+        sys.executable,
+        "-m",
+        "medssl.derive",
+        "what=body",
+        "what.threshold_hu=-300",
+        f"store={store}",
+        "num_workers=1",
+    ]
+    straight = derive(store, Body(threshold_hu=-300), num_workers=0, progress=False).folder
+    expected = tree(straight)
+    for file in straight.iterdir():
+        file.unlink()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(straight.glob("*.npz"))) < 2 and process.poll() is None:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{NUM_CASES} tables" in done.stdout
+    assert tree(straight) == expected
+
+
+def test_the_quality_table_has_a_row_a_case_and_its_means_are_told(store):
+    summary = derive(store, Body(), num_workers=0, progress=False)
+    with (summary.folder / "quality.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["case"] for row in rows] == [f"phantom_{n:04d}" for n in range(NUM_CASES)]
+    fills = [float(row["fill"]) for row in rows]
+    assert summary.mean_quality["fill"] == pytest.approx(np.mean(fills))
+    assert "mean quality: fill 0." in str(summary)
+
+
+def test_another_recipe_lies_beside_and_the_pointer_names_the_last_one(store):
+    one = derive(store, Body(), num_workers=0, progress=False).folder
+    two = derive(store, Body(threshold_hu=-200.0), num_workers=0, progress=False).folder
+    assert one != two
+    assert one.is_dir()
+    pointer = json.loads((store / "derived" / "body.json").read_text())
+    assert pointer == {"folder": two.name, "recipe": {"copy_spacing_mm": 4.0, "threshold_hu": -200.0}}
+    derive(store, Body(), num_workers=0, progress=False)
+    assert json.loads((store / "derived" / "body.json").read_text())["folder"] == one.name
+
+
+def test_a_derivation_from_outside_the_package_is_found_in_the_config_folder(store, tmp_path):
+    (tmp_path / "what").mkdir()
+    (tmp_path / "what" / "size.yaml").write_text("# @package what\n_target_: size_of_cases.Size\n")
+    (tmp_path / "size_of_cases.py").write_text(
+        "class Size:\n"
+        "    name = 'size'\n"
+        "    def recipe(self): return {}\n"
+        "    def __call__(self, store, case): return {'size': store.record(case).shape}\n"
+        "    def quality(self, table): return {'longest': float(max(table['size']))}\n"
+    )
+    command = [sys.executable, "-m", "medssl.derive", "--config-dir", str(tmp_path), "what=size", f"store={store}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mean quality: longest 48" in done.stdout
+    assert VolumeStore(store).derived("size", 3)["size"].tolist() == [48, 48, 48]
+
+
+def test_a_folder_that_is_no_store_and_a_damaged_table_are_said_so(store, tmp_path):
+    with pytest.raises(ValueError, match="is not a medssl store"):
+        derive(tmp_path, Body())
+    folder = derive(store, Body(), num_workers=0, progress=False).folder
+    (folder / "phantom_0000.npz").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"phantom_0000\.npz is damaged .* delete it and derive again"):
+        derive(store, Body(), num_workers=0, progress=False)
+    (folder / "phantom_0000.npz").unlink()
