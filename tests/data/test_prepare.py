@@ -107,8 +107,8 @@ def test_killed_at_any_moment_and_started_again_it_ends_in_the_same_store_and_re
     moments = (
         lambda: (killed / "store.json").exists(),
         half_written,
-        lambda: len(finished()) >= 4,
-        lambda: len(finished()) >= 9 and half_written(),
+        lambda: len(finished()) >= 3,
+        lambda: len(finished()) >= 7 and half_written(),
     )
     before = {}
     for moment in moments:
@@ -125,9 +125,9 @@ def test_killed_at_any_moment_and_started_again_it_ends_in_the_same_store_and_re
         assert not (killed / "index.jsonl").exists()
         assert before.items() <= finished().items(), "a finished case was made again"
         before = finished()
-    assert len(before) >= 4
+    assert len(before) >= 7
     done = subprocess.run([*command, f"store={killed}"], check=True, capture_output=True, text=True)
-    assert f"14 cases ({14 - len(before)} new)" in done.stdout
+    assert f"11 cases ({11 - len(before)} new)" in done.stdout
     assert before.items() <= finished().items()
     assert tree(killed) == tree(straight)
 
