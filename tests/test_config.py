@@ -72,7 +72,7 @@ def test_ddp_on_the_cpu_trains_in_32_bit():
 
 
 def test_epochs_become_steps_once_the_facts_are_known():
-    config = compose("pretrain", ["+a=${epochs:2.5}", "+b=${mul:2,3,${a}}", "+c=${div:${b},4}"])
+    config = compose("pretrain", ["+a=${epochs:2.5}", "+b='${mul:2,3,${a}}'", "+c='${div:${b},4}'"])
     assert "a: ${epochs:2.5}" in to_yaml(config)
     config.facts.steps_per_epoch = 10
     assert (config.a, config.b, config.c) == (25, 150, 37.5)

@@ -189,7 +189,8 @@ def user_message(error: BaseException) -> str | None:
 
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         cause = error.__cause__
-        if _raised_in(cause).startswith(("hydra.", "importlib.")):  # the call itself: unknown name or argument
+        wrong_call = isinstance(cause, TypeError) and re.search(r"unexpected keyword|required .*argument", str(cause))
+        if wrong_call or _raised_in(cause).startswith(("hydra.", "importlib.")):  # unknown argument, unknown class
             return _one_line(str(error))
         return user_message(cause)
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -198,8 +199,9 @@ def user_message(error: BaseException) -> str | None:
         return _composition_message(error)
     if isinstance(error, OSError):
         return _one_line(str(error))
-    if type(error).__name__ == "MisconfigurationException":  # Lightning's name for a wrong Trainer argument
-        return _one_line(str(error))
+    kind = type(error)
+    if kind.__name__ == "MisconfigurationException" or kind.__module__.startswith("wandb.errors"):
+        return _one_line(str(error))  # a wrong argument of the trainer; no account, no network
     if isinstance(error, ValueError) and not _is_foreign(error):
         return str(error)
     return None

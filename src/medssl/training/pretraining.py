@@ -66,11 +66,11 @@ def open_store(config: DictConfig) -> VolumeStore:
     """The store of the run; rank 0 prepares it where it is missing, other ranks wait until its index is there."""
     root = Path(locate_store(config.data, config.store))
     index = root / "index.jsonl"
-    if not index.is_file() and "source" in config.data:
+    if not index.is_file() and config.data.get("source") is not None:
         if process_rank() == 0:
             print(f"preparing {config.data.name} -> {root}", flush=True)
             prepare_store(
-                instantiate(config.data.source),
+                instantiate(config.data.source, _convert_="all"),
                 root,
                 channels=config.data.channels,
                 spacing_mm=config.data.spacing_mm,
