@@ -69,6 +69,7 @@ def _in_processes(
     if workers == 0:
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
+    before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
         waiting = iter(items)
@@ -86,6 +87,10 @@ def _in_processes(
             "a worker process was killed, most often because memory ran out; what is finished is kept: "
             f"start again with fewer than num_workers={workers}"
         ) from error
+    except BaseException:  # stopped: a case takes up to minutes, and what is unfinished is made again anyway
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
