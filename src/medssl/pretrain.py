@@ -37,7 +37,7 @@ def run(config: DictConfig) -> None:
 
             pretrain(config, folder, checkpoint=checkpoint, signals=signals)
         except Stopped as stop:
-            print(f"\nstopped by {stop} outside of a step; {folder.way_on()}", file=sys.stderr)
+            print(f"\nstopped by {stop}; {folder.way_on()}", file=sys.stderr)
             sys.exit(130)
 
 

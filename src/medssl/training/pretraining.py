@@ -25,7 +25,7 @@ from medssl.training.pictures import Pictures
 from medssl.training.pretrain_module import PretrainModule
 from medssl.training.progress_bar import ProgressBar
 from medssl.training.run_folder import RunFolder, process_rank
-from medssl.training.stopping import StopSignals
+from medssl.training.stopping import Stopped, StopSignals
 
 
 def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, signals: StopSignals) -> None:
@@ -69,14 +69,17 @@ def open_store(config: DictConfig) -> VolumeStore:
     if not index.is_file() and config.data.get("source") is not None:
         if process_rank() == 0:
             print(f"preparing {config.data.name} -> {root}", flush=True)
-            prepare_store(
-                instantiate(config.data.source, _convert_="all"),
-                root,
-                channels=config.data.channels,
-                spacing_mm=config.data.spacing_mm,
-                min_side_voxel=config.data.min_side_voxel,
-                max_rejected_fraction=config.max_rejected_fraction,
-            )
+            try:
+                prepare_store(
+                    instantiate(config.data.source, _convert_="all"),
+                    root,
+                    channels=config.data.channels,
+                    spacing_mm=config.data.spacing_mm,
+                    min_side_voxel=config.data.min_side_voxel,
+                    max_rejected_fraction=config.max_rejected_fraction,
+                )
+            except Stopped as stop:
+                raise Stopped(f"{stop} while preparing; finished cases are kept in {root}") from None
         while not index.is_file():
             time.sleep(0.5)
     return VolumeStore(root)

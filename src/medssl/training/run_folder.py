@@ -38,7 +38,7 @@ class RunFolder:
         """How to go on with what lies here."""
         if self.last_checkpoint.is_file():
             return f"saved {self.last_checkpoint}; go on with the same command and resume={self.root}"
-        return f"nothing of the training is saved{'; start again with overwrite=true' if self.holds_a_run() else ''}"
+        return f"no checkpoint is saved yet; start the same command again{' with overwrite=true' * self.holds_a_run()}"
 
     def claim(self, *, overwrite: bool, resume: bool) -> None:
         """Make the folder ready for a run: empty of an earlier one unless that is to be resumed.
