@@ -10,6 +10,7 @@ from medssl.losses.consistency import cross_entropy_of_views
 from medssl.losses.reconstruction import patch_statistics
 from medssl.methods.glmae import view_major
 from medssl.ops.patches import patchify
+from medssl.weights import load_parts, save_weights
 
 TERMS = ("reconstruction_global", "reconstruction_local", "consistency_global", "consistency_local")
 
@@ -380,3 +381,16 @@ def test_a_perfect_prediction_is_drawn_as_the_input(glmae, views, at, norm_pix):
 def test_unknown_options_are_refused(glmae, options, message):
     with pytest.raises(ValueError, match=message):
         glmae(**options)
+
+
+def test_what_leaves_pre_training_comes_back_strictly(glmae, views, at, tmp_path):
+    method, fresh = glmae(ema_momentum=0.5), glmae()
+    train(method, lambda step: views(), at, steps=1)
+    save_weights(tmp_path / "encoder.safetensors", method.parts(), {})
+    parts = {"encoder": fresh.encoder, "decoder": fresh.decoder, "head": fresh.head}
+    reports = load_parts(tmp_path / "encoder.safetensors", parts)
+    reports += load_parts(tmp_path / "encoder.safetensors", {"encoder": fresh.teacher_encoder}, branch="teacher")
+    assert all(report.fits and not report.reshaped for report in reports)
+    for name in ("encoder", "decoder", "head", "teacher_encoder"):
+        loaded, saved = getattr(fresh, name).state_dict(), getattr(method, name).state_dict()
+        assert all(torch.equal(loaded[key], saved[key]) for key in saved)

@@ -259,3 +259,10 @@ def test_tokens_in_half_precision_stay_near_those_in_full():
 def test_what_does_not_fit_is_refused(options, image, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options).tokens(torch.zeros(image or (1, 1, 12, 12, 12)))
+
+
+def test_a_table_that_is_no_cube_fits_no_other_grid():
+    stored = tiny(size_voxel=(12, 8, 4)).state_dict()
+    with pytest.raises(ValueError, match="has 7 rows, which is no cubic grid plus CLS"):
+        tiny().adapt(stored)
+    assert torch.equal(tiny(size_voxel=(12, 8, 4)).adapt(stored)["pos_embed"], stored["pos_embed"])
