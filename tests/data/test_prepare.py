@@ -89,7 +89,7 @@ def is_alive(pid):
 def test_killed_at_any_moment_and_started_again_it_ends_in_the_same_store_and_redoes_no_finished_case(tmp_path):
     options = [
         "data=phantoms",
-        "data.num_cases=14",
+        "data.num_cases=11",
         "data.size_voxel=40",
         "data.phantom_spacing_mm=10",
         "num_workers=2",
