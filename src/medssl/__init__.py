@@ -27,7 +27,7 @@ _HOME = {
     "VolumeDataModule": "medssl.data.module",
     "prepare_store": "medssl.data.prepare",
 }
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from medssl.data.geometry import Frame as Frame
