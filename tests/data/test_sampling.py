@@ -80,7 +80,7 @@ def test_anchors_are_shared_by_neighbours_in_the_batch_and_far_from_each_other()
         (lambda: Pairs(partner="best"), "partner must be random or previous, got 'best'"),
         (lambda: SameLocation(num_locations=0), "num_locations must be at least 1"),
         (lambda: SameLocation(num_locations=2, order="odd"), "order must be shuffled or sequential"),
-        (lambda: Anchored(margin_body=0.6), "margin_body in"),
+        (lambda: Anchored(margin_body=0.6), "margin_body=0.6"),
         (lambda: Shuffled().batch(0, index=[1], batch_size=3, seed=0, world=2), "3 is not divisible by 2"),
     ],
 )

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +115,7 @@ class MicroBatches:
 
 
 class PrefetchingLoader:
-    """Iterates over raw batches and keeps the reads of the next ones in flight; no worker process.
+    """Iterates over raw batches and keeps the reads of the next ones in flight: one thread places, no process.
 
     Args:
         store: where voxels are read.
@@ -145,17 +146,21 @@ class PrefetchingLoader:
 
         There is no length: Lightning would compare it with the batches of the whole run, and end a resumed one early.
         """
-        waiting: deque[RawBatch] = deque()
+        waiting: deque[Future[RawBatch]] = deque()
         upcoming = iter(self.micro_batches)
-        while True:
-            start = time.perf_counter()
-            while len(waiting) <= self.prefetch and (entry := next(upcoming, None)) is not None:
-                waiting.append(self._start(*entry))
-            if not waiting:
-                return
-            batch = self._finish(waiting.popleft())
-            self.timers.wait_s += time.perf_counter() - start
-            yield batch
+        with ThreadPoolExecutor(1, thread_name_prefix="place") as pool:  # places while the network computes
+            try:
+                while True:
+                    start = time.perf_counter()
+                    while len(waiting) <= self.prefetch and (entry := next(upcoming, None)) is not None:
+                        waiting.append(pool.submit(self._start, *entry))
+                    if not waiting:
+                        return
+                    batch = self._finish(waiting.popleft().result())
+                    self.timers.wait_s += time.perf_counter() - start
+                    yield batch
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _start(self, step: int, micro: int, requests: list[Request]) -> RawBatch:
         groups: dict[str, list[RawView]] = {name: [] for name in self.plan.groups}

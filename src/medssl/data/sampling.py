@@ -161,7 +161,7 @@ class Anchored:
     ) -> None:
         if volumes_per_anchor < 1 or not 0 <= margin_body < 0.5:
             raise ValueError(
-                f"Anchored: volumes_per_anchor >= 1, margin_body in [0, 0.5); got {volumes_per_anchor} and {margin_body}"
+                f"Anchored: volumes_per_anchor={volumes_per_anchor} must be >= 1, margin_body={margin_body} in [0, 0.5)"
             )
         self.volumes_per_anchor = volumes_per_anchor
         self.min_distance_body = min_distance_body
