@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,3 +236,55 @@ def test_recomputed_activations_change_no_number_and_exports_come_in_between(wor
         "encoder-0000006.safetensors",
         "encoder.safetensors",
     ]
+
+
+def test_a_stop_while_preparing_keeps_the_finished_cases(workplace, tmp_path):
+    process = start(workplace, "early", **{"data.num_cases": 400, "store": tmp_path / "store"})
+    wait_for(tmp_path / "store" / "phantom_0000.zarr", process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert f"stopped by SIGTERM while preparing; finished cases are kept in {tmp_path / 'store'}" in output
+    assert (tmp_path / "store" / "phantom_0000.zarr" / "zarr.json").is_file()
+    assert not (tmp_path / "store" / "index.jsonl").exists()
+
+
+def test_an_unreadable_chunk_names_its_case(workplace, straight, tmp_path, capsys):
+    broken = tmp_path / "store"
+    shutil.copytree(workplace / "store", broken)
+    for chunk in broken.glob("*.zarr/0/c/**/*"):
+        if chunk.is_file():
+            chunk.write_bytes(b"\xff" * (chunk.stat().st_size // 2))
+    with pytest.raises(SystemExit) as stop:
+        pretrain(workplace, "broken", store=broken)
+    assert stop.value.code == 2
+    assert re.search(r"^error: .*phantom_\d+.*prepare again", capsys.readouterr().err, flags=re.M)
+
+
+def test_the_offline_logger_writes_into_the_run_folder(workplace, straight):
+    offline = {"logger": "wandb", "logger.offline": "true", "trainer.max_steps": 2}
+    process = start(workplace, "offline", **offline)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 0, output
+    assert list((workplace / "offline" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(metrics(workplace / "offline")) == 2
+
+
+def test_real_volumes_of_every_kind_train_and_the_unreadable_are_listed(real_data, tmp_path):
+    small = {"data": "folder", "data.root": real_data, "max_rejected_fraction": 1, "trainer.max_steps": 2}
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "medssl.pretrain", "method=glmae_tiny", f"output_dir={tmp_path / 'out'}"),
+            *(f"store={tmp_path / 'store'}", "batch_size=2"),
+            *(f"{key}={value}" for key, value in small.items()),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    names = {row["file"].rsplit("/", 1)[-1] for row in rejected}
+    assert {"truncated.nii.gz", "nan_voxels.nii.gz", "four_d.nii.gz", "not_an_image.nii.gz"} <= names
+    assert "good.nii.gz" not in names
+    assert len(metrics(tmp_path / "out")) == 2

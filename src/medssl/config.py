@@ -191,7 +191,7 @@ def user_message(error: BaseException) -> str | None:
         cause = error.__cause__
         wrong_call = isinstance(cause, TypeError) and re.search(r"unexpected keyword|required .*argument", str(cause))
         if wrong_call or _raised_in(cause).startswith(("hydra.", "importlib.")):  # unknown argument, unknown class
-            return _one_line(str(error))
+            return _one_line(str(error) if wrong_call else f"{error}\n{cause}")
         return user_message(cause)
     if isinstance(error, HydraException | OmegaConfBaseException):
         if isinstance(error, OmegaConfBaseException) and isinstance(error.__cause__, ValueError):
@@ -247,5 +247,6 @@ def _suggestion(key: str) -> str:
 
 
 def _one_line(text: str) -> str:
+    text = text.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
     noise = ("full_key:", "object_type=", "See https://hydra.cc", "set the environment variable HYDRA_FULL_ERROR")
     return "; ".join(line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(noise))

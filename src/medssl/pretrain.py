@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 def run(config: DictConfig) -> None:
     """Claim the run folder, then train; a stop outside of training leaves what is done and says how to go on."""
     from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_rank, was_restarted
+    from medssl.training.settings import check_settings
     from medssl.training.stopping import Stopped, StopSignals
 
+    check_settings(config)
     folder = RunFolder(Path(config.output_dir).expanduser())
     if config.resume is None and was_restarted() and folder.last_checkpoint.is_file():
         config.resume = str(folder.root)

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from medssl.config import to_yaml
@@ -25,6 +26,7 @@ from medssl.training.pictures import Pictures
 from medssl.training.pretrain_module import PretrainModule
 from medssl.training.progress_bar import ProgressBar
 from medssl.training.run_folder import RunFolder, process_rank
+from medssl.training.settings import changes
 from medssl.training.stopping import Stopped, StopSignals
 
 
@@ -34,12 +36,26 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
     Raises: ValueError: a setting or file of the user is wrong; the message says what to do.
     """
     quiet()
+    check_trainer(config)  # this and the views before the store: a slip need not cost an hour of preparing
+    views = instantiate(config.views, _convert_="all")
+    config.facts.num_locations = views.num_locations
+    sampler = instantiate(config.sampler, _convert_="all")
     store = open_store(config)
-    data = build_data(config, store)
+    data = VolumeDataModule(
+        store=store,
+        views=views,
+        sampler=sampler,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        accumulate=config.accumulate,
+        validation_fraction=config.data.get("validation_fraction", 0.0) if config.validate_every else 0.0,
+    )
     config.facts = data.facts()
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     if checkpoint is not None:
         check_checkpoint(checkpoint, total_steps=values["trainer"]["max_steps"])
+        for change in changes(checkpoint.parent.parent / "config.yaml", config) if process_rank() == 0 else []:
+            print(f"resume: {change}; the run will not be the one it would have been")
     method = build_method(values)
     module = PretrainModule(
         method,
@@ -85,17 +101,13 @@ def open_store(config: DictConfig) -> VolumeStore:
     return VolumeStore(root)
 
 
-def build_data(config: DictConfig, store: VolumeStore) -> VolumeDataModule:
-    """The data module with the views and the sampler that the method's configuration declares."""
-    return VolumeDataModule(
-        store=store,
-        views=instantiate(config.views, _convert_="all"),
-        sampler=instantiate(config.sampler, _convert_="all"),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        accumulate=config.accumulate,
-        validation_fraction=config.data.get("validation_fraction", 0.0) if config.validate_every else 0.0,
-    )
+def check_trainer(config: DictConfig) -> None:
+    """Raises: ValueError: Lightning refuses the `trainer` settings, or this machine lacks the devices."""
+    settings = {key: value for key, value in config.trainer.items() if key != "max_steps"}
+    try:
+        L.Trainer(**instantiate(settings, _convert_="all"), logger=False, enable_checkpointing=False)
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise ValueError(f"trainer: {error}") from error
 
 
 def build_method(values: dict[str, Any]) -> Method:

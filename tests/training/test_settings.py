@@ -1,0 +1,33 @@
+import pytest
+
+from medssl.config import compose, to_yaml
+from medssl.training.settings import changes, check_settings
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("batch_size=0", "batch_size must be a whole number from 1 up; got 0"),
+        ("seed=first", "seed must be a whole number from 0 up; got 'first'"),
+        ("trainer.max_steps=2.5", "trainer.max_steps must be a whole number from 1 up; got 2.5"),
+        ("validate_every=0", "validate_every must be a whole number from 1 up, or null for never; got 0"),
+        ("checkpoint_every=true", "checkpoint_every"),
+    ],
+)
+def test_a_count_that_is_none_is_refused(override, words):
+    with pytest.raises(ValueError) as caught:
+        check_settings(compose("pretrain", [override]))
+    assert words in str(caught.value)
+
+
+def test_the_configurations_as_they_are_pass():
+    for method in ("glmae", "glmae_tiny"):
+        check_settings(compose("pretrain", [f"method={method}", "figures_every=null"]))
+
+
+def test_what_a_resumed_run_does_otherwise_is_told(tmp_path):
+    earlier = tmp_path / "config.yaml"
+    earlier.write_text(to_yaml(compose("pretrain", ["optimizer.lr=0.5", "output_dir=a", "export_every=3"])))
+    now = compose("pretrain", ["optimizer.lr=0.25", "output_dir=b", "resume=a"])
+    assert changes(earlier, now) == ["optimizer.lr was 0.5, is now 0.25"]
+    assert changes(tmp_path / "none.yaml", now) == []
