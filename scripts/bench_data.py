@@ -174,6 +174,14 @@ def opening_s(store: VolumeStore, folder: Path, *, num_cases: int = 100_000) -> 
     return time.perf_counter() - start
 
 
+def phantoms_s(num_cases: int = 32) -> float:
+    """Seconds to draw phantoms of 96^3 voxels at 4 mm."""
+    start = time.perf_counter()
+    for seed in range(num_cases):
+        draw_phantom(seed)
+    return time.perf_counter() - start
+
+
 def training_shares(folder: Path, *, steps: int) -> dict[str, float]:
     """Median data-wait and draw share of `glmae_tiny` on phantoms, in a run of its own on all cores."""
     command = [
@@ -254,6 +262,7 @@ def main() -> None:
             print(f"  {library:32s} {rate:6.1f}   medssl is {rates['medssl'] / rate:.2f} times as fast")
         growth = resident_growth_mb(store)
         print(f"memory: +{growth:.0f} MB over 60 batches; one volume is {array.nbytes / 2**20:.0f} MB")
+        print(f"32 phantoms of 96^3 voxels at 4 mm, one core: {phantoms_s():.0f} s")
         (folder / "large").mkdir()
         print(f"opening 100,000 cases (synthetic index): {opening_s(store, folder / 'large'):.2f} s")
         found = resized_read(make_store(folder / "big", ct((512, 512, 400), options.volume), num_cases=1))
