@@ -71,8 +71,8 @@ def test_organs_lie_where_they_belong(subjects):
 
 
 def test_subjects_differ_in_size_fat_and_contrast(subjects):
-    fat = [(label == LABELS["fat"]).sum() for _, label in subjects[0]]
-    blood = [np.median(volume.array[0][label == LABELS["aorta"]]) for volume, label in subjects[0]]
+    fat = [(label == LABELS["fat"]).sum() for _, label in subjects]
+    blood = [np.median(volume.array[0][label == LABELS["aorta"]]) for volume, label in subjects]
     assert max(fat) > 1.2 * min(fat)
     assert max(blood) > min(blood) + 15
 
