@@ -24,7 +24,7 @@ import tensorstore
 import torch
 
 from medssl.data.augment import Affine, Flip, Gamma, GaussianBlur, GaussianNoise, Window
-from medssl.data.draw import source_of
+from medssl.data.draw import box_of
 from medssl.data.module import VolumeDataModule
 from medssl.data.phantoms import draw_phantom
 from medssl.data.placements import RandomCrop
@@ -135,14 +135,14 @@ def resized_read(store: VolumeStore) -> dict[str, float]:
     (view,) = plan.place(Scene(store, Request((0,), 0)), seed=0, step=0)["x"]
     found = {}
     for name, finest in (("level", False), ("full", True)):
-        source = source_of(view, spec, finest=finest)
+        box = box_of(view, spec, finest=finest)
         before = _bytes_read()
         start = time.perf_counter()
-        array = store.read(0, source.level, source.lower, source.upper).result()
+        array = store.read(0, box.level, box.lower, box.upper).result()
         found |= {
             f"{name}_s": time.perf_counter() - start,
             f"{name}_decoded": array.nbytes,
-            f"{name}_number": source.level,
+            f"{name}_number": box.level,
         }
         found[f"{name}_read"] = _bytes_read() - before
     return found

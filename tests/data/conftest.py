@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medssl.data.draw import source_of
+from medssl.data.draw import box_of
 from medssl.data.loading import RawView
 from medssl.data.module import view_of
 from medssl.data.scene import Scene
@@ -78,13 +78,13 @@ def draw() -> Callable[..., dict[str, View]]:
             for name, views in plan.place(Scene(store, request), seed=seed, step=step).items():
                 spec = plan.groups[name]
                 for view in views:
-                    source = source_of(view, spec)
-                    raw = RawView(view, source, store.read(view.case, source.level, source.lower, source.upper))
+                    box = box_of(view, spec)
+                    raw = RawView(view, box, store.read(view.case, box.level, box.lower, box.upper))
                     raw.voxels = _tensor(raw.voxels, device)
                     if spec.label:
-                        raw.label_source = source_of(view, spec, finest=True)
+                        raw.label_box = box_of(view, spec, finest=True)
                         raw.label = _tensor(
-                            store.read_label(view.case, raw.label_source.lower, raw.label_source.upper), device
+                            store.read_label(view.case, raw.label_box.lower, raw.label_box.upper), device
                         )
                     groups[name].append(raw)
         numbers = {name: n for n, name in enumerate(sorted({r.group for r in store.records()}))}

@@ -117,6 +117,14 @@ def test_labels_follow_the_image_by_nearest_neighbour(make_store, draw):
         np.testing.assert_array_equal(views["turned"].label[b, 0, 0].numpy(), expected)
 
 
+def test_large_label_values_survive_turning(make_store, draw):
+    label = np.full((16, 16, 16), 2**24 + 1)
+    store = make_store((np.arange(16)[:, None, None] * np.ones((1, 16, 16, 16))).astype(np.int16), labels=[label])
+    spec = Fixed(size=[6] * 3, label=True, augment=[Affine(rotation_deg=[[20, 20]] * 3)])
+    view = draw(store, ViewPlan(groups={"x": spec}), [Request((0,), 0)])["x"]
+    assert view.label.unique().tolist() == [2**24 + 1]
+
+
 def test_a_view_costs_one_interpolation_and_an_aligned_one_none(noise_store, draw, monkeypatch):
     calls = []
     sampler, filters = F.grid_sample, draw_module.apply_axis_matrices

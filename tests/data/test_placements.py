@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from medssl.data.augment import Flip
 from medssl.data.matching import BodyCoordinateMatcher, Matched
 from medssl.data.placements import Containing, Fixed, GridCrop, Nearby, RandomCrop, Same
 from medssl.data.sampling import Request
@@ -117,6 +118,11 @@ def test_same_places_can_be_drawn_on_another_grid(noise_store):
     np.testing.assert_allclose(_faces(finer.frame)[0], _faces(same.frame)[0])
 
 
+def test_a_location_beyond_the_grid_is_refused(noise_store):
+    with pytest.raises(ValueError, match="location 8 is not one of 8"):
+        _placed(noise_store, GridCrop(size=[4] * 3, grid=[2, 2, 2]), Request((0,), 0, location=8))
+
+
 def test_matched_crops_show_the_same_landmark_in_a_shifted_copy(make_store, draw):
     """An off-centre landmark of a volume and of its shifted copy: points cross cases in millimetres only."""
     generator = np.random.default_rng(0)
@@ -176,6 +182,10 @@ def test_a_matcher_is_asked_again_until_the_score_or_the_tries_are_reached(noise
         (lambda: RandomCrop(size=[4] * 3, context="body"), "context must be volume or crop"),
         (lambda: RandomCrop(size=[4] * 3, spacing_mm="fine"), "spacing_mm must be native"),
         (lambda: RandomCrop(size=[4] * 3, within="lung"), "within must be body or volume"),
+        (lambda: RandomCrop(size=[4] * 3, count=0), "count must be at least 1"),
+        (lambda: RandomCrop(size=[4] * 3, spacing_mm=[1, 0, 1]), "spacing_mm must be positive"),
+        (lambda: RandomCrop(size=[4] * 3, label_share=3.0), r"must lie in \[0, 1\], got 3.0 and 0.0"),
+        (lambda: RandomCrop(size=[4] * 3, augment=[Flip(share="veiw")]), "share=veiw is stated by one view only"),
         (lambda: GridCrop(size=[4] * 3), "either grid"),
         (lambda: GridCrop(size=[4] * 3, grid=[2, 1, 1], neighbours=True, count=2), "2 neighbours, but grid"),
         (lambda: GridCrop(size=[4] * 3, grid=[2, 1, 1]), "needs a request with a location; use sampler SameLocation"),

@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from medssl.data.augment import Affine
+from medssl.data.draw import box_of
 from medssl.data.placements import Fixed, RandomCrop
 from medssl.data.resampling import SINC_RATIO, halve, resampling_matrix
 from medssl.data.sampling import Request
+from medssl.data.scene import Scene
 from medssl.data.views import ViewPlan
 
 
@@ -58,6 +61,33 @@ def test_stripes_beyond_the_nyquist_limit_of_a_resized_view_vanish_and_slower_on
         image = draw(store, plan, [Request((0,), 0)])["x"].image[0, 0, 0, :, 4, 4]
         kept = _amplitude(image) / 1000
         assert kept > 0.8 if share < 1 else kept < 0.05, (ratio, share, kept)
+
+
+@pytest.mark.parametrize("angle_deg", [0, 15, 30, 45])
+@pytest.mark.parametrize("scale", [1.0, 1.3, 2.2])
+def test_turning_a_view_costs_no_resolution(make_store, draw, angle_deg, scale):
+    """Stripes of 8 voxels along x, well within the grid of the turned view, keep their amplitude; those of 2.4 not 2.2."""
+    kept = {}
+    for period in (2.4, 8.0):
+        voxels = np.arange(96)
+        stripes = 1000 * np.sin(2 * np.pi * voxels / period)
+        store = make_store(np.rint(stripes[None, :, None, None] * np.ones((1, 1, 96, 8))).astype(np.int16))
+        turn = [Affine(rotation_deg=[[0, 0], [0, 0], [angle_deg, angle_deg]], scale=[scale, scale])]
+        plan = ViewPlan(groups={"x": Fixed(size=[36, 36, 1], outside="border", augment=turn)})
+        image = draw(store, plan, [Request((0,), 0)])["x"].image[0, 0, 0, 6:-6, 6:-6]
+        kept[period] = float(image.square().mean().sqrt()) * np.sqrt(2) / 1000
+    assert kept[8.0] > 0.75
+    if scale == 2.2:
+        assert kept[2.4] < 0.1
+
+
+def test_thick_slices_do_not_keep_a_coarse_view_at_full_resolution(make_store):
+    array = np.zeros((1, 200, 200, 12), np.int16) + np.arange(12, dtype=np.int16)
+    store = make_store(array, affine=np.diag([1, 1, 5.0, 1]))
+    spec = RandomCrop(size=[32, 32, 12], spacing_mm=[4.2, 4.2, 3.0])
+    (view,) = ViewPlan(groups={"x": spec}).place(Scene(store, Request((0,), 0)), seed=0, step=0)["x"]
+    assert store.record(0).level_factors == ((1, 1, 1), (2, 2, 1), (4, 4, 1))
+    assert box_of(view, spec).level == 2
 
 
 def test_a_view_resized_from_a_pyramid_level_shows_the_same_place(make_store, draw):

@@ -23,17 +23,43 @@ def test_real_numbers_are_quantised_to_half_a_step(make_store):
     array = np.random.default_rng(0).normal(0, 1e-4, (2, 12, 12, 12)).astype(np.float32)
     store = make_store(array)
     record = store.record(0)
-    values = store.read(0, 0, (0, 0, 0), (12, 12, 12)).result() * record.slope + record.intercept
-    assert np.abs(values - array).max() <= 0.51 * record.slope
-    assert record.slope == pytest.approx(np.ptp(array) / 65535)
+    values = record.values(store.read(0, 0, (0, 0, 0), (12, 12, 12)).result())
+    for channel in range(2):
+        assert np.abs(values - array)[channel].max() <= 0.51 * record.slope[channel]
+        assert record.slope[channel] == pytest.approx(np.ptp(array[channel]) / 65535)
+
+
+def test_channels_of_different_ranges_keep_their_own_resolution(make_store):
+    generator = np.random.default_rng(0)
+    array = np.stack([generator.uniform(0, 1, (12,) * 3), generator.uniform(0, 5e4, (12,) * 3)]).astype(np.float32)
+    store = make_store(array)
+    values = store.record(0).values(store.read(0, 0, (0, 0, 0), (12, 12, 12)).result())
+    assert np.abs(values[0] - array[0]).max() < 1e-5
+    assert np.abs(values[1] - array[1]).max() < 0.5
+
+
+def test_whole_numbers_of_sixteen_bits_are_exact_wherever_they_begin(make_store):
+    array = np.random.default_rng(0).integers(0, 60000, (1, 12, 12, 12)).astype(np.uint16)
+    store = make_store(array)
+    stored = store.read(0, 0, (0, 0, 0), (12, 12, 12)).result()
+    np.testing.assert_array_equal(store.record(0).values(stored), array)
+
+
+def test_one_hot_voxel_does_not_cost_the_resolution_of_the_others(make_store):
+    array = np.random.default_rng(0).normal(0, 300, (1, 16, 16, 16)).astype(np.float32)
+    array[0, 3, 3, 3] = 1e7
+    store = make_store(array)
+    values = store.record(0).values(store.read(0, 0, (0, 0, 0), (16, 16, 16)).result())
+    assert np.sort(np.abs(values - array).ravel())[-2] < 0.3
+    assert values.max() == values[0, 3, 3, 3]
 
 
 def test_large_integers_beyond_int16_are_quantised(make_store):
     array = np.arange(12**3, dtype=np.int32).reshape(1, 12, 12, 12) * 100
     store = make_store(array)
     record = store.record(0)
-    values = store.read(0, 0, (0, 0, 0), (12, 12, 12)).result() * record.slope + record.intercept
-    assert np.abs(values - array).max() <= 0.51 * record.slope
+    values = record.values(store.read(0, 0, (0, 0, 0), (12, 12, 12)).result())
+    assert np.abs(values - array).max() <= 0.51 * record.slope[0]
 
 
 def test_zarr_python_reads_the_case_as_an_ome_zarr_group(make_store):

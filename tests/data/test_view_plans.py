@@ -236,7 +236,23 @@ def test_sam_embedding_gets_two_scales_of_one_point_with_their_millimetres(store
     volume = torch.tensor([48.0, 44, 40]) * torch.tensor([1.5, 1.5, 2.0])
     inside = ((grid >= -1) & (grid < volume[:, None, None, None])).all(2, keepdim=True)
     assert (inside | ~view.valid).all()
-    assert torch.all(view.image[~view.valid].abs() >= 0)
+    assert torch.all(view.image[~view.valid.expand_as(view.image)] < 0), "what lies outside is air"
+    assert (spacing[:, 0] - spacing[:, 1]).abs().max() > 0.01, "each crop has a scale of its own"
+
+
+def test_sam_embedding_crops_hold_one_common_point_but_for_one_pair_in_five(store):
+    held = []
+    for step in range(10):
+        grid = _first_batch(store, SAM_EMBEDDING, step=step)["crops"].grid_mm()
+        half = (grid[..., 1, 1, 1] - grid[..., 0, 0, 0]) / 2
+        low, high = grid[..., 0, 0, 0] - half, grid[..., -1, -1, -1] + half
+        held += (low.amax(1) <= high.amin(1)).all(1).tolist()
+    assert np.mean(held) >= 0.8 - 0.15
+    plan = OmegaConf.create(SAM_EMBEDDING)
+    plan.views.groups.crops.independent = 0.0
+    grid = _first_batch(store, OmegaConf.to_yaml(plan), batch_size=6)["crops"].grid_mm()
+    half = (grid[..., 1, 1, 1] - grid[..., 0, 0, 0]) / 2
+    assert ((grid[..., 0, 0, 0] - half).amax(1) <= (grid[..., -1, -1, -1] + half).amin(1)).all()
 
 
 def test_alice_gets_matched_crops_of_two_volumes(store):
@@ -258,6 +274,35 @@ def test_drasclr_gets_one_location_a_batch_and_neighbours_with_shared_parameters
     np.testing.assert_allclose(near.matrix[:, 0, :3, :3], near.matrix[:, 1, :3, :3])
     assert not torch.allclose(near.matrix[0, 0, :3, :3], near.matrix[1, 0, :3, :3])
     assert ((views["query"].location > 0) & (views["query"].location < 1)).all()
+
+
+def test_drasclr_neighbours_have_a_joint_gamma_and_noise_of_their_own(store):
+    plain = OmegaConf.create(DRASCLR)
+    group = plain.views.groups.neighbours
+    group.augment = [op for op in group.augment if not op._target_.endswith(("GaussianNoise", "Gamma"))]
+    gamma = OmegaConf.create(DRASCLR)
+    gamma.views.groups.neighbours.augment = [
+        *group.augment,
+        OmegaConf.create(DRASCLR).views.groups.neighbours.augment[3],
+    ]
+    gamma.views.groups.neighbours.augment[-1].probability = 1.0
+    noisy = OmegaConf.create(DRASCLR)
+    noisy.views.groups.neighbours.augment = [
+        *group.augment,
+        OmegaConf.create(DRASCLR).views.groups.neighbours.augment[2],
+    ]
+    before, bent, grainy = (
+        _first_batch(store, OmegaConf.to_yaml(c))["neighbours"].image for c in (plain, gamma, noisy)
+    )
+    low, high = before.amin((1, 3, 4, 5), keepdim=True), before.amax((1, 3, 4, 5), keepdim=True)
+    share, power = ((x - low) / (high - low) for x in (before, bent))
+    inside = (share > 0.05) & (share < 0.95)
+    for b in range(4):
+        exponents = (power[b].log() / share[b].log())[inside[b]]
+        assert exponents.std() < 0.02 * exponents.mean(), "one exponent and one range for the group"
+    noise = (grainy - before).flatten(2)
+    np.testing.assert_allclose(noise[:, 0].std(1), noise[:, 1].std(1), rtol=0.1)
+    assert abs(float(torch.corrcoef(noise[0])[0, 1])) < 0.1
 
 
 def test_kaf_gets_two_bent_and_turned_views_with_points_carried_through(store):
@@ -283,7 +328,8 @@ def test_macl_gets_one_crop_twice_in_place_and_twice_moved(store):
     assert torch.equal(views["variance_dominant"].position("body"), first.position("body"))
     for frame in ("body", "volume", "mm"):
         assert first.position(frame).shape == (4, 1, 3)
-    assert set(first.group.flatten().tolist()) <= {0, 1}
+    assert first.case[0] != first.case[1]
+    assert torch.equal(first.group, first.case % 2), "cohorts a, b, a, b, ..."
 
 
 def test_fine_tuning_gets_labels_beside_images_with_balanced_centres(store):

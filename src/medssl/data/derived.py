@@ -145,7 +145,7 @@ class Body:
         sides = -(-np.array(record.shape) // factor)
         stored = store.read(case, level, [0, 0, 0], sides.tolist()).result()[:1]
         affine = record.volume_to_mm @ np.diag([*factor.astype(float), 1.0])
-        volume = Volume(stored * np.float32(record.slope) + np.float32(record.intercept), affine, record.source)
+        volume = Volume(record.values(stored), affine, record.source)
         box, mask, block = find_body(
             volume, modality=record.modality, threshold_hu=self.threshold_hu, copy_spacing_mm=self.copy_spacing_mm
         )

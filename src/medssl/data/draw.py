@@ -19,7 +19,7 @@ PREFILTER_RATIO = 1.2
 
 
 @dataclass(frozen=True)
-class Source:
+class ReadBox:
     """The box of one stored level that a view is drawn from.
 
     Args:
@@ -35,13 +35,13 @@ class Source:
     frame: Frame
 
 
-def source_of(view: PlacedView, spec: ViewSpec, *, finest: bool = False) -> Source:
+def box_of(view: PlacedView, spec: ViewSpec, *, finest: bool = False) -> ReadBox:
     """The coarsest level still as fine as the view's grid (`finest`: level 0), and its box that covers the view."""
     frame, displacement = view.pose
     level = 0
     if not finest:
         factors = np.array(view.record.level_factors)
-        level = int(np.flatnonzero(np.all(factors <= frame.step_voxel + 1e-9, axis=1)).max(initial=0))
+        level = int(np.flatnonzero(np.all(factors <= np.maximum(frame.step_voxel, 1) + 1e-9, axis=1)).max(initial=0))
     factor = np.array(view.record.level_factors[level], dtype=np.float64)
     to_level = np.diag([*(1 / factor), 1.0])
     to_level[:3, 3] = 0.5 / factor - 0.5
@@ -58,7 +58,7 @@ def source_of(view: PlacedView, spec: ViewSpec, *, finest: bool = False) -> Sour
     upper = np.clip(upper, lower + 1, last).astype(np.int64)
     shift = np.eye(4)
     shift[:3, 3] = -lower
-    return Source(level, lower, upper, moved.moved(shift))
+    return ReadBox(level, lower, upper, moved.moved(shift))
 
 
 def _filter_ratios(frame: Frame, view: PlacedView, *, oblique: bool) -> Float64[np.ndarray, "3"]:
@@ -84,15 +84,15 @@ def _allowed(
 
 def draw_image(
     voxels: Shaped[Tensor, "channel bx by bz"],
-    source: Source,
+    box: ReadBox,
     view: PlacedView,
     *,
     outside: str | float,
     out: Float32[Tensor, "channel x y z"],
 ) -> None:
     """Draw the view's grey values, in file units, into `out`, on the device where both lie."""
-    displacement, frame = view.pose.displacement, source.frame
-    if displacement is None and frame.is_aligned and _covers(source):
+    displacement, frame = view.pose.displacement, box.frame
+    if displacement is None and frame.is_aligned and _covers(box):
         out.copy_(_turned(voxels, frame))
         _scale(out, view)
         return
@@ -109,7 +109,7 @@ def draw_image(
         values = apply_axis_matrices(values[None], low_pass)[0]
     if fill is not None:
         values.sub_(fill)  # beyond the box the sampler sees zeros
-    grid = sampling_grid(source, view, voxels.device)
+    grid = sampling_grid(box, view, voxels.device)
     padding = "border" if fill is None else "zeros"
     out.copy_(F.grid_sample(values[None], grid, mode="bilinear", padding_mode=padding, align_corners=False)[0])
     if fill is not None:
@@ -124,23 +124,27 @@ def _fill(view: PlacedView, outside: str | float, device: torch.device) -> Float
 
 def _scale(values: Tensor, view: PlacedView) -> None:
     """Stored integers to file units, in place."""
-    if (view.record.slope, view.record.intercept) != (1.0, 0.0):
-        values.mul_(view.record.slope).add_(view.record.intercept)
+    slope, intercept = view.record.slope, view.record.intercept
+    if set(slope) != {1.0} or set(intercept) != {0.0}:
+        factor, shift = (torch.tensor(v, device=values.device)[:, None, None, None] for v in (slope, intercept))
+        values.mul_(factor).add_(shift)
 
 
-def draw_label(voxels: Integer[Tensor, "one bx by bz"], source: Source, view: PlacedView) -> Int64[Tensor, "one x y z"]:
+def draw_label(voxels: Integer[Tensor, "one bx by bz"], box: ReadBox, view: PlacedView) -> Int64[Tensor, "one x y z"]:
     """The view's labels, nearest neighbour, 0 outside; `voxels` are of level 0."""
-    if view.pose.displacement is None and source.frame.is_aligned and _covers(source):
-        return _turned(voxels, source.frame).long()
-    grid = sampling_grid(source, view, voxels.device)
-    return F.grid_sample(voxels[None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)[
-        0
-    ].long()
+    if view.pose.displacement is None and box.frame.is_aligned and _covers(box):
+        return _turned(voxels, box.frame).long()
+    sides = torch.as_tensor(box.upper - box.lower, device=voxels.device)
+    grid = sampling_grid(box, view, voxels.device)[0].flip(-1)
+    nearest = (((grid + 1) * sides - 1) / 2).round().long()  # (x y z 3), in voxels of the box
+    inside = ((nearest >= 0) & (nearest < sides)).all(-1)
+    x, y, z = nearest.clamp_min(0).minimum(sides - 1).unbind(-1)
+    return torch.where(inside, voxels[:, x, y, z].long(), 0)
 
 
 def draw_valid(view: PlacedView, device: torch.device) -> Bool[Tensor, "one x y z"]:
     """Which voxels of the view lie inside the volume."""
-    whole = Source(0, np.zeros(3, dtype=int), np.array(view.record.shape), view.pose.frame)
+    whole = ReadBox(0, np.zeros(3, dtype=int), np.array(view.record.shape), view.pose.frame)
     grid = sampling_grid(whole, view, device)[0]
     return torch.all(grid.abs() <= 1, dim=-1)[None]
 
@@ -155,15 +159,15 @@ def displacement_field(view: PlacedView, device: torch.device) -> Float32[Tensor
     return apply_axis_matrices(torch.from_numpy(displacement.nodes).to(device)[None], weights)[0]
 
 
-def sampling_grid(source: Source, view: PlacedView, device: torch.device) -> Float32[Tensor, "one x y z 3"]:
+def sampling_grid(box: ReadBox, view: PlacedView, device: torch.device) -> Float32[Tensor, "one x y z 3"]:
     """Where each view voxel lies in the box, as `grid_sample` counts it: -1 and 1 are the faces, last axis first."""
-    sides = source.upper - source.lower
-    linear = source.frame.linear * (2 / sides)[:, None]  # box voxel -> (2 i + 1) / n - 1
-    start = (2 * source.frame.matrix[:3, 3] + 1) / sides - 1
+    sides = box.upper - box.lower
+    linear = box.frame.linear * (2 / sides)[:, None]  # box voxel -> (2 i + 1) / n - 1
+    start = (2 * box.frame.matrix[:3, 3] + 1) / sides - 1
     columns, origin = (torch.from_numpy(a[::-1].copy()).to(device) for a in (linear, start))
     axes = [
         torch.arange(n, dtype=torch.float64, device=device)[:, None] * columns[:, axis]
-        for axis, n in enumerate(source.frame.shape)
+        for axis, n in enumerate(box.frame.shape)
     ]
     plane = (axes[0][:, None] + axes[1][None] + origin).float()  # (x, y, 3)
     grid = plane[:, :, None] + axes[2].float()
@@ -173,10 +177,10 @@ def sampling_grid(source: Source, view: PlacedView, device: torch.device) -> Flo
     return grid[None]
 
 
-def _covers(source: Source) -> bool:
+def _covers(box: ReadBox) -> bool:
     """Whether the box holds every voxel of an aligned view."""
-    low, high = source.frame.bounds()
-    return bool(np.all(np.rint(low) >= 0) and np.all(np.rint(high) < source.upper - source.lower))
+    low, high = box.frame.bounds()
+    return bool(np.all(np.rint(low) >= 0) and np.all(np.rint(high) < box.upper - box.lower))
 
 
 def _turned(voxels: Tensor, frame: Frame) -> Tensor:

@@ -102,8 +102,8 @@ class Frame:
 
     @property
     def step_voxel(self) -> Float[np.ndarray, "3"]:
-        """Distance of neighbouring view voxels in volume voxels, along each volume axis (the finest one counts)."""
-        return 1.0 / np.maximum(np.abs(self.inverse[:3, :3]).max(axis=0), 1e-12)
+        """Stored voxels per view voxel along each volume axis: waves along it are seen down to twice this length."""
+        return np.abs(self.linear).max(axis=1)
 
 
 def affine_about(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medssl.data.draw import Source, source_of
+from medssl.data.draw import ReadBox, box_of
 from medssl.data.placements import ViewSpec
 from medssl.data.sampling import CaseSampler, Request
 from medssl.data.scene import Scene
@@ -23,9 +23,9 @@ class RawView:
     """The voxels that one view is drawn from."""
 
     placed: PlacedView
-    source: Source
+    box: ReadBox
     voxels: Any  # a future, then a tensor (channel, box)
-    label_source: Source | None = None
+    label_box: ReadBox | None = None
     label: Any = None
 
 
@@ -172,11 +172,11 @@ class PrefetchingLoader:
         return RawBatch(requests, groups, cases, step, micro)
 
     def _read(self, view: PlacedView, spec: ViewSpec) -> RawView:
-        source = source_of(view, spec)
-        raw = RawView(view, source, self.store.read(view.case, source.level, source.lower, source.upper))
+        box = box_of(view, spec)
+        raw = RawView(view, box, self.store.read(view.case, box.level, box.lower, box.upper))
         if spec.label:
-            raw.label_source = source_of(view, spec, finest=True)
-            raw.label = self.store.read_label(view.case, raw.label_source.lower, raw.label_source.upper)
+            raw.label_box = box_of(view, spec, finest=True)
+            raw.label = self.store.read_label(view.case, raw.label_box.lower, raw.label_box.upper)
         return raw
 
     def _finish(self, batch: RawBatch) -> RawBatch:

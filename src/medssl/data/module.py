@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medssl.data.augment.base import IntensityAugmentation
 from medssl.data.draw import displacement_field, draw_image, draw_label, draw_valid
 from medssl.data.loading import MicroBatches, PrefetchingLoader, RawBatch, RawView, Timers
 from medssl.data.placements import ViewSpec
@@ -65,7 +66,7 @@ class VolumeDataModule(lightning.LightningDataModule):
         self.batch_size, self.seed, self.accumulate, self.prefetch = batch_size, seed, accumulate, prefetch
         self.timers = Timers()
         self.training_cases, self.validation_cases = split_cases(store, validation_fraction)
-        self.group_numbers = {name: n for n, name in enumerate(sorted({record.group for record in store.records()}))}
+        self.group_numbers = {name: n for n, name in enumerate(sorted({group for group, _ in store.cohorts}))}
 
     def facts(self) -> dict[str, int]:
         """Plain numbers that schedules and queue sizes are made of."""
@@ -173,9 +174,9 @@ def view_of(
 
     image = torch.empty((len(raws), channels.pop(), *placed[0].pose.frame.shape), device=device)
     for number, raw in enumerate(raws):
-        draw_image(raw.voxels, raw.source, raw.placed, outside=spec.outside, out=image[number])
+        draw_image(raw.voxels, raw.box, raw.placed, outside=spec.outside, out=image[number])
     image = grouped(image)
-    intensity = [augmentation for augmentation in spec.augment if hasattr(augmentation, "apply")]
+    intensity = [augmentation for augmentation in spec.augment if isinstance(augmentation, IntensityAugmentation)]
     for order, augmentation in enumerate(intensity):
         parameters = np.stack([view.parameters[order] for view in placed]).reshape(
             num_samples, len(raws) // num_samples, -1
@@ -199,7 +200,7 @@ def view_of(
     if spec.valid:
         view.valid = grouped(torch.stack([draw_valid(p, device) for p in placed]))
     if spec.label:
-        labels = [draw_label(raw.label, raw.label_source or raw.source, raw.placed) for raw in raws]
+        labels = [draw_label(raw.label, raw.label_box or raw.box, raw.placed) for raw in raws]
         view.label = grouped(torch.stack(labels))
     if spec.points is not None:
         tables = [store.derived(spec.points, p.case) for p in placed]
@@ -216,7 +217,7 @@ def split_cases(store: VolumeStore, validation_fraction: float) -> tuple[list[in
     """Case numbers for training and for validation; a fixed choice that does not depend on the run's seed."""
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"data.validation_fraction must lie in [0, 1), got {validation_fraction}")
-    splits = [record.split for record in store.records()]
+    splits = [split for _, split in store.cohorts]
     training = [number for number, split in enumerate(splits) if split not in ("validation", "test")]
     held_out = [number for number, split in enumerate(splits) if split == "validation"]
     if validation_fraction and not held_out and len(training) > 1:

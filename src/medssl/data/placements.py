@@ -53,6 +53,12 @@ class ViewSpec(ABC):
             raise ValueError(f"{name}: size must be three positive voxel counts [x, y, z], got {list(self.size)}")
         if isinstance(self.outside, str) and self.outside not in ("minimum", "border"):
             raise ValueError(f"{name}: outside must be minimum, border or a number, got {self.outside!r}")
+        if self.count < 1:
+            raise ValueError(f"{name}: count must be at least 1, got {self.count}")
+        if not isinstance(self.spacing_mm, str) and np.min(self.spacing_mm) <= 0:
+            raise ValueError(f"{name}: spacing_mm must be positive, got {self.spacing_mm}")
+        if (within := getattr(self, "within", "body")) not in ("body", "volume"):
+            raise ValueError(f"{name}: within must be body or volume, got {within!r}")
         if self.context not in ("volume", "crop"):
             raise ValueError(f"{name}: context must be volume or crop, got {self.context!r}")
         if isinstance(self.spacing_mm, str) and self.spacing_mm != "native":
@@ -112,6 +118,9 @@ class RandomCrop(ViewSpec):
             raise ValueError(
                 f"RandomCrop: fraction must be [low, high] with 0 < low <= high, got {list(self.fraction)}"
             )
+        if not (0 <= self.label_share <= 1 and 0 <= self.foreground_share <= 1):
+            shares = f"{self.label_share} and {self.foreground_share}"
+            raise ValueError(f"RandomCrop: label_share and foreground_share must lie in [0, 1], got {shares}")
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
         """Independent crops."""
@@ -184,6 +193,10 @@ class GridCrop(ViewSpec):
             raise ValueError("GridCrop needs a request with a location; use sampler SameLocation")
         record = scene.record(self.slot)
         centers, neighbours = self._locations(scene, record)
+        if location >= len(centers):
+            raise ValueError(
+                f"GridCrop: location {location} is not one of {len(centers)}; give the sampler that num_locations"
+            )
         wanted = neighbours[location][: self.count] if self.neighbours else [location] * self.count
         step = self.step_voxel(record)
         return [Placement(self.slot, self.frame(centers[j], step), int(j)) for j in wanted]
@@ -301,7 +314,9 @@ class Containing(ViewSpec):
             side = step * np.array(self.size)
             lowest, highest = np.sort([box.lower, box.upper - side], axis=0)  # a crop larger than the box covers it
             if not apart:
-                lowest, highest = np.maximum(lowest, point - side), np.minimum(highest, point)
+                rounding = np.where(step == 1, 0.5, 0.0)  # native crops move to whole voxels
+                lowest, highest = np.maximum(lowest, point - side + rounding), np.minimum(highest, point - rounding)
+                highest = np.maximum(lowest, highest)
             placements.append(Placement(self.slot, self.frame(rng.uniform(lowest, highest) + side / 2, step)))
         return placements
 

@@ -62,7 +62,10 @@ def _of_rank(requests: list[Request], rank: int, world: int) -> list[Request]:
         raise ValueError(
             f"batch_size {len(requests)} is not divisible by {world} processes; choose a multiple of {world}"
         )
-    return requests[rank::world]
+    each = len(requests) // world
+    return requests[
+        rank * each : (rank + 1) * each
+    ]  # neighbours in the batch, such as those of an anchor, stay together
 
 
 class Shuffled:
@@ -181,9 +184,13 @@ class Anchored:
                 anchors.append(draws[far[0] if len(far) else distance.argmax()])
             else:
                 anchors.append(draws[0])
-        requests = []
+        requests: list[Request] = []
         for j in range(batch_size):
             x, y, z = map(float, anchors[j // self.volumes_per_anchor])
             n = step * batch_size + j
-            requests.append(Request((_nth(index, n, seed),), n, anchor_body=(x, y, z)))
+            first = j - j % self.volumes_per_anchor
+            case, taken = _nth(index, n, seed), {request.cases[0] for request in requests[first:]}
+            while case in taken and len(taken) < len(index):  # an epoch ended within the anchor
+                case = int(index[int(generator.integers(len(index)))])
+            requests.append(Request((case,), n, anchor_body=(x, y, z)))
         return _of_rank(requests, rank, world)

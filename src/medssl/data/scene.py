@@ -45,8 +45,6 @@ class Scene:
     def box(self, slot: int, within: Region) -> Box:
         """The body box or the whole volume of a case, in voxel faces."""
         record = self.record(slot)
-        if within not in ("body", "volume"):
-            raise ValueError(f"within must be body or volume, got {within!r}")
         return record.body if within == "body" else Box.whole(record.shape)
 
 

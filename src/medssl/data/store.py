@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore
-from jaxtyping import Float, Int, Int32, Shaped
+from jaxtyping import Float, Float32, Int, Int32, Shaped
 
 from medssl.data.resampling import halve
 from medssl.data.volume import Box, Volume
@@ -55,8 +55,8 @@ class Record:
     body_upper: tuple[float, float, float]
     voxel_hash: str
     source: str
-    slope: float
-    intercept: float
+    slope: tuple[float, ...]
+    intercept: tuple[float, ...]
     level_factors: tuple[tuple[int, int, int], ...]
     labels: tuple[int, ...]
 
@@ -74,6 +74,12 @@ class Record:
     def mm_to_volume(self) -> Float[np.ndarray, "4 4"]:
         """RAS millimetres -> voxel index of level 0."""
         return np.linalg.inv(self.volume_to_mm)
+
+    def values(self, stored: Shaped[np.ndarray, "channel *box"]) -> Float32[np.ndarray, "channel *box"]:
+        """Stored integers in file units."""
+        shape = (-1, *[1] * (stored.ndim - 1))
+        slope, intercept = (np.array(v, dtype=np.float32).reshape(shape) for v in (self.slope, self.intercept))
+        return stored.astype(np.float32) * slope + intercept
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
@@ -123,7 +129,7 @@ def write_case(
         voxel_hash: of the canonical voxels as read.
         source: where the case came from.
     """
-    stored, slope, intercept = _to_int16(volume.array)
+    stored, slope, intercept = _to_int16(volume.array, statistics)
     factors = _level_factors(volume.shape, volume.spacing_mm)
     record = Record(
         case=case,
@@ -233,6 +239,12 @@ class VolumeStore:
         """How the store was prepared."""
         return json.loads((self.root / "store.json").read_text())["recipe"]
 
+    @cached_property
+    def cohorts(self) -> list[tuple[str, str]]:
+        """Group and split of every case, without parsing the records to their end."""
+        rows = (json.loads(line) for line in self.lines)
+        return [(row["group"], row["split"]) for row in rows]
+
     def records(self) -> Iterator[Record]:
         """All records, in order of their number."""
         return (self._record(number) for number in range(len(self)))
@@ -284,12 +296,32 @@ class VolumeStore:
             return dict(table)
 
 
-def _to_int16(array: Shaped[np.ndarray, "channel x y z"]) -> tuple[Shaped[np.ndarray, "channel x y z"], float, float]:
-    low, high = float(array.min()), float(array.max())
-    if low >= -32768 and high <= 32767 and (array.dtype.kind in "iu" or bool(np.all(array == np.rint(array)))):
-        return array.astype(np.int16), 1.0, 0.0
-    slope = (high - low) / 65535
-    return np.rint((array.astype(np.float64) - low) / slope - 32768).astype(np.int16), slope, low + 32768 * slope
+def _to_int16(
+    array: Shaped[np.ndarray, "channel x y z"], statistics: Sequence[dict[str, float]]
+) -> tuple[Shaped[np.ndarray, "channel x y z"], tuple[float, ...], tuple[float, ...]]:
+    """Stored integers, slope and intercept of each channel: exact for whole numbers that span at most 65,536 values.
+
+    All else is quantised linearly; values beyond eight times the central range (0.5 to 99.5 %) are clipped,
+    because a single hot voxel would cost the resolution of all others.
+    """
+    stored, scales = np.empty(array.shape, np.int16), []
+    for number, (channel, kept) in enumerate(zip(array, statistics, strict=True)):
+        low, high = float(channel.min()), float(channel.max())
+        whole = channel.dtype.kind in "iu" or bool(np.all(channel == np.rint(channel)))
+        if whole and low >= -32768 and high <= 32767:
+            slope, intercept = 1.0, 0.0
+        elif whole and high - low <= 65535:
+            slope, intercept = 1.0, low + 32768
+        else:
+            bulk, spread = (kept["p0_5"], kept["p99_5"]), kept["p99_5"] - kept["p0_5"]
+            if spread > 0:
+                low, high = max(low, bulk[0] - 8 * spread), min(high, bulk[1] + 8 * spread)
+            slope = (high - low) / 65535
+            intercept = low + 32768 * slope
+        for plane, out in zip(channel, stored[number], strict=True):  # plane by plane: no wide copy of the volume
+            out[:] = np.clip(np.rint((plane.astype(np.float64) - intercept) / slope), -32768, 32767)
+        scales.append((slope, intercept))
+    return stored, tuple(slope for slope, _ in scales), tuple(intercept for _, intercept in scales)
 
 
 def _level_factors(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[tuple[int, int, int], ...]:

@@ -149,6 +149,12 @@ class ViewPlan:
         if not groups:
             raise ValueError("a view plan needs at least one group under views.groups")
         self.groups = dict(groups)
+        names = Counter(a.share for spec in self.groups.values() for a in spec.augment for _ in range(spec.count))
+        for name, number in names.items():
+            if name not in ("view", "group") and number == 1:
+                raise ValueError(
+                    f"share={name} is stated by one view only; use view, group, or one NAME in several groups"
+                )
 
     @property
     def num_locations(self) -> int:

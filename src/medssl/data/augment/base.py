@@ -148,6 +148,12 @@ def check_range(name: str, values: Sequence[float], *, low: float, high: float =
         raise ValueError(f"{name} must be [a, b] with {low:g} <= a <= b <= {high:g}, got {list(values)}")
 
 
+def check_axes(name: str, axes: Sequence[int]) -> None:
+    """Raise a ValueError unless `axes` are different ones of 0, 1, 2."""
+    if len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
+        raise ValueError(f"{name} must be different ones of 0 (x), 1 (y), 2 (z), got {list(axes)}")
+
+
 def uniform(rng: np.random.Generator, interval: Sequence[float]) -> float:
     """A uniform number of [low, high]."""
     low, high = interval

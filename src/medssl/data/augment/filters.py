@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from medssl.data.augment.base import IntensityAugmentation, Measured, check_range, column, uniform
+from medssl.data.augment.base import IntensityAugmentation, Measured, check_axes, check_range, column, uniform
 from medssl.data.geometry import spline_weights
 from medssl.data.randomness import hash_normal
 from medssl.data.resampling import resampling_matrix
@@ -46,6 +46,7 @@ class GaussianBlur(IntensityAugmentation):
         """Check the range."""
         super().__post_init__()
         check_range("GaussianBlur: sigma_voxel", self.sigma_voxel, low=0)
+        check_axes("GaussianBlur: axes", self.axes)
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
         """The width."""
@@ -84,6 +85,7 @@ class LowResolution(IntensityAugmentation):
         """Check the range."""
         super().__post_init__()
         check_range("LowResolution: zoom", self.zoom, low=0.01, high=1)
+        check_axes("LowResolution: axes", self.axes)
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
         """The zoom."""

@@ -80,6 +80,8 @@ class Percentiles(LinearNormalisation):
                 raise ValueError(
                     f"Percentiles: {value} is not kept in the index; choose among {sorted(KNOWN_PERCENTILES)}"
                 )
+        if not self.low < self.high:
+            raise ValueError(f"Percentiles: low must be below high, got {self.low} and {self.high}")
 
     def limits(self, record: Record, channel: int) -> tuple[float, float, float, float]:
         """The case's percentiles; its range where they coincide."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from medssl.data.augment.base import Pose, SpatialAugmentation, check_range, uniform
+from medssl.data.augment.base import Pose, SpatialAugmentation, check_axes, check_range, uniform
 from medssl.data.geometry import SPLINE_ENERGY, Displacement, affine_about, rotation_matrix
 from medssl.data.store import Record
 
@@ -16,6 +16,11 @@ class Flip(SpatialAugmentation):
 
     axes: Sequence[int] = (0, 1, 2)
     probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the axes."""
+        super().__post_init__()
+        check_axes("Flip: axes", self.axes)
 
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
         """See `SpatialAugmentation`."""
@@ -33,6 +38,12 @@ class Rotate90(SpatialAugmentation):
 
     planes: Sequence[Sequence[int]] = ((0, 1), (0, 2), (1, 2))
     probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the planes."""
+        super().__post_init__()
+        for plane in self.planes:
+            check_axes("Rotate90: planes", plane)
 
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
         """See `SpatialAugmentation`."""
@@ -143,9 +154,17 @@ class Elastic(SpatialAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Sometimes(SpatialAugmentation):
-    """All of some spatial augmentations together with the probability, else none of them."""
+    """All of some spatial augmentations together with the probability, else none of them; `share` is stated here."""
 
     augment: Sequence[SpatialAugmentation] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        """Check what it holds."""
+        super().__post_init__()
+        for augmentation in self.augment:
+            if not isinstance(augmentation, SpatialAugmentation) or augmentation.share != "view":
+                kind = type(augmentation).__name__
+                raise ValueError(f"Sometimes holds spatial augmentations without a share of their own, got {kind}")
 
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
         """See `SpatialAugmentation`."""
