@@ -66,7 +66,7 @@ def test_stripes_beyond_the_nyquist_limit_of_a_resized_view_vanish_and_slower_on
 @pytest.mark.parametrize("angle_deg", [0, 15, 30, 45])
 @pytest.mark.parametrize("scale", [1.0, 1.3, 2.2])
 def test_turning_a_view_costs_no_resolution(make_store, draw, angle_deg, scale):
-    """Stripes of 8 voxels along x, well within the grid of the turned view, keep their amplitude; those of 2.4 not 2.2."""
+    """Stripes of 8 voxels, well within the turned grid, keep their amplitude; those of 2.4 vanish at a scale of 2.2."""
     kept = {}
     for period in (2.4, 8.0):
         voxels = np.arange(96)
