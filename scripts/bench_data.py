@@ -163,7 +163,7 @@ def resident_growth_mb(store: VolumeStore) -> float:
 
 
 def opening_s(store: VolumeStore, folder: Path, *, num_cases: int = 100_000) -> float:
-    """Seconds to open a store whose index has this many cases and to look up a record."""
+    """Seconds to open a store whose index has this many cases and to build its data module."""
     line = json.loads((store.root / "index.jsonl").read_text().splitlines()[0])
     with (folder / "index.jsonl").open("w") as index:
         for number in range(num_cases):
@@ -171,6 +171,8 @@ def opening_s(store: VolumeStore, folder: Path, *, num_cases: int = 100_000) -> 
     start = time.perf_counter()
     opened = VolumeStore(folder)
     assert opened.record(num_cases - 1).case == f"case_{num_cases - 1:06d}"
+    plan = ViewPlan(groups={"x": RandomCrop(size=[CROP] * 3)})
+    VolumeDataModule(store=opened, views=plan, sampler=Shuffled(), batch_size=BATCH, seed=0)
     return time.perf_counter() - start
 
 

@@ -224,7 +224,7 @@ def split_cases(store: VolumeStore, validation_fraction: float) -> tuple[list[in
         count = max(1, round(validation_fraction * len(training)))
         chosen = counter_generator("validation", len(training)).permutation(len(training))[:count]
         held_out = sorted(training[n] for n in chosen)
-        training = [number for number in training if number not in set(held_out)]
+        training = sorted(set(training).difference(held_out))
     if not training:
         raise ValueError(
             f"{store.root} has no case to train on: all {len(splits)} are called validation or test by their source"
