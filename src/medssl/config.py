@@ -58,6 +58,7 @@ def _register_resolvers() -> None:
         return round(number * per_epoch)
 
     OmegaConf.register_new_resolver("epochs", epochs, replace=True)
+    OmegaConf.register_new_resolver("add", lambda *terms: sum(terms), replace=True)
     OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
     OmegaConf.register_new_resolver("div", lambda dividend, divisor: dividend / divisor, replace=True)
     OmegaConf.register_new_resolver(

@@ -140,13 +140,14 @@ def load_parts(
     Raises:
         ValueError: wrong file, a part that the file does not hold, or tensors that do not match.
     """
-    tensors = _own(path) if layout is None else _published(path, layout, branch)
+    prefix = f"{branch}_" if layout is None and branch != "student" else ""
+    wanted = [f"{prefix}{part}" for part in parts]
+    tensors = _own(path, wanted) if layout is None else _published(path, layout, branch)
     reports, accepted = [], []
-    for part, module in parts.items():
-        name = f"{branch}_{part}" if layout is None and branch != "student" else part
+    for name, (part, module) in zip(wanted, parts.items(), strict=True):
         stored = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
         if not stored:
-            held = sorted({key.partition(".")[0] for key in tensors})
+            held = _parts_of(path) if layout is None else sorted({key.partition(".")[0] for key in tensors})
             raise ValueError(f"{path} holds no part `{name}`; it holds {', '.join(held)}")
         report, fitting = _compare(part, module, stored)
         reports.append(report)
@@ -215,13 +216,20 @@ def _compare(part: str, module: nn.Module, stored: dict[str, Tensor]) -> tuple[L
     return report, fitting
 
 
-def _own(path: str | Path) -> dict[str, Tensor]:
+def _own(path: str | Path, parts: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of some parts of a file of ours; the others are not read."""
     read_card(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            keys = [key for key in file.keys() if key.partition(".")[0] in parts]  # noqa: SIM118  (no mapping)
+            return {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(_wrong_kind(Path(path), error)) from None
+
+
+def _parts_of(path: str | Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return sorted({key.partition(".")[0] for key in file.keys()})  # noqa: SIM118  (no mapping)
 
 
 def _published(path: str | Path, layout: str, branch: str) -> dict[str, Tensor]:

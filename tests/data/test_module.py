@@ -32,7 +32,7 @@ def test_a_source_that_names_validation_and_test_cases_is_obeyed(make_store):
 
 def test_facts_count_training_cases_steps_and_locations(noise_store):
     module = _module(noise_store, views=ViewPlan(groups={"x": GridCrop(size=[4] * 3, grid=[2, 3, 4])}), batch_size=2)
-    assert module.facts() == {"num_cases": 3, "num_locations": 24, "steps_per_epoch": 2}
+    assert module.facts() == {"num_cases": 3, "num_channels": 1, "num_locations": 24, "steps_per_epoch": 1.5}
 
 
 def test_validation_draws_the_same_crops_each_time_whatever_the_seed(noise_store):
@@ -76,6 +76,24 @@ def test_an_unreadable_chunk_names_the_case(noise_store):
     loader = module.loader(module.sampler, [0], steps=range(4), seed=0)
     with pytest.raises(ValueError, match=rf"cannot read a chunk of .*{case}\.zarr.*prepare again"):
         list(loader)
+
+
+def test_a_lost_shard_is_not_read_as_zeros(noise_store):
+    case = noise_store.record(0).case
+    (shard,) = (path for path in (noise_store.root / f"{case}.zarr" / "0" / "c").rglob("0") if path.is_file())
+    shard.unlink()
+    module = _module(noise_store, validation_fraction=0)
+    loader = module.loader(module.sampler, [0], steps=range(1), seed=0)
+    with pytest.raises(ValueError, match=rf"cannot read a chunk of .*{case}\.zarr.*prepare again"):
+        list(loader)
+
+
+def test_air_that_is_zero_is_no_lost_chunk(make_store):
+    array = np.zeros((1, 70, 40, 40), np.int16)
+    array[0, :4] = 100
+    store = make_store(array, labels=[np.zeros((70, 40, 40), int)])
+    assert not store.read(0, 0, (40, 0, 0), (70, 40, 40)).result().any()
+    assert not store.read_label(0, (0, 0, 0), (70, 40, 40)).result().any()
 
 
 def test_cases_of_different_channels_are_refused_by_name_of_the_option(make_store):

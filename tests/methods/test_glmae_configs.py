@@ -16,7 +16,12 @@ RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "glmae_tiny_ten_st
 def resolved(*overrides):
     """The configuration of a run on 320 volumes; no data source is needed."""
     config = compose("pretrain", ["~data", *overrides])
-    config.facts = {"num_cases": 320, "num_locations": None, "steps_per_epoch": 320 // config.batch_size}
+    config.facts = {
+        "num_cases": 320,
+        "num_channels": 1,
+        "num_locations": None,
+        "steps_per_epoch": 320 / config.batch_size,
+    }
     return OmegaConf.to_container(config, resolve=True)
 
 
@@ -42,10 +47,20 @@ def test_a_configuration_builds_the_networks_and_views_of_the_card(name, trained
     assert tuple(plan.groups["local"].augment[0].window_hu) == (-1000, 1000)
 
 
+def test_the_networks_take_as_many_channels_as_the_data_have():
+    config = compose("pretrain", ["~data", "method=glmae_tiny"])
+    config.facts = {"num_cases": 4, "num_channels": 3, "num_locations": None, "steps_per_epoch": 0.5}
+    method = instantiate(OmegaConf.to_container(config, resolve=True)["method"], _convert_="all")
+    assert method.encoder.patch_embed.proj.in_channels == 3
+    assert method.decoder.pred.out_features == 3 * 8**3
+
+
 def test_the_learning_rate_counts_crops_and_follows_the_batch_size():
     assert resolved("method=glmae")["optimizer"]["lr"] == pytest.approx(1.5e-4 * 32 * 10 / 256)
     assert resolved("method=glmae", "batch_size=8")["optimizer"]["lr"] == pytest.approx(1.5e-4 * 8 * 10 / 256)
     assert resolved("method=glmae_small")["optimizer"]["lr"] == pytest.approx(1.5e-4 * 16 * 6 / 256)
+    fewer = resolved("method=glmae", "views.groups.local.count=2")["optimizer"]["lr"]
+    assert fewer == pytest.approx(1.5e-4 * 32 * 4 / 256)
     assert resolved("method=glmae_tiny")["optimizer"]["lr"] == pytest.approx(2e-3)
 
 

@@ -68,13 +68,14 @@ class VolumeDataModule(lightning.LightningDataModule):
         self.training_cases, self.validation_cases = split_cases(store, validation_fraction)
         self.group_numbers = {name: n for n, name in enumerate(sorted({group for group, _ in store.cohorts}))}
 
-    def facts(self) -> dict[str, int]:
-        """Plain numbers that schedules and queue sizes are made of."""
+    def facts(self) -> dict[str, int | float]:
+        """Plain numbers that schedules, queue sizes and networks are made of; an epoch need not be whole steps."""
         num_cases = len(self.training_cases)
         return {
             "num_cases": num_cases,
+            "num_channels": self.store.record(self.training_cases[0]).channels,
             "num_locations": self.plan.num_locations,
-            "steps_per_epoch": max(1, -(-num_cases // self.batch_size)),
+            "steps_per_epoch": num_cases / self.batch_size,
         }
 
     def train_dataloader(self) -> PrefetchingLoader:

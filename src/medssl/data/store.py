@@ -274,7 +274,12 @@ class VolumeStore:
 
     def _open(self, case: int, array: str) -> tensorstore.TensorStore:
         path = self.root / f"{self.record(case).case}.zarr" / array
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}, "recheck_cached_metadata": "open"}
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(path)},
+            "recheck_cached_metadata": "open",
+            "fill_missing_data_reads": False,
+        }
         try:
             return tensorstore.open(spec, context=CONTEXT, read=True).result()
         except ValueError as error:
@@ -350,7 +355,12 @@ def _write_array(path: Path, array: Shaped[np.ndarray, "..."], *, chunk: Sequenc
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "dimension_names": ["c", "x", "y", "z"] if array.ndim == 4 else ["point", "column"],
     }
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}, "metadata": metadata}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(path)},
+        "metadata": metadata,
+        "store_data_equal_to_fill_value": True,  # every chunk exists, so that a lost one is seen
+    }
     tensorstore.open(spec, context=CONTEXT, create=True).result().write(array).result()
 
 

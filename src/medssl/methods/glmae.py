@@ -84,6 +84,9 @@ class GLMAE(Method):
         _check("centering", centering, CENTERINGS)
         if min(student_temperature, teacher_temperature, teacher_temperature_start) <= 0:
             raise ValueError("student_temperature, teacher_temperature and teacher_temperature_start must be positive")
+        for name, value in (("centre_momentum", centre_momentum), ("ema_momentum", ema_momentum)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
         self.encoder, self.decoder, self.head = encoder, decoder, head
         self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(head)
         num_prototypes = len(head.last_layer.weight_v)

@@ -1,6 +1,5 @@
 """What leaves a run: the networks of a method with the card that says how to rebuild and feed them."""
 
-import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,6 @@ def build_card(config: Mapping[str, Any], store: VolumeStore) -> dict[str, Any]:
     """The card of a run from its resolved configuration: architecture, reading recipe, data, versions."""
     method, data = config["method"], config["data"]
     networks = {part: method[part] for part in ("encoder", "decoder") if isinstance(method.get(part), Mapping)}
-    hashes = "".join(sorted(record.voxel_hash for record in store.records()))
     return {
         **networks,
         "method": method["_target_"],
@@ -27,7 +25,7 @@ def build_card(config: Mapping[str, Any], store: VolumeStore) -> dict[str, Any]:
         "data": {
             "name": data["name"],
             "num_cases": len(store),
-            "voxel_hashes_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+            "voxel_hashes": sorted(record.voxel_hash[:16] for record in store.records()),  # tells overlap with a test set
         },
         "versions": {package: version(package) for package in ("medssl", "torch", "monai", "numpy")},
     }
