@@ -9,6 +9,7 @@ from torch import nn
 from medssl.losses.consistency import cross_entropy_of_views
 from medssl.losses.reconstruction import patch_statistics
 from medssl.methods.glmae import view_major
+from medssl.ops.masking import random_mask
 from medssl.ops.patches import patchify
 from medssl.weights import load_parts, save_weights
 
@@ -90,6 +91,30 @@ def test_rows_are_view_major_so_that_no_volume_meets_another_s_teacher(glmae, vi
     entropy = method(batch, at()).logs["entropy_teacher"].item()
     assert seen["own"] == pytest.approx(entropy, rel=1e-4)  # an intact student agrees with its own teacher ...
     assert seen["other"] > entropy * 1.001  # ... and with no other volume's
+
+
+def test_the_terms_of_a_batch_are_the_means_of_its_volumes_alone(glmae, views, at, monkeypatch):
+    """Fails where a volume meets another one's teacher, mask or target, in whatever order the rows lie."""
+    method, batch = glmae().eval(), views(b=3)
+
+    def mask_by_content(name, image, progress):
+        rows = [torch.rand(216 if name == "global" else 64, generator=seeded(picture)) for picture in image]
+        return random_mask(torch.stack(rows), ratio=0.6)
+
+    def seeded(picture):
+        return torch.Generator().manual_seed(int(picture.double().sum() * 1e6))
+
+    monkeypatch.setattr(method, "_mask", mask_by_content)
+    together = method(batch, at()).logs
+    alone = []
+    for n in range(3):
+        single = {name: copy.copy(view) for name, view in batch.items()}
+        for name in single:
+            single[name].image = batch[name].image[n : n + 1]
+        alone.append(method(single, at()).logs)
+    for term in TERMS:
+        assert together[term].item() == pytest.approx(sum(logs[term].item() for logs in alone) / 3, rel=1e-4)
+    assert len({round(logs["consistency_global"].item(), 5) for logs in alone}) == 3
 
 
 def test_the_teacher_sees_all_tokens_of_the_global_views_only_and_the_student_the_visible_ones(glmae, views, at):
