@@ -149,8 +149,9 @@ def resized_read(store: VolumeStore) -> dict[str, float]:
 
 
 def resident_growth_mb(store: VolumeStore) -> float:
-    """Growth of this process's memory over 60 batches of augmented crops, MB."""
-    plan = ViewPlan(groups={"x": RandomCrop(size=[CROP] * 3, augment=AUGMENT)})
+    """Growth of this process's memory over 60 batches of augmented native and resized crops, MB."""
+    native = RandomCrop(size=[CROP] * 3, augment=AUGMENT)
+    plan = ViewPlan(groups={"native": native, "resized": RandomCrop(size=[CROP] * 3, fraction=[0.3, 1.0])})
     module = VolumeDataModule(
         store=store, views=plan, sampler=Shuffled(), batch_size=BATCH, seed=0, validation_fraction=0
     )
