@@ -193,6 +193,18 @@ def test_a_second_start_in_the_same_folder_is_refused(workplace, straight, capsy
     assert (straight / "metrics.csv").read_bytes() == before
 
 
+def test_another_run_is_not_replaced_by_a_resumed_one(workplace, straight, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(straight, other)
+    with pytest.raises(SystemExit) as stop:
+        pretrain(workplace, "straight", resume=other, **{"trainer.max_steps": STEPS + 2})
+    assert stop.value.code == 2
+    assert "already holds a run" in capsys.readouterr().err
+    pretrain(workplace, "straight", resume=other, output_dir="null", **{"trainer.max_steps": STEPS + 2})
+    assert [checkpoint(folder)["global_step"] for folder in (other, straight)] == [STEPS + 2, STEPS]
+    assert len(metrics(other)) == STEPS + 2
+
+
 def test_a_loss_that_is_not_a_number_names_step_term_and_cases(workplace, capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain(workplace, "nan", wish="nan@1", validate_every="null")

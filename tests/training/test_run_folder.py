@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_rank, was_restarted
@@ -6,7 +8,7 @@ from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_
 @pytest.fixture
 def used(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.claim(overwrite=False, resume=False)
+    folder.claim(overwrite=False, checkpoint=None)
     for path in (folder.config, folder.metrics, folder.last_checkpoint, folder.encoder, folder.root / "notes.txt"):
         path.write_text("earlier")
     return folder
@@ -14,26 +16,36 @@ def used(tmp_path):
 
 def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out(used):
     with pytest.raises(ValueError, match=r"already holds a run; .*resume=.*overwrite=true"):
-        used.claim(overwrite=False, resume=False)
+        used.claim(overwrite=False, checkpoint=None)
     assert used.metrics.read_text() == "earlier"
 
 
-def test_resuming_keeps_everything(used):
-    used.claim(overwrite=False, resume=True)
+def test_going_on_with_the_run_of_the_folder_keeps_everything(used, monkeypatch):
+    monkeypatch.chdir(used.root)
+    for checkpoint in (used.last_checkpoint, Path("checkpoints/last.ckpt"), used.root / "copy.ckpt"):
+        used.claim(overwrite=False, checkpoint=checkpoint)
     assert used.last_checkpoint.read_text() == "earlier"
 
 
+def test_a_checkpoint_of_another_run_does_not_open_the_folder(used, tmp_path):
+    other = tmp_path / "other" / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match="already holds a run"):
+        used.claim(overwrite=False, checkpoint=other)
+    assert used.last_checkpoint.read_text() == "earlier"
+    RunFolder(tmp_path / "new").claim(overwrite=False, checkpoint=other)
+
+
 def test_overwriting_removes_the_files_of_the_run_and_no_others(used):
-    used.claim(overwrite=True, resume=False)
+    used.claim(overwrite=True, checkpoint=None)
     left = [path.name for path in used.root.rglob("*") if path.is_file()]
     assert left == ["notes.txt"]
 
 
 def test_a_start_that_failed_before_its_first_step_can_be_repeated(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.claim(overwrite=False, resume=False)
+    folder.claim(overwrite=False, checkpoint=None)
     folder.config.write_text("seed: 0")
-    folder.claim(overwrite=False, resume=False)
+    folder.claim(overwrite=False, checkpoint=None)
 
 
 def test_resume_takes_a_run_folder_or_a_checkpoint(used, tmp_path):

@@ -25,7 +25,7 @@ from medssl.training.metrics import Metrics
 from medssl.training.pictures import Pictures
 from medssl.training.pretrain_module import PretrainModule
 from medssl.training.progress_bar import ProgressBar
-from medssl.training.run_folder import RunFolder, process_rank
+from medssl.training.run_folder import RunFolder, process_rank, run_of
 from medssl.training.settings import changes
 from medssl.training.stopping import Stopped, StopSignals
 
@@ -54,7 +54,7 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     if checkpoint is not None:
         check_checkpoint(checkpoint, total_steps=values["trainer"]["max_steps"])
-        for change in changes(checkpoint.parent.parent / "config.yaml", config) if process_rank() == 0 else []:
+        for change in changes(run_of(checkpoint) / "config.yaml", config) if process_rank() == 0 else []:
             print(f"resume: {change}; the run will not be the one it would have been")
     method = build_method(values)
     module = PretrainModule(

@@ -40,12 +40,13 @@ class RunFolder:
             return f"saved {self.last_checkpoint}; go on with the same command and resume={self.root}"
         return f"no checkpoint is saved yet; start the same command again{' with overwrite=true' * self.holds_a_run()}"
 
-    def claim(self, *, overwrite: bool, resume: bool) -> None:
-        """Make the folder ready for a run: empty of an earlier one unless that is to be resumed.
+    def claim(self, *, overwrite: bool, checkpoint: Path | None) -> None:
+        """Make the folder ready for a run: empty of an earlier one unless `checkpoint` goes on with that very run.
 
-        Raises: ValueError: an earlier run lies here and neither `overwrite` nor `resume` is set.
+        Raises: ValueError: an earlier run lies here that is neither gone on with nor to be overwritten.
         """
-        if self.holds_a_run() and not resume:
+        goes_on = checkpoint is not None and run_of(checkpoint).resolve() == self.root.resolve()
+        if self.holds_a_run() and not goes_on:
             if not overwrite:
                 going_on = f"go on with it by resume={self.root}, " if self.last_checkpoint.is_file() else ""
                 raise ValueError(
@@ -58,6 +59,11 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
         self.last_checkpoint.parent.mkdir(parents=True, exist_ok=True)
         self.figures.mkdir(exist_ok=True)
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint belongs to."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 
 def checkpoint_to_resume(path: Path) -> Path:
