@@ -12,12 +12,22 @@ from medssl.training.settings import changes, check_settings
         ("trainer.max_steps=2.5", "trainer.max_steps must be a whole number from 1 up; got 2.5"),
         ("validate_every=0", "validate_every must be a whole number from 1 up, or null for never; got 0"),
         ("checkpoint_every=true", "checkpoint_every"),
+        *[
+            (f"{key}={word}", f"{key} must be true or false; got '{word}'")
+            for key in ("overwrite", "compile", "checkpoint_activations")
+            for word in ("no", "off", "maybe")
+        ],
     ],
 )
 def test_a_count_that_is_none_is_refused(override, words):
     with pytest.raises(ValueError) as caught:
         check_settings(compose("pretrain", [override]))
     assert words in str(caught.value)
+
+
+def test_the_switch_of_a_logger_is_one_too():
+    with pytest.raises(ValueError, match=r"logger\.offline must be true or false; got 'no'"):
+        check_settings(compose("pretrain", ["logger=wandb", "logger.offline=no"]))
 
 
 def test_the_configurations_as_they_are_pass():

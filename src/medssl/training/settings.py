@@ -1,5 +1,6 @@
 """Checks of a run's settings that need no data, and the comparison of a resumed run with its beginning."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from medssl.config import to_yaml
 
 LEAST = {"seed": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1, "trainer.max_steps": 1}
+SWITCHES = ("overwrite", "compile", "checkpoint_activations", "logger.offline")
 INTERVALS = ("export_every", "figures_every", "validate_every")
 MAY_CHANGE = {"output_dir", "overwrite", "resume", "store", "data", "logger", "max_rejected_fraction"}
 MAY_CHANGE |= {"checkpoint_every", "export_every", "figures_every"}
@@ -16,18 +18,28 @@ MAY_CHANGE |= {"checkpoint_every", "export_every", "figures_every"}
 
 
 def check_settings(config: DictConfig) -> None:
-    """Raises: ValueError: a count of the run is no whole number, or too small."""
-    for key in (*LEAST, *INTERVALS):
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(config, parent) if parent else config
-        if OmegaConf.is_interpolation(node, name):
-            continue
-        value, least = node[name], LEAST.get(key, 1)
+    """Raises: ValueError: a count of the run is no whole number, or too small; a switch is neither true nor false."""
+    for key, value in _given(config, SWITCHES).items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} must be true or false; got {value!r}")
+    for key, value in _given(config, (*LEAST, *INTERVALS)).items():
+        least = LEAST.get(key, 1)
         if key in INTERVALS and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             never = ", or null for never" if key in INTERVALS else ""
             raise ValueError(f"{key} must be a whole number from {least} up{never}; got {value!r}")
+
+
+def _given(config: DictConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of those `keys` that exist and do not follow from others."""
+    parents = {key: OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config for key in keys}
+    names = {key: key.rpartition(".")[2] for key in keys}
+    return {
+        key: parent[names[key]]
+        for key, parent in parents.items()
+        if parent is not None and names[key] in parent and not OmegaConf.is_interpolation(parent, names[key])
+    }
 
 
 def changes(earlier: Path, config: DictConfig) -> list[str]:
