@@ -87,11 +87,11 @@ def pretrain(root, name, *, wish="", **settings):
     return root / name
 
 
-def start(root, name, *, wish="", **settings):
+def start(root, name, *, wish="", variables=None, **settings):
     """Run the command in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "medssl.pretrain", *arguments(root, name, **settings)],
-        env={**os.environ, "PROBE_LOG": str(root / f"{name}.log"), "PROBE_WISH": wish},
+        env={**os.environ, "PROBE_LOG": str(root / f"{name}.log"), "PROBE_WISH": wish, **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -226,6 +226,33 @@ def test_sigterm_saves_and_says_how_to_go_on(workplace, straight):
     assert "stopped by SIGTERM after step 3 of 6" in output
     assert f"resume={workplace / 'stopped'}" in output
     assert checkpoint(workplace / "stopped")["global_step"] == 3
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "pretrain", "SLURM_PROCID": "0"}
+SLURM |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+
+
+def test_a_job_of_slurm_saves_at_its_signal_and_goes_on_when_started_again(workplace, straight):
+    process = start(workplace, "job", wish="wait@2", variables=SLURM)
+    wait_for(workplace / "job.waiting", process)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0, output
+    assert "stopped by SIGUSR1 after step 3 of 6" in output
+    assert not list((workplace / "job").rglob("hpc_ckpt*"))
+    again = start(workplace, "job", variables={**SLURM, "SLURM_RESTART_COUNT": "1"})
+    output = again.communicate(timeout=60)[0]
+    assert again.returncode == 0, output
+    assert [row["loss"] for row in metrics(workplace / "job")] == [row["loss"] for row in metrics(straight)]
+
+
+def test_a_job_started_again_before_its_first_checkpoint_starts_over(workplace, straight, monkeypatch):
+    folder = workplace / "early_job"
+    folder.mkdir()
+    shutil.copy(straight / "metrics.csv", folder)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    pretrain(workplace, "early_job", **{"trainer.max_steps": 1})
+    assert len(metrics(folder)) == 1
 
 
 def test_a_finished_run_has_nothing_left_to_resume(workplace, straight, capsys):

@@ -31,12 +31,13 @@ def run(config: DictConfig) -> None:
     if config.output_dir is None:
         config.output_dir = "runs/pretrain" if checkpoint is None else str(run_of(checkpoint))
     folder = RunFolder(Path(config.output_dir).expanduser())
-    if checkpoint is None and was_restarted() and folder.last_checkpoint.is_file():
+    restarted = checkpoint is None and was_restarted()
+    if restarted and folder.last_checkpoint.is_file():
         checkpoint = folder.last_checkpoint
     with StopSignals() as signals:
         try:
             if process_rank() == 0:
-                folder.claim(overwrite=config.overwrite, checkpoint=checkpoint)
+                folder.claim(overwrite=config.overwrite or restarted, checkpoint=checkpoint)
             from medssl.training.pretraining import pretrain  # torch and all that takes seconds
 
             pretrain(config, folder, checkpoint=checkpoint, signals=signals)

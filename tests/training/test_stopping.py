@@ -6,9 +6,10 @@ import pytest
 from medssl.training.stopping import Stopped, StopSignals
 
 
-def test_outside_of_training_a_signal_stops_at_once():
-    with StopSignals(), pytest.raises(Stopped, match="SIGTERM"):
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_outside_of_training_a_signal_stops_at_once(number):
+    with StopSignals(), pytest.raises(Stopped, match=number.name):
+        os.kill(os.getpid(), number)
 
 
 def test_in_training_a_signal_is_remembered_and_a_second_interrupt_stops(capfd):

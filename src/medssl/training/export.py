@@ -25,7 +25,7 @@ def build_card(config: Mapping[str, Any], store: VolumeStore) -> dict[str, Any]:
         "data": {
             "name": data["name"],
             "num_cases": len(store),
-            "voxel_hashes": sorted(record.voxel_hash[:16] for record in store.records()),  # tells overlap with a test set
+            "voxel_hashes": sorted(record.voxel_hash[:16] for record in store.records()),  # to find overlap by
         },
         "versions": {package: version(package) for package in ("medssl", "torch", "monai", "numpy")},
     }

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -125,6 +126,8 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's loop with our callbacks; the `trainer` part of the configuration holds further arguments of it."""
     every = values["validate_every"]
+    # a job that SLURM starts again goes on from last.ckpt; the trainer's own requeueing would leave another checkpoint
+    environment = {"plugins": SLURMEnvironment(auto_requeue=False)} if SLURMEnvironment.detect() else {}
     callbacks: list[L.Callback] = [
         Metrics(folder.metrics, batch_size=values["batch_size"], with_validation=bool(every)),
         ProgressBar(),
@@ -133,7 +136,7 @@ def build_trainer(
         LastCheckpoint(folder.last_checkpoint, every=values["checkpoint_every"], signals=signals),
     ]
     return L.Trainer(
-        **instantiate(values["trainer"], _convert_="all"),
+        **{**environment, **instantiate(values["trainer"], _convert_="all")},
         max_epochs=-1,
         accumulate_grad_batches=values["accumulate"],
         gradient_clip_val=values["optimizer"].get("clip_norm"),

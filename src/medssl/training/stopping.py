@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM: at once outside of training, after the step under way inside."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (SLURM: time is short): at once outside of training, after the step under way inside."""
 
 import os
 import signal
 import threading
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
@@ -13,7 +13,7 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """While entered, both signals raise `Stopped`, or, with `training` set, leave their name in `requested`.
+    """While entered, each signal raises `Stopped`, or, with `training` set, leave their name in `requested`.
 
     A second Ctrl-C always raises.
     """
@@ -39,7 +39,7 @@ class StopSignals:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self.training or (self.requested and number == signal.SIGINT):
             raise Stopped(name)
         if not self.requested and not int(os.environ.get("LOCAL_RANK") or 0):
