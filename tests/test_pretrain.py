@@ -228,6 +228,36 @@ def test_sigterm_saves_and_says_how_to_go_on(workplace, straight):
     assert checkpoint(workplace / "stopped")["global_step"] == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method.encoder.dim": 48}, "is of another network: method."),
+        ({"optimizer._target_": "torch.optim.NAdam"}, "was trained by another optimiser"),
+        ({"trainer.max_steps": STEPS}, f"is at step {STEPS} of {STEPS}"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(
+    workplace, straight, capsys, settings, words
+):
+    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        pretrain(workplace, "straight", resume=straight, **{"trainer.max_steps": STEPS + 2, **settings})
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+    assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_that_is_no_checkpoint_of_ours_is_refused(workplace, straight, tmp_path, capsys):
+    torch.save({"global_step": 2, "state_dict": {}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((straight / "checkpoints" / "last.ckpt").read_bytes()[:5000])
+    for name in ("foreign", "cut"):
+        with pytest.raises(SystemExit):
+            pretrain(workplace, "other", resume=tmp_path / f"{name}.ckpt")
+        assert "is not a whole checkpoint of a run" in capsys.readouterr().err
+
+
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "pretrain", "SLURM_PROCID": "0"}
 SLURM |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
 
@@ -253,12 +283,6 @@ def test_a_job_started_again_before_its_first_checkpoint_starts_over(workplace, 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     pretrain(workplace, "early_job", **{"trainer.max_steps": 1})
     assert len(metrics(folder)) == 1
-
-
-def test_a_finished_run_has_nothing_left_to_resume(workplace, straight, capsys):
-    with pytest.raises(SystemExit):
-        pretrain(workplace, "straight", resume=straight)
-    assert "is at step 6 of 6" in capsys.readouterr().err
 
 
 def test_a_batch_that_cannot_be_split_is_refused(workplace, straight, capsys):

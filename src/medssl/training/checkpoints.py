@@ -52,14 +52,26 @@ class LastCheckpoint(StepCallback):
         self.saved_step = self.step
 
 
-def check_checkpoint(path: Path, *, total_steps: int) -> int:
-    """The step of a checkpoint. Raises: ValueError: not a checkpoint of ours, or nothing is left to train."""
+def check_checkpoint(path: Path, module: PretrainModule) -> None:
+    """Raises: ValueError: not a checkpoint of ours, of another network or optimiser, or nothing is left to train."""
     try:
-        step = int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"])
+        saved = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        step, groups, _ = saved["global_step"], saved["optimizer_states"][0]["param_groups"], saved["loops"]
+        theirs = {name: tuple(tensor.shape) for name, tensor in saved["state_dict"].items()}
+        _ = saved["pytorch-lightning_version"]
     except Exception as error:
         raise ValueError(
             f"resume: {path} is not a whole checkpoint of a run; give a run folder or its checkpoints/last.ckpt"
         ) from error
-    if step >= total_steps:
-        raise ValueError(f"resume: {path} is at step {step} of {total_steps}; raise trainer.max_steps to go on")
-    return step
+    ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        first = f"{wrong[0]} has shape {theirs.get(wrong[0], 'none')} there, {ours.get(wrong[0], 'none')} here"
+        others = f", and {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
+        raise ValueError(f"resume: {path} is of another network: {first}{others}; give the method settings of that run")
+    now = module.new_optimizer()[0].param_groups
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in now] or any(
+        then.keys() - group.keys() and group.keys() - then.keys() for then, group in zip(groups, now, strict=True)
+    ):
+        raise ValueError(f"resume: {path} was trained by another optimiser; give the optimizer settings of that run")
+    if step >= module.total_steps:
+        raise ValueError(f"resume: {path} is at step {step} of {module.total_steps}; raise trainer.max_steps to go on")

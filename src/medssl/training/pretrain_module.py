@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from medssl.data.module import Batch
 from medssl.data.randomness import counter_key
@@ -76,9 +77,12 @@ class PretrainModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and schedule, stepped together."""
-        groups = self.method.param_groups()
-        optimizer, schedule = build_optimizer(self.optimizer_settings, groups, total_steps=self.total_steps)
+        optimizer, schedule = self.new_optimizer()
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def new_optimizer(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """The optimiser and schedule that the settings mean."""
+        return build_optimizer(self.optimizer_settings, self.method.param_groups(), total_steps=self.total_steps)
 
     def _finite_scalars(self, output: StepOutput, batch: Batch) -> dict[str, float]:
         terms = {"loss": output.loss, **output.logs}

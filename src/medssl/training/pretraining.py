@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -53,10 +54,6 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
     )
     config.facts = data.facts()
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, total_steps=values["trainer"]["max_steps"])
-        for change in changes(run_of(checkpoint) / "config.yaml", config) if process_rank() == 0 else []:
-            print(f"resume: {change}; the run will not be the one it would have been")
     method = build_method(values)
     module = PretrainModule(
         method,
@@ -65,11 +62,20 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
         steps_per_epoch=values["facts"]["steps_per_epoch"],
         seed=values["seed"],
     )
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, module)
+        for change in changes(run_of(checkpoint) / "config.yaml", config) if process_rank() == 0 else []:
+            print(f"resume: {change}; the run will not be the one it would have been")
     trainer = build_trainer(values, folder, card=build_card(values, store), signals=signals)
+
+    def describe(trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            folder.config.write_text(to_yaml(config))
+            if (store.root / "rejected.jsonl").is_file():
+                shutil.copyfile(store.root / "rejected.jsonl", folder.rejected)
+
+    trainer.callbacks.append(LambdaCallback(on_train_start=describe))  # type: ignore[attr-defined]
     if process_rank() == 0:
-        folder.config.write_text(to_yaml(config))
-        if (store.root / "rejected.jsonl").is_file():
-            shutil.copyfile(store.root / "rejected.jsonl", folder.rejected)
         weights = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
         size = f"{len(store)} volumes, {weights / 1e6:.1f} M weights to train, {trainer.max_steps} steps"
         print(f"{size} -> {folder.root}", flush=True)
