@@ -17,6 +17,7 @@ import yaml
 import medssl
 from medssl.config import main
 from medssl.pretrain import run
+from medssl.training.optim import warmup_cosine
 
 PROBE = """
 import hashlib, os, signal, time
@@ -202,7 +203,11 @@ def test_another_run_is_not_replaced_by_a_resumed_one(workplace, straight, tmp_p
     assert "already holds a run" in capsys.readouterr().err
     pretrain(workplace, "straight", resume=other, output_dir="null", **{"trainer.max_steps": STEPS + 2})
     assert [checkpoint(folder)["global_step"] for folder in (other, straight)] == [STEPS + 2, STEPS]
-    assert len(metrics(other)) == STEPS + 2
+    rows = metrics(other)
+    assert len(rows) == STEPS + 2
+    warmup, peak = 40 * (STEPS + 2) / 1600, 2e-3
+    rates = [peak * warmup_cosine(step, total_steps=STEPS + 2, warmup_steps=warmup) for step in (STEPS, STEPS + 1)]
+    assert [float(row["learning_rate"]) for row in rows[STEPS:]] == pytest.approx(rates)  # as the longer run has them
 
 
 def test_a_loss_that_is_not_a_number_names_step_term_and_cases(workplace, capsys):

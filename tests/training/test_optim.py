@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from medssl.training.optim import build_optimizer, warmup_cosine
+from medssl.training.optim import build_optimizer, restate, warmup_cosine
 
 
 def test_the_rate_rises_linearly_and_falls_as_half_a_cosine():
@@ -41,3 +41,24 @@ def test_a_key_that_the_optimiser_does_not_know_is_named():
     settings = {"_target_": "torch.optim.SGD", "lr": 0.1, "betas": [0.9, 0.95]}
     with pytest.raises(ValueError, match="betas"):
         build_optimizer(settings, [{"params": [torch.nn.Parameter(torch.ones(1))]}], total_steps=10)
+
+
+def test_a_restored_optimiser_goes_on_with_the_settings_of_now():
+    weight = torch.nn.Parameter(torch.ones(2))
+    build = {"_target_": "torch.optim.SGD", "lr": 0.2, "weight_decay": 0.5}
+    before, old_schedule = build_optimizer(build, [{"params": [weight]}], total_steps=4)
+    for _ in range(2):
+        before.step()
+        old_schedule.step()
+    now = {**build, "lr": 0.4, "weight_decay": 0.25}
+    after, schedule = build_optimizer(now, [{"params": [weight]}], total_steps=8)
+    after.load_state_dict(before.state_dict())
+    schedule.load_state_dict(old_schedule.state_dict())
+    restate(after, schedule, settings=build_optimizer(now, [{"params": [weight]}], total_steps=8)[0])
+    (group,) = after.param_groups
+    assert group["weight_decay"] == 0.25
+    assert group["lr"] == 0.4 * warmup_cosine(2, total_steps=8)
+    after.step()
+    schedule.step()
+    assert group["lr"] == 0.4 * warmup_cosine(3, total_steps=8)
+    assert before.param_groups[0]["lr"] == 0.2 * warmup_cosine(2, total_steps=4)

@@ -51,3 +51,16 @@ def build_optimizer(
         return warmup_cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
 
     return optimizer, LambdaLR(optimizer, share)
+
+
+def restate(optimizer: Optimizer, schedule: LambdaLR, *, settings: Optimizer) -> None:
+    """Let a restored optimiser and its schedule go on with the settings of another one over the same groups.
+
+    The restored values are those of the run so far; here its `lr`, decay and length may be given anew.
+    """
+    schedule.base_lrs = [group["initial_lr"] for group in settings.param_groups]
+    shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+    for group, new, base, factor in zip(
+        optimizer.param_groups, settings.param_groups, schedule.base_lrs, shares, strict=True
+    ):
+        group.update({key: value for key, value in new.items() if key != "params"}, lr=base * factor)

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from medssl.data.module import Batch
 from medssl.data.randomness import counter_key
 from medssl.methods.base import Method, Progress, StepOutput
-from medssl.training.optim import build_optimizer
+from medssl.training.optim import build_optimizer, restate
 
 
 class PretrainModule(L.LightningModule):
@@ -41,6 +41,12 @@ class PretrainModule(L.LightningModule):
         """Where the run stands at `batch`."""
         epoch, total_epochs = batch.step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch
         return Progress(batch.step, self.total_steps, epoch, total_epochs, self.seed, self.global_rank, batch.micro)
+
+    def on_train_start(self) -> None:
+        """Go on with the rates and decays that the settings say, which may be others than the checkpoint's."""
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LambdaLR)
+        restate(schedule.optimizer, schedule, settings=self.new_optimizer()[0])
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one micro-batch. Raises: ValueError: a term is not finite."""
