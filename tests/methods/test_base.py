@@ -28,6 +28,10 @@ def test_a_draw_depends_on_seed_step_micro_batch_rank_and_name_only():
     assert len({tuple(other) for other in others}) == len(others)
 
 
+def test_a_draw_may_repeat_while_the_run_goes_on():
+    assert draw(draw=7) == draw(draw=7, step=9, epoch=1.5) == draw(step=7)
+
+
 def test_a_draw_stays_the_same_between_versions():
     assert draw()[:2] == pytest.approx([0.0725150, 0.6416237], abs=1e-6)
 

@@ -28,7 +28,7 @@ class Progress:
     """Where a run stands: schedules and random draws inside a method are functions of this alone.
 
     `step` counts optimiser steps from 0, `epoch` is its fractional epoch, `micro` numbers the micro-batches that are
-    accumulated into one step.
+    accumulated into one step. `draw` stands for `step` in generators where draws are to repeat while schedules move on.
     """
 
     step: int
@@ -38,10 +38,12 @@ class Progress:
     seed: int
     rank: int = 0
     micro: int = 0
+    draw: int | None = None
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh generator for the draw called `name`; it depends on seed, step, micro-batch, rank and name only."""
-        key = f"{self.seed}/{self.step}/{self.micro}/{self.rank}/{name}".encode()
+        step = self.step if self.draw is None else self.draw
+        key = f"{self.seed}/{step}/{self.micro}/{self.rank}/{name}".encode()
         number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return torch.Generator(device).manual_seed(number >> 1)  # seeds are signed 64-bit integers
 

@@ -1,6 +1,7 @@
 """The loop's view of a method: what happens in one step of pre-training."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from medssl.data.module import Batch
+from medssl.data.module import VALIDATION_SEED, Batch
 from medssl.data.randomness import counter_key
 from medssl.methods.base import Method, Progress, StepOutput
 from medssl.training.optim import build_optimizer, restate
@@ -42,6 +43,11 @@ class PretrainModule(L.LightningModule):
         epoch, total_epochs = batch.step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch
         return Progress(batch.step, self.total_steps, epoch, total_epochs, self.seed, self.global_rank, batch.micro)
 
+    def validation_progress(self, batch: Batch) -> Progress:
+        """Where the run stands; what is drawn for a held-out batch is the same at every validation."""
+        now = self.progress(replace(batch, step=self.trainer.global_step))
+        return replace(now, seed=VALIDATION_SEED, draw=batch.step)
+
     def on_train_start(self) -> None:
         """Go on with the rates and decays that the settings say, which may be others than the checkpoint's."""
         schedule = self.lr_schedulers()
@@ -69,7 +75,7 @@ class PretrainModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Add the loss on one batch of held-out volumes."""
-        self.validation_losses.append(self.method(batch.views, self.progress(batch)).loss.detach().float())
+        self.validation_losses.append(self.method(batch.views, self.validation_progress(batch)).loss.detach().float())
 
     def validation_loss(self) -> float:
         """Mean over the batches and ranks since the last call."""
