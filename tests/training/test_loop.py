@@ -1,5 +1,6 @@
 """The order in which the loop calls a method, and what it does to gradients, seen by a method that writes it down."""
 
+import csv
 import importlib
 import math
 import sys
@@ -91,8 +92,42 @@ def test_gradients_are_clipped_between_after_backward_and_the_step(events):
         torch.testing.assert_close(weight - moved, torch.full((1, 2), CLIP / math.sqrt(2)))
 
 
+def test_the_norm_of_the_changed_gradient_before_clipping_is_written_down(folder, events):
+    with (folder / "run" / "metrics.csv").open(newline="") as file:
+        norms = [float(row["grad_norm"]) for row in csv.DictReader(file)]
+    assert norms == pytest.approx([30 * math.sqrt(2)] * STEPS)
+
+
 def test_validation_knows_where_the_run_stands_and_repeats_its_draws(events):
     seen = [(progress.step, progress.epoch, draw) for kind, progress, draw, *_ in events if kind == "validate"]
     first = seen[0][2]
-    assert seen == [(step, pytest.approx(step * 2 / 3), first) for step in range(1, STEPS + 1)]  # three volumes, two a step
+    assert seen == [(step, pytest.approx(step * 2 / 3), first) for step in range(1, STEPS + 1)]
     assert first not in [event[2] for event in events if event[0] == "train"]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_harms_the_weights(folder, events, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["recorder_of_the_loop"], "RUINED", {1})
+    with pytest.raises(SystemExit) as stop:
+        train(folder, "ruined")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: step 2: grad_norm = inf; cases phantom_")
+    assert message.count("phantom_") == 2
+    saved = torch.load(folder / "ruined" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 1
+    assert saved["state_dict"]["method.encoder.weight"].isfinite().all()
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(folder, events, capsys, monkeypatch):
+    recorder = sys.modules["recorder_of_the_loop"].Recorder
+
+    def ruin(self, progress):
+        if progress.step == 1:
+            torch.nn.init.constant_(self.encoder.weight, math.nan)
+
+    monkeypatch.setattr(recorder, "after_step", ruin)
+    with pytest.raises(SystemExit) as stop:
+        train(folder, "harmed")
+    assert stop.value.code == 2
+    assert "error: step 2: weights are not finite" in capsys.readouterr().err
+    assert torch.load(folder / "harmed" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1

@@ -44,7 +44,12 @@ class LastCheckpoint(StepCallback):
         self.signals.training = False
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint of this very moment."""
+        """Write the checkpoint of this very moment. Raises: ValueError: its weights are not finite."""
+        if not all(bool(weight.isfinite().all()) for weight in trainer.lightning_module.parameters()):
+            raise ValueError(
+                f"step {self.step}: weights are not finite; {self.path} stays as it was before;"
+                " lower optimizer.lr or set optimizer.clip_norm, then resume"
+            )
         partial = self.path.with_name(".last.ckpt.partial")
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:

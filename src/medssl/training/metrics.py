@@ -96,7 +96,7 @@ class Metrics(StepCallback):
         seconds, self.since = now - self.since, now
         timers = self.timers.take()
         row: dict[str, Any] = {"step": self.step}
-        row |= {name: float32(value) for name, value in module.mean_scalars().items()}
+        row |= {name: float32(value) for name, value in module.scalars.mean().items()}
         row["learning_rate"] = float32(self.learning_rate)
         row["samples_per_s"] = round(self.batch_size / seconds, 3)
         row["data_wait_share"] = round(timers["wait_s"] / seconds, 4)

@@ -1,6 +1,5 @@
 """The loop's view of a method: what happens in one step of pre-training."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from medssl.data.module import VALIDATION_SEED, Batch
 from medssl.data.randomness import counter_key
-from medssl.methods.base import Method, Progress, StepOutput
+from medssl.methods.base import Method, Progress
 from medssl.training.optim import build_optimizer, restate
+from medssl.training.scalars import StepScalars
 
 
 class PretrainModule(L.LightningModule):
@@ -35,7 +35,7 @@ class PretrainModule(L.LightningModule):
         super().__init__()
         self.method, self.optimizer_settings = method, optimizer
         self.total_steps, self.steps_per_epoch, self.seed = total_steps, steps_per_epoch, seed
-        self.scalars: list[dict[str, float]] = []  # one entry a micro-batch of the step under way
+        self.scalars = StepScalars()
         self.validation_losses: list[Tensor] = []
 
     def progress(self, batch: Batch) -> Progress:
@@ -59,14 +59,15 @@ class PretrainModule(L.LightningModule):
         self.last_progress = progress = self.progress(batch)
         torch.manual_seed(counter_key("step", self.seed, progress.step, progress.rank, progress.micro))
         output = self.method(batch.views, progress)
-        if batch.micro == 0:
-            self.scalars = []
-        self.scalars.append(self._finite_scalars(output, batch))
+        self.scalars.add(output, batch, strategy=self.trainer.strategy)
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the method change its gradients."""
+        """Let the method change its gradients, then look at them. Raises: ValueError: they are not finite."""
         self.method.after_backward(self.last_progress)
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # skips such steps by itself
+        self.scalars.add_gradients(gradients, step=self.last_progress.step, may_overflow=has_scaler)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the method move what follows its weights."""
@@ -83,10 +84,6 @@ class PretrainModule(L.LightningModule):
         self.validation_losses = []
         return float(mean)
 
-    def mean_scalars(self) -> dict[str, float]:
-        """Loss and terms of the step just done, averaged over its micro-batches."""
-        return {name: sum(row[name] for row in self.scalars) / len(self.scalars) for name in self.scalars[0]}
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimiser and schedule, stepped together."""
         optimizer, schedule = self.new_optimizer()
@@ -95,16 +92,3 @@ class PretrainModule(L.LightningModule):
     def new_optimizer(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """The optimiser and schedule that the settings mean."""
         return build_optimizer(self.optimizer_settings, self.method.param_groups(), total_steps=self.total_steps)
-
-    def _finite_scalars(self, output: StepOutput, batch: Batch) -> dict[str, float]:
-        terms = {"loss": output.loss, **output.logs}
-        local = torch.stack([value.detach().float().reshape(()) for value in terms.values()])
-        mean = self.trainer.strategy.reduce(local.clone(), reduce_op="mean").tolist()
-        if not all(map(math.isfinite, mean)):  # on one rank at least: all of them stop here
-            values = zip(terms, local.tolist(), strict=True)
-            faults = [f"{name} = {value}" for name, value in values if not math.isfinite(value)]
-            if not faults:
-                raise SystemExit(2)  # the rank at fault tells
-            advice = "look at these volumes, lower optimizer.lr or set optimizer.clip_norm, then resume"
-            raise ValueError(f"step {batch.step + 1}: {', '.join(faults)}; cases {', '.join(batch.cases)}; {advice}")
-        return dict(zip(terms, mean, strict=True))

@@ -27,7 +27,7 @@ class ProgressBar(StepCallback):
 
     def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
         """Advance."""
-        self.bar.set_postfix(loss=f"{module.mean_scalars()['loss']:.4g}", refresh=False)
+        self.bar.set_postfix(loss=f"{module.scalars.mean()['loss']:.4g}", refresh=False)
         self.bar.update()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

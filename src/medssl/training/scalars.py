@@ -1,0 +1,60 @@
+"""Loss, terms and gradient norm of a step, averaged over ranks; a run stops at the first that is not finite."""
+
+import math
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from medssl.data.module import Batch
+from medssl.methods.base import StepOutput
+
+ADVICE = "look at these volumes, lower optimizer.lr or set optimizer.clip_norm, then resume"
+
+
+class StepScalars:
+    """Collects the scalars of one optimiser step over its micro-batches."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.cases: list[str] = []
+        self.grad_norm = math.nan
+
+    def add(self, output: StepOutput, batch: Batch, *, strategy: Strategy) -> None:
+        """Take the loss and the terms of a micro-batch. Raises: ValueError: one is not finite on this rank."""
+        if batch.micro == 0:
+            self.rows, self.cases = [], []
+        terms = {"loss": output.loss, **output.logs}
+        local = torch.stack([value.detach().float().reshape(()) for value in terms.values()])
+        mean = strategy.reduce(local.clone(), reduce_op="mean").tolist()
+        if not all(map(math.isfinite, mean)):  # on one rank at least: all of them stop here
+            values = zip(terms, local.tolist(), strict=True)
+            faults = [f"{name} = {value}" for name, value in values if not math.isfinite(value)]
+            if not faults:
+                raise SystemExit(2)  # the rank at fault tells
+            raise ValueError(f"step {batch.step + 1}: {', '.join(faults)}; cases {', '.join(batch.cases)}; {ADVICE}")
+        self.rows.append(dict(zip(terms, mean, strict=True)))
+        self.cases += batch.cases
+
+    def add_gradients(self, gradients: list[Tensor], *, step: int, may_overflow: bool) -> None:
+        """Take their total norm, the same on all ranks. Raises: ValueError: it is not finite and must be."""
+        self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(self.grad_norm) and not may_overflow:
+            cases = gathered(self.cases)
+            if cases is None:
+                raise SystemExit(2)  # rank 0 tells
+            raise ValueError(f"step {step + 1}: grad_norm = {self.grad_norm}; cases {', '.join(cases)}; {ADVICE}")
+
+    def mean(self) -> dict[str, float]:
+        """Loss and terms averaged over the micro-batches, and the norm of the gradient before clipping."""
+        means = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in self.rows[0]}
+        return {**means, "grad_norm": self.grad_norm}
+
+
+def gathered(cases: list[str]) -> list[str] | None:
+    """The cases of all ranks on rank 0, None on the others."""
+    if not torch.distributed.is_initialized():
+        return cases
+    lists: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(lists, cases)
+    return [case for part in lists for case in part] if torch.distributed.get_rank() == 0 else None
