@@ -131,6 +131,15 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys, arguments, words):
     assert all(word in message for word in words), message
 
 
+def test_a_key_is_never_suggested_instead_of_itself(capsys):
+    assert "did you mean 'data.channels'" not in failure(capsys, "data=store", "data.channels=all")
+
+
+@pytest.mark.parametrize("rate", ["${div:1,0}", "${div:abc,2}", "${mul:${nothing},2}", "${epochs:2}"])
+def test_a_value_that_cannot_be_computed_is_one_line(capsys, rate):
+    failure(capsys, f"optimizer.lr='{rate}'", run=lambda config: config.optimizer.lr)
+
+
 def test_a_missing_value_is_named(capsys):
     message = failure(capsys, "+needed=???", run=lambda config: config.needed)
     assert "needed is missing; give it as needed=VALUE" in message

@@ -290,6 +290,12 @@ def test_a_job_started_again_before_its_first_checkpoint_starts_over(workplace, 
     assert len(metrics(folder)) == 1
 
 
+def test_a_computed_rate_that_is_none_is_refused(workplace, straight, capsys):
+    with pytest.raises(SystemExit):
+        pretrain(workplace, "rate", **{"optimizer.lr": "'${mul:abc,2}'"})
+    assert capsys.readouterr().err == "error: optimizer.lr must be a number from 0 up; got 'abcabc'\n"
+
+
 def test_a_batch_that_cannot_be_split_is_refused(workplace, straight, capsys):
     with pytest.raises(SystemExit):
         pretrain(workplace, "odd", batch_size=3)

@@ -243,7 +243,7 @@ def _composition_message(error: Exception) -> str:
 def _suggestion(key: str) -> str:
     pattern = re.compile(r"^(?:# |  - )?([\w.]+):", re.M)
     known = {match for file in config_dir().glob("*.yaml") for match in pattern.findall(file.read_text())}
-    close = difflib.get_close_matches(key, sorted(known), n=1)
+    close = difflib.get_close_matches(key, sorted(known - {key}), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

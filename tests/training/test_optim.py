@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from medssl.config import user_message
 from medssl.training.optim import build_optimizer, restate, warmup_cosine
 
 
@@ -41,6 +42,13 @@ def test_a_key_that_the_optimiser_does_not_know_is_named():
     settings = {"_target_": "torch.optim.SGD", "lr": 0.1, "betas": [0.9, 0.95]}
     with pytest.raises(ValueError, match="betas"):
         build_optimizer(settings, [{"params": [torch.nn.Parameter(torch.ones(1))]}], total_steps=10)
+
+
+def test_a_value_that_the_optimiser_refuses_is_a_mistake_of_the_user():
+    settings = {"_target_": "torch.optim.AdamW", "lr": 0.1, "betas": [2, 0.9]}
+    with pytest.raises(ValueError, match="optimizer: Invalid beta") as caught:
+        build_optimizer(settings, [{"params": [torch.nn.Parameter(torch.ones(1))]}], total_steps=10)
+    assert user_message(caught.value).count("\n") == 0
 
 
 def test_a_restored_optimiser_goes_on_with_the_settings_of_now():

@@ -41,6 +41,11 @@ def test_overwriting_removes_the_files_of_the_run_and_no_others(used):
     assert left == ["notes.txt"]
 
 
+def test_a_file_is_no_run_folder(used):
+    with pytest.raises(ValueError, match=r"output_dir=.*metrics\.csv is a file; name a folder"):
+        RunFolder(used.metrics).claim(overwrite=True, checkpoint=None)
+
+
 def test_a_start_that_failed_before_its_first_step_can_be_repeated(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim(overwrite=False, checkpoint=None)

@@ -12,6 +12,9 @@ from medssl.training.settings import changes, check_settings
         ("trainer.max_steps=2.5", "trainer.max_steps must be a whole number from 1 up; got 2.5"),
         ("validate_every=0", "validate_every must be a whole number from 1 up, or null for never; got 0"),
         ("checkpoint_every=true", "checkpoint_every"),
+        ("optimizer.lr=-1", "optimizer.lr must be a number from 0 up; got -1"),
+        ("optimizer.lr=abc", "optimizer.lr must be a number from 0 up; got 'abc'"),
+        ("optimizer.clip_norm=true", "optimizer.clip_norm must be a number from 0 up; got True"),
         *[
             (f"{key}={word}", f"{key} must be true or false; got '{word}'")
             for key in ("overwrite", "compile", "checkpoint_activations")

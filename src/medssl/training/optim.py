@@ -46,6 +46,8 @@ def build_optimizer(
         optimizer = build(list(groups))
     except TypeError as error:
         raise ValueError(f"optimizer: {error}; a key is taken out by ~optimizer.KEY") from error
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from error
 
     def share(step: int) -> float:
         return warmup_cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction)

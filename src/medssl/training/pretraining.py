@@ -28,7 +28,7 @@ from medssl.training.pictures import Pictures
 from medssl.training.pretrain_module import PretrainModule
 from medssl.training.progress_bar import ProgressBar
 from medssl.training.run_folder import RunFolder, process_rank, run_of
-from medssl.training.settings import changes
+from medssl.training.settings import changes, check_settings
 from medssl.training.stopping import Stopped, StopSignals
 
 
@@ -54,6 +54,7 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
     )
     config.facts = data.facts()
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    check_settings(OmegaConf.create(values))
     method = build_method(values)
     module = PretrainModule(
         method,
@@ -62,6 +63,7 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
         steps_per_epoch=values["facts"]["steps_per_epoch"],
         seed=values["seed"],
     )
+    module.new_optimizer()  # a setting that it refuses is refused here
     if checkpoint is not None:
         check_checkpoint(checkpoint, module)
         for change in changes(run_of(checkpoint) / "config.yaml", config) if process_rank() == 0 else []:

@@ -45,6 +45,8 @@ class RunFolder:
 
         Raises: ValueError: an earlier run lies here that is neither gone on with nor to be overwritten.
         """
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"output_dir={self.root} is a file; name a folder")
         goes_on = checkpoint is not None and run_of(checkpoint).resolve() == self.root.resolve()
         if self.holds_a_run() and not goes_on:
             if not overwrite:

@@ -1,5 +1,6 @@
 """Checks of a run's settings that need no data, and the comparison of a resumed run with its beginning."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from medssl.config import to_yaml
 
 LEAST = {"seed": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1, "trainer.max_steps": 1}
+RATES = tuple(f"optimizer.{name}" for name in ("lr", "weight_decay", "warmup_steps", "final_fraction", "clip_norm"))
 SWITCHES = ("overwrite", "compile", "checkpoint_activations", "logger.offline")
 INTERVALS = ("export_every", "figures_every", "validate_every")
 MAY_CHANGE = {"output_dir", "overwrite", "resume", "store", "data", "logger", "max_rejected_fraction"}
@@ -18,7 +20,10 @@ MAY_CHANGE |= {"checkpoint_every", "export_every", "figures_every"}
 
 
 def check_settings(config: DictConfig) -> None:
-    """Raises: ValueError: a count of the run is no whole number, or too small; a switch is neither true nor false."""
+    """Raises: ValueError: a count of the run is no whole number, or too small; a switch is neither true nor false.
+
+    What follows from other values is looked at once it is resolved.
+    """
     for key, value in _given(config, SWITCHES).items():
         if not isinstance(value, bool):
             raise ValueError(f"{key} must be true or false; got {value!r}")
@@ -29,6 +34,11 @@ def check_settings(config: DictConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             never = ", or null for never" if key in INTERVALS else ""
             raise ValueError(f"{key} must be a whole number from {least} up{never}; got {value!r}")
+    for key, value in _given(config, RATES).items():
+        if value is None and key == "optimizer.clip_norm":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{key} must be a number from 0 up; got {value!r}")
 
 
 def _given(config: DictConfig, keys: Iterable[str]) -> dict[str, Any]:
