@@ -210,6 +210,15 @@ def test_another_run_is_not_replaced_by_a_resumed_one(workplace, straight, tmp_p
     assert [float(row["learning_rate"]) for row in rows[STEPS:]] == pytest.approx(rates)  # as the longer run has them
 
 
+def test_a_run_without_validation_trains_on_the_same_volumes(workplace, straight):
+    folder = pretrain(workplace, "unwatched", validate_every="null", **{"trainer.max_steps": 1})
+    assert yaml.safe_load((folder / "config.yaml").read_text())["facts"]["num_cases"] == 3
+    assert (workplace / "unwatched.log").read_text().splitlines() == (
+        (workplace / "straight.log").read_text().splitlines()[:2]
+    )
+    assert "validation_loss" not in metrics(folder)[0]
+
+
 def test_a_loss_that_is_not_a_number_names_step_term_and_cases(workplace, capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain(workplace, "nan", wish="nan@1", validate_every="null")

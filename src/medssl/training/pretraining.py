@@ -50,7 +50,7 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
         batch_size=config.batch_size,
         seed=config.seed,
         accumulate=config.accumulate,
-        validation_fraction=config.data.get("validation_fraction", 0.0) if config.validate_every else 0.0,
+        validation_fraction=config.data.get("validation_fraction", 0.0),
     )
     config.facts = data.facts()
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
