@@ -9,7 +9,10 @@ from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_
 def used(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.claim(overwrite=False, checkpoint=None)
-    for path in (folder.config, folder.metrics, folder.last_checkpoint, folder.encoder, folder.root / "notes.txt"):
+    written = ("encoder-0000200.safetensors", "figures/global-0000100.png", "checkpoints/.last.ckpt.partial")
+    foreign = ("notes.txt", "encoder-best.safetensors", "figures/mine.png", "checkpoints/kept.ckpt")
+    paths = (folder.config, folder.metrics, folder.last_checkpoint, folder.encoder)
+    for path in (*paths, *(folder.root / name for name in (*written, *foreign))):
         path.write_text("earlier")
     return folder
 
@@ -37,8 +40,8 @@ def test_a_checkpoint_of_another_run_does_not_open_the_folder(used, tmp_path):
 
 def test_overwriting_removes_the_files_of_the_run_and_no_others(used):
     used.claim(overwrite=True, checkpoint=None)
-    left = [path.name for path in used.root.rglob("*") if path.is_file()]
-    assert left == ["notes.txt"]
+    left = {path.name for path in used.root.rglob("*") if path.is_file()}
+    assert left == {"notes.txt", "encoder-best.safetensors", "mine.png", "kept.ckpt"}
 
 
 def test_a_file_is_no_run_folder(used):
@@ -49,8 +52,16 @@ def test_a_file_is_no_run_folder(used):
 def test_a_start_that_failed_before_its_first_step_can_be_repeated(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim(overwrite=False, checkpoint=None)
-    folder.config.write_text("seed: 0")
+    folder.write_config("seed: 0")
     folder.claim(overwrite=False, checkpoint=None)
+
+
+def test_the_config_of_another_program_is_not_lost_silently(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.config.write_text("seed: 0")
+    with pytest.raises(ValueError, match=r"config\.yaml is not of a run; .*overwrite=true"):
+        folder.claim(overwrite=False, checkpoint=None)
+    folder.claim(overwrite=True, checkpoint=None)
 
 
 def test_resume_takes_a_run_folder_or_a_checkpoint(used, tmp_path):

@@ -72,7 +72,7 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
 
     def describe(trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            folder.config.write_text(to_yaml(config))
+            folder.write_config(to_yaml(config))
             if (store.root / "rejected.jsonl").is_file():
                 shutil.copyfile(store.root / "rejected.jsonl", folder.rejected)
 

@@ -1,7 +1,6 @@
 """The folder of a run: where each of its files lies, and who may start in it."""
 
 import os
-import shutil
 from pathlib import Path
 
 
@@ -16,6 +15,16 @@ def process_rank() -> int:
 def was_restarted() -> bool:
     """Whether a scheduler started this very job again after it was stopped."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+HEADER = "# a run of medssl.pretrain with all its settings\n"
+DIGITS = "[0-9]" * 7
+WRITTEN = (
+    *("config.yaml", "metrics.csv", ".metrics.csv.partial", "rejected.jsonl", "wandb_id"),
+    *("checkpoints/last.ckpt", "checkpoints/.last.ckpt.partial", f"figures/*-{DIGITS}.png"),
+    *("encoder.safetensors", f"encoder-{DIGITS}.safetensors"),
+)
+"""What a run writes, and all that overwriting one removes; what other programs write beside it stays."""
 
 
 class RunFolder:
@@ -40,6 +49,10 @@ class RunFolder:
             return f"saved {self.last_checkpoint}; go on with the same command and resume={self.root}"
         return f"no checkpoint is saved yet; start the same command again{' with overwrite=true' * self.holds_a_run()}"
 
+    def write_config(self, text: str) -> None:
+        """Write config.yaml under a line that tells it from another program's."""
+        self.config.write_text(HEADER + text)
+
     def claim(self, *, overwrite: bool, checkpoint: Path | None) -> None:
         """Make the folder ready for a run: empty of an earlier one unless `checkpoint` goes on with that very run.
 
@@ -55,10 +68,13 @@ class RunFolder:
                     f"{self.root} already holds a run; {going_on}replace it by overwrite=true,"
                     " or give another output_dir"
                 )
-            for path in (self.config, self.metrics, self.rejected, *self.root.glob("encoder*.safetensors")):
-                path.unlink(missing_ok=True)
-            for folder in (self.last_checkpoint.parent, self.figures):
-                shutil.rmtree(folder, ignore_errors=True)
+            for path in [path for pattern in WRITTEN for path in self.root.glob(pattern)]:
+                path.unlink()
+        foreign = self.config.is_file() and not self.config.read_bytes().startswith(HEADER.encode())
+        if foreign and not goes_on and not overwrite:
+            raise ValueError(
+                f"{self.config} is not of a run; give another output_dir, or lose that file by overwrite=true"
+            )
         self.last_checkpoint.parent.mkdir(parents=True, exist_ok=True)
         self.figures.mkdir(exist_ok=True)
 
