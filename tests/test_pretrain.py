@@ -345,13 +345,18 @@ def test_an_unreadable_chunk_names_its_case(workplace, straight, tmp_path, capsy
     assert re.search(r"^error: .*phantom_\d+.*prepare again", capsys.readouterr().err, flags=re.M)
 
 
-def test_the_offline_logger_writes_into_the_run_folder(workplace, straight):
-    offline = {"logger": "wandb", "logger.offline": "true", "trainer.max_steps": 2}
-    process = start(workplace, "offline", **offline)
-    output = process.communicate(timeout=90)[0]
-    assert process.returncode == 0, output
-    assert list((workplace / "offline" / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(metrics(workplace / "offline")) == 2
+def test_the_offline_logger_goes_on_with_its_run_and_knows_the_settings(workplace, straight):
+    folder, offline = workplace / "offline", {"logger": "wandb", "logger.offline": "true"}
+    for steps, more in ((1, {}), (2, {"resume": folder})):
+        process = start(workplace, "offline", **offline, **more, **{"trainer.max_steps": steps})
+        output = process.communicate(timeout=90)[0]
+        assert process.returncode == 0, output
+        time.sleep(1.1)  # the names of its folders hold seconds
+    files = list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert {path.stem for path in files} == {f"run-{(folder / 'wandb_id').read_text()}"}
+    assert len(files) == 2
+    assert all(b"max_rejected_fraction" in path.read_bytes() for path in files)
+    assert len(metrics(folder)) == 2
 
 
 def test_real_volumes_of_every_kind_train_and_the_unreadable_are_listed(real_data, tmp_path):

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -68,6 +69,8 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
         check_checkpoint(checkpoint, module)
         for change in changes(run_of(checkpoint) / "config.yaml", config) if process_rank() == 0 else []:
             print(f"resume: {change}; the run will not be the one it would have been")
+    if checkpoint is not None and folder.wandb_id.is_file() and values["logger"].get("id", "") is None:
+        values["logger"]["id"] = folder.wandb_id.read_text()
     trainer = build_trainer(values, folder, card=build_card(values, store), signals=signals)
 
     def describe(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -75,6 +78,10 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
             folder.write_config(to_yaml(config))
             if (store.root / "rejected.jsonl").is_file():
                 shutil.copyfile(store.root / "rejected.jsonl", folder.rejected)
+            for logger in trainer.loggers:
+                logger.log_hyperparams(values)
+                if isinstance(logger, WandbLogger):
+                    folder.wandb_id.write_text(str(logger.version))
 
     trainer.callbacks.append(LambdaCallback(on_train_start=describe))  # type: ignore[attr-defined]
     if process_rank() == 0:

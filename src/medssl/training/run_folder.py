@@ -38,6 +38,7 @@ class RunFolder:
         self.figures = root / "figures"
         self.encoder = root / "encoder.safetensors"
         self.rejected = root / "rejected.jsonl"
+        self.wandb_id = root / "wandb_id"
 
     def holds_a_run(self) -> bool:
         """Whether an earlier run trained here; one that stopped before its first step left nothing to lose."""
