@@ -1,4 +1,5 @@
 import gzip
+import locale
 import pickle
 import shutil
 import tracemalloc
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff
 
-from medssl.data.formats import MAX_VOXELS, ReadError, is_dicom, stem
+from medssl.data.formats import MAX_VOXELS, ReadError, dicom_class, is_dicom, is_image_class, stem
 from medssl.data.reading import check_label_file, looks_like_label_map, read_label, read_volume
 
 FAULTY = {
@@ -225,10 +226,93 @@ def test_a_label_follows_its_image_into_ras_and_must_lie_on_it(voxels, tmp_path)
     assert check_label_file(label, image) is None
     moved = flipped.copy()
     moved[0, 3] += 5
-    with pytest.raises(ReadError, match="lies elsewhere than its image: corners are up to 5 mm apart"):
+    with pytest.raises(ReadError, match="lies elsewhere than its image: corners are up to 5 x 0 x 0 voxels apart"):
         read_label(save(tmp_path / "moved.nii.gz", values[::-1], moved), volume)
     with pytest.raises(ReadError, match="0 is the background"):
         read_label(save(tmp_path / "negative.nii.gz", -values), volume)
+
+
+def series(folder, num_slices=10):
+    """Write a CT series of noise."""
+    import SimpleITK as sitk
+
+    folder.mkdir()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for z in range(num_slices):
+        voxels = np.random.default_rng(z).integers(0, 900, (1, 16, 16)).astype(np.int16)
+        image = sitk.GetImageFromArray(voxels)
+        image.SetOrigin((0.0, 0.0, 2.0 * z))
+        values = {"0008|0016": CT, "0008|0018": f"1.2.3.{z + 1}", "0008|0060": "CT", "0020|000d": "1.2.3",
+                  "0020|000e": "1.2.4", "0020|0013": str(z), "0020|0032": f"0\\0\\{2 * z}",
+                  "0020|0037": "1\\0\\0\\0\\1\\0"}  # fmt: skip
+        for key, value in values.items():
+            image.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{z:03d}.dcm"))
+        before = locale.setlocale(locale.LC_ALL)
+        writer.Execute(image)
+        locale.setlocale(locale.LC_ALL, before)  # the writer leaves "C" behind
+
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+NO_IMAGES = {
+    "structures": "1.2.840.10008.5.1.4.1.1.481.3",
+    "plan": "1.2.840.10008.5.1.4.1.1.481.5",
+    "report": "1.2.840.10008.5.1.4.1.1.88.22",
+    "presentation": "1.2.840.10008.5.1.4.1.1.11.1",
+    "selection": "1.2.840.10008.5.1.4.1.1.88.59",
+    "registration": "1.2.840.10008.5.1.4.1.1.66.1",
+    "spectrum": "1.2.840.10008.5.1.4.1.1.4.2",
+    "directory": "1.2.840.10008.1.3.10",
+    "private": "1.3.12.2.1107.5.9.1",
+}
+
+
+def test_objects_that_are_no_images_may_lie_beside_a_series_and_damaged_slices_may_not(tmp_path, capfd):
+    series(tmp_path / "s")
+    alone = read_volume(tmp_path / "s")
+    first = (tmp_path / "s" / "000.dcm").read_bytes()
+    assert dicom_class(tmp_path / "s" / "000.dcm") == CT
+    for name, kind in NO_IMAGES.items():  # the meta information of a slice with another class, and nothing behind it
+        at = first.index(CT.encode()) - 8
+        was = first[at : at + 8 + len(CT) + len(CT) % 2]
+        value = kind.encode() + b"\0" * (len(kind) % 2)
+        now = was[:6] + len(value).to_bytes(2, "little") + value
+        (tmp_path / "s" / f"{name}.dcm").write_bytes(first[:at] + now + first[at + len(was) : at + len(was) + 150])
+        assert dicom_class(tmp_path / "s" / f"{name}.dcm") == kind
+        assert not is_image_class(kind)
+    assert np.array_equal(read_volume(tmp_path / "s").array, alone.array)
+    (tmp_path / "s" / "cut.dcm").write_bytes(first[:400])
+    assert reason(tmp_path / "s") == "1 DICOM files of the folder are damaged and cannot be read"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_label_half_a_voxel_off_is_refused_in_voxels_along_each_axis(voxels, tmp_path):
+    affine = np.diag([0.5, 0.5, 5.0, 1.0])
+    volume = read_volume(save(tmp_path / "image.nii.gz", voxels, affine))
+    label = np.ones(voxels.shape, np.uint8)
+    for shift, fits in (((0.2, 0, 0), True), ((2.0, 0, 0), False), ((0, 0, 2.0), True), ((0, 0, 4.0), False)):
+        moved = affine.copy()
+        moved[:3, 3] = shift
+        path = save(tmp_path / "label.nii.gz", label, moved)
+        if fits:
+            assert (read_label(path, volume) == 1).all()
+        else:
+            with pytest.raises(ReadError, match="voxels apart"):
+                read_label(path, volume)
+
+
+def test_checking_a_label_of_fractional_type_takes_no_copies(tmp_path):
+    label = np.zeros((128, 128, 128), np.float32)
+    label[20:60] = 3
+    image = save(tmp_path / "image.nii.gz", label.astype(np.int16))
+    path = save(tmp_path / "label.nii", label)
+    check_label_file(path, image)  # imports
+    tracemalloc.start()
+    assert check_label_file(path, image) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * label.nbytes
 
 
 def test_label_maps_are_told_from_images_by_their_values(real_data):

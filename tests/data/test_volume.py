@@ -1,3 +1,6 @@
+import hashlib
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -180,3 +183,40 @@ def test_a_resampled_label_holds_only_values_that_were_there_and_keeps_their_vol
 def test_a_spacing_that_is_no_spacing_is_refused():
     with pytest.raises(ValueError, match="three positive numbers"):
         resample_volume(volume_of(np.zeros((8, 8, 8), np.int16)), (1.0, 0.0, 1.0))
+
+
+def test_label_points_are_those_of_a_plain_sort_and_take_little_memory():
+    label = np.random.default_rng(0).integers(0, 4, (96, 96, 96)).astype(np.int16)
+    label[:, :, 50:] = 0
+    label[3, 4, 5] = 9
+    mask, factor = np.ones((2, 2, 2), bool), np.array([48, 48, 48])
+    options = {"factor": factor, "shape": label.shape, "case": "a", "num_body_points": 10, "num_label_points": 20}
+    draw_points(mask, label, **options)
+    tracemalloc.start()
+    points = draw_points(mask, label, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < label.nbytes
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(b"a").digest()[:8], "little"))
+    rng.integers(8, size=10)
+    rng.integers(factor, size=(10, 3))
+    expected = []
+    for value in (1, 2, 3, 9):
+        positions = np.flatnonzero(label == value)
+        if len(positions) > 20:
+            positions = np.sort(rng.choice(positions, 20, replace=False))
+        expected += [(*np.unravel_index(p, label.shape), value) for p in positions]
+    assert points[10:].tolist() == [list(map(int, row)) for row in expected]
+
+
+def test_measuring_a_volume_takes_no_wide_copy_of_it():
+    array = np.random.default_rng(0).normal(0, 300, (1, 128, 128, 128)).astype(np.float32)
+    volume = Volume(array, np.diag([1.0, 1.0, 1.0, 1.0]), "synthetic")
+    tracemalloc.start()
+    (statistics,) = intensity_statistics(array)
+    find_body(volume, modality="ct")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.3 * array.nbytes  # the percentiles sort one copy
+    assert statistics["mean"] == pytest.approx(array.mean(dtype=np.float64))
+    assert statistics["std"] == pytest.approx(array.std(dtype=np.float64))

@@ -23,6 +23,13 @@ MAX_COMPRESSION = 1032
 """The best ratio that DEFLATE can reach, so a header that claims more than this per byte of the file lies."""
 MAX_SCOUT_SLICES = 7
 """A series this short beside a longer one in its folder is a scout view or a report, not a second scan."""
+IMAGE_CLASSES = re.compile(
+    r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(([1-35-7]|12|13|14|20|77|128|130)(\.|$)|4($|\.[134]($|\.))|481\.1$)"
+)
+"""Storage classes of images: radiography, CT, US, MR (but spectra), NM, secondary capture, PET, RT images and others.
+
+Source: DICOM PS3.4, table B.5-1.
+"""
 
 _SILENCE = threading.Lock()
 
@@ -131,14 +138,16 @@ def _open_series(folder: Path) -> tuple[Header, Load]:
     with _silenced():
         listed = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
         series = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in listed]
-    damaged = sum(is_dicom(f) for f in folder.iterdir() if f.name != "DICOMDIR") - sum(map(len, series))
-    if damaged > 0:
+    found = {Path(file).name for files in series for file in files}
+    unlisted = (dicom_class(file) for file in folder.iterdir() if file.name not in found)
+    damaged = sum(kind is not None and is_image_class(kind) for kind in unlisted)
+    if damaged:
         raise ReadError(folder, f"{damaged} DICOM files of the folder are damaged and cannot be read")
     whole = series if len(series) == 1 else [files for files in series if len(files) > MAX_SCOUT_SLICES]
     if len(whole) != 1:
         counts = ", ".join(str(len(files)) for files in whole)
-        found = f"{len(whole)} DICOM series of {counts} slices" if whole else "no DICOM series"
-        raise ReadError(folder, f"the folder holds {found}; each series needs a folder of its own")
+        held = f"{len(whole)} DICOM series of {counts} slices" if whole else "no DICOM series"
+        raise ReadError(folder, f"the folder holds {held}; each series needs a folder of its own")
     slices = [_itk_reader(Path(file)) for file in whole[0]]
     if len(sizes := {s.GetSize() for s in slices}) > 1:
         raise ReadError(folder, f"the slices differ in size: {', '.join(sorted(size_text(s[:2]) for s in sizes))}")
@@ -182,11 +191,35 @@ def _slice_step(folder: Path, slices: Sequence[Any]) -> Float[np.ndarray, "3"]:
 
 def is_dicom(file: Path) -> bool:
     """Whether the file begins as DICOM files do (the letters DICM at byte 128)."""
+    return dicom_class(file) is not None
+
+
+def dicom_class(file: Path) -> str | None:
+    """The class of the DICOM object in the file (media storage SOP class UID), "" if it is lost; None: no DICOM file.
+
+    Source: DICOM PS3.10, 7.1 (the meta information is in explicit VR, little endian).
+    """
     try:
         with file.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
+            head = stream.read(2048)
     except OSError:
-        return False
+        return None
+    if head[128:132] != b"DICM":
+        return None
+    at = 132
+    while head[at : at + 2] == b"\x02\x00":  # group 0002
+        long = head[at + 4 : at + 6] in (b"OB", b"OW", b"UN", b"UT", b"SQ")
+        start = at + (12 if long else 8)
+        length = int.from_bytes(head[start - (4 if long else 2) : start], "little")
+        if head[at + 2 : at + 4] == b"\x02\x00":
+            return head[start : start + length].rstrip(b"\0 ").decode("ascii", "replace")
+        at = start + length
+    return ""
+
+
+def is_image_class(kind: str) -> bool:
+    """Whether objects of the class are images, or may be: not structures, plans, reports, signals, directories."""
+    return not kind or IMAGE_CLASSES.match(kind) is not None
 
 
 def _itk_type(path: Path, pixel_id: int) -> tuple[int, bool]:

@@ -1,8 +1,10 @@
 """Image files to volumes in canonical RAS; what is wrong with a file is said in one readable reason."""
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -12,17 +14,33 @@ from medssl.data.volume import Volume
 
 SPACING_LIMITS_MM = (0.005, 100.0)
 LABEL_MAP_VALUES = 256
+MAX_ONE_HOT_CHANNELS = 256
+MAX_OFF_PLACE_VOXEL = 0.5
+
+_ONE_LABEL = threading.Lock()
 
 
-def read_volume(path: str | Path, *, channels: str | int | None = None, min_side_voxel: int = 8) -> Volume:
+class LabelMapError(ReadError):
+    """A label map among the images of a folder: skipped, not rejected."""
+
+
+def read_volume(
+    path: str | Path,
+    *,
+    channels: str | int | None = None,
+    min_side_voxel: int = 8,
+    skip_label_maps: bool = False,
+) -> Volume:
     """The volume in a NIfTI, NRRD or MetaImage file, or in the DICOM series of a folder, in canonical RAS.
 
     Args:
         path: file, or folder of a DICOM series.
         channels: what to take from a file with several channels: "all", the number of one, or None, which refuses it.
         min_side_voxel: volumes with a shorter side are refused.
+        skip_label_maps: whether what looks like a label map is none of the images that are looked for.
 
     Raises:
+        LabelMapError: it looks like a label map, one of a channel for each structure included.
         ReadError: the volume cannot be used; the reason names what to do where there is something to do.
     """
     path = Path(path)
@@ -30,7 +48,11 @@ def read_volume(path: str | Path, *, channels: str | int | None = None, min_side
     with reasons_for(path):
         header, load = open_image(path)
         _check_grid(path, header, min_side_voxel)
+        if skip_label_maps and channels is None and 1 < header.num_channels <= MAX_ONE_HOT_CHANNELS:
+            _refuse_label_map(path, (load(channel)[..., 0] for channel in range(header.num_channels)))
         array, affine = _canonical(load(_chosen_channel(path, header, channels)), header.affine)
+        if skip_label_maps:
+            _refuse_label_map(path, array)
         _check_voxels(path, array)
     return Volume(array, affine, str(path))
 
@@ -47,11 +69,12 @@ def read_label(path: str | Path, volume: Volume) -> Int[np.ndarray, "x y z"]:
         _check_grid(path, header, 1)
         if header.num_channels > 1:
             raise ReadError(path, f"a label map has one channel, this one has {header.num_channels}")
-        array, affine = _canonical(load(None), header.affine)
-        if array.shape[1:] != volume.shape:
-            raise ReadError(path, _wrong_shape(array.shape[1:], volume.shape))
+        if (shape := _canonical_shape(header.shape, header.affine)) != volume.shape:
+            raise ReadError(path, _wrong_shape(shape, volume.shape))
+        whole = _whole_numbers(path, load(None))  # before it is turned: that takes a copy, now a narrow one
+        array, affine = _canonical(whole, header.affine)
         _check_place(path, affine, volume)
-        return _whole_numbers(path, array[0])
+        return array[0]
 
 
 def _wrong_shape(label: Sequence[int], image: Sequence[int]) -> str:
@@ -72,29 +95,56 @@ def check_label_file(path: Path, image: Path) -> str | None:
                         return _wrong_shape(*shapes)
             if not header.integer:
                 _check_grid(path, header, 1)
-                _whole_numbers(path, load(None))
+                with _ONE_LABEL:  # threads look at labels side by side: their voxels must not be in memory at once
+                    _check_labels(path, load(None))
     except ReadError as error:
         return error.reason
     return None
 
 
-def looks_like_label_map(array: Shaped[np.ndarray, "channel x y z"]) -> bool:
-    """Whether the voxels are few whole values, none negative, in pieces: most neighbours in a piece are equal."""
-    if len(array) != 1 or array.min() < 0 or array.max() == array.min():
-        return False
-    channel = array[0]
-    sample = channel[:: max(1, channel.shape[0] // 16)]
-    if not np.array_equal(sample, np.rint(sample)) or not np.array_equal(channel, np.rint(channel)):
-        return False
-    if len(np.unique(channel)) > LABEL_MAP_VALUES:
-        return False
+def looks_like_label_map(channels: Iterable[Shaped[np.ndarray, "x y z"]]) -> bool:
+    """Whether each channel holds few whole values from -1 on, in pieces: most neighbours in a piece are equal.
+
+    A constant channel is that of a structure which is not there; all constant, they are a label map if stored in bytes.
+    """
+    kinds = []
+    for channel in channels:
+        low, high = channel.min(), channel.max()
+        constant = low == high
+        if low < -1 or not _whole(low) or not (constant or _few_values_in_pieces(channel)):
+            return False
+        kinds.append(channel.dtype.itemsize == 1 if constant else True)
+    return all(kinds) if len(kinds) == 1 else any(kinds)
+
+
+def _whole(value: Any) -> bool:
+    return bool(np.isfinite(value) and value == np.rint(value))
+
+
+def _few_values_in_pieces(channel: Shaped[np.ndarray, "x y z"]) -> bool:
+    values: set[float] = set()
+    for plane in channel[:: max(1, channel.shape[0] // 16)], channel:  # a few planes tell most images
+        for part in plane:
+            if not np.array_equal(part, np.rint(part)):
+                return False
+            values.update(np.unique(part).tolist())
+            if len(values) > LABEL_MAP_VALUES:
+                return False
     pairs = equal = 0
-    for axis in range(3):
-        a, b = (np.moveaxis(channel, axis, 0)[part] for part in (slice(1, None), slice(-1)))
-        inside = (a != 0) | (b != 0)
-        pairs += int(inside.sum())
-        equal += int((inside & (a == b)).sum())
+    for x in range(len(channel)):
+        here = channel[x]
+        for a, b in ((here, channel[x - 1] if x else here[:0]), (here[1:], here[:-1]), (here[:, 1:], here[:, :-1])):
+            if len(b):
+                inside = (a != 0) | (b != 0)
+                pairs += int(inside.sum())
+                equal += int((inside & (a == b)).sum())
     return equal >= 0.5 * pairs
+
+
+def _refuse_label_map(path: Path, channels: Iterable[Shaped[np.ndarray, "x y z"]]) -> None:
+    if looks_like_label_map(channels):
+        ways = "data.include_labels=true reads it as an image"
+        raise LabelMapError(path, f"few whole values in pieces: a label map ({ways})")
 
 
 def _canonical(
@@ -176,22 +226,33 @@ def _check_voxels(path: Path, array: Shaped[np.ndarray, "c x y z"]) -> None:
 def _check_place(path: Path, affine: Float[np.ndarray, "4 4"], volume: Volume) -> None:
     last = [n - 1 for n in volume.shape]
     corners = np.array([[x, y, z, 1] for x in (0, last[0]) for y in (0, last[1]) for z in (0, last[2])])
-    apart = np.linalg.norm(corners @ (affine - volume.affine).T, axis=1).max()
-    if apart > max(volume.spacing_mm):
-        far = f"corners are up to {apart:.3g} mm apart"
+    in_image = corners @ (np.linalg.inv(volume.affine) @ affine).T
+    apart = np.abs(in_image - corners)[:, :3].max(axis=0)
+    if apart.max() > MAX_OFF_PLACE_VOXEL + 1e-3:
+        far = f"corners are up to {' x '.join(f'{a:.3g}' for a in apart)} voxels apart"
         raise ReadError(path, f"the label lies elsewhere than its image: {far}; repair one of the headers")
 
 
-def _whole_numbers(path: Path, array: Shaped[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
+def _check_labels(path: Path, array: Shaped[np.ndarray, "..."]) -> None:
+    """Raise a ReadError where values are no whole numbers from 0 on; slab by slab, without copies of the whole."""
+    num_fractional, example = 0, 0.0
+    channels = np.moveaxis(array, -1, 0) if array.dtype.kind == "f" else ()
+    for part in (slab for c in channels for slab in (c.T if c.flags.f_contiguous else c)):
+        if not np.isfinite(part).all():
             raise ReadError(path, "the label holds values that are NaN or infinite")
-        fractional = array != np.rint(array)
+        fractional = part != np.rint(part)
         if fractional.any():
-            example = array[fractional].flat[0]
-            count = f"{int(fractional.sum()):,} voxels are no whole numbers (such as {example:g})"
-            raise ReadError(path, f"fractional labels: {count}")
+            example = example if num_fractional else float(part[fractional].flat[0])
+            num_fractional += int(fractional.sum())
+    if num_fractional:
+        raise ReadError(
+            path, f"fractional labels: {num_fractional:,} voxels are no whole numbers (such as {example:g})"
+        )
     if array.min() < 0 or array.max() >= 2**31:
         found = f"{array.min():g} to {array.max():g}"
         raise ReadError(path, f"label values from {found}; 0 is the background, others are positive")
+
+
+def _whole_numbers(path: Path, array: Shaped[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    _check_labels(path, array)
     return array.astype(np.int16 if array.max() < 2**15 else np.int32)

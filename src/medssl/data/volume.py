@@ -111,8 +111,9 @@ def _channel_statistics(channel: Shaped[np.ndarray, "x y z"]) -> dict[str, float
         below, above = (np.searchsorted(counts.cumsum(), side(ranks), side="right") for side in (np.floor, np.ceil))
         percentiles = low + below + (ranks - np.floor(ranks)) * (above - below)
     else:
-        mean = float(channel.mean(dtype=np.float64))
-        std = float(channel.std(dtype=np.float64))
+        mean = sum(float(plane.sum(dtype=np.float64)) for plane in channel) / channel.size
+        squares = sum(float(((plane.astype(np.float64) - mean) ** 2).sum()) for plane in channel)
+        std = float(np.sqrt(squares / channel.size))
         percentiles = np.percentile(channel, PERCENTILES)
     named = {f"p{q:g}".replace(".", "_"): float(v) for q, v in zip(PERCENTILES, percentiles, strict=True)}
     return {"minimum": low, "maximum": high, "mean": mean, "std": std, **named}
@@ -125,14 +126,16 @@ def coarse_copy(
     factor = np.array(
         [max(1, min(round(target_mm / s), n // 16)) for s, n in zip(spacing_mm, channel.shape, strict=True)]
     )
-    coarse = channel
-    for axis, step in enumerate(factor):
+    blocks = [channel[x : x + factor[0]] for x in range(0, channel.shape[0], int(factor[0]))]
+    coarse = np.stack([block.mean(axis=0, dtype=np.float64) for block in blocks])  # no wide copy of the whole
+    for axis, step in enumerate(factor[1:], start=1):
         if step > 1:
             starts = np.arange(0, channel.shape[axis], step)
-            sums = np.add.reduceat(coarse, starts, axis=axis, dtype=np.float64)
             counts = np.diff(np.append(starts, channel.shape[axis]))
-            coarse = sums / counts.reshape([-1 if a == axis else 1 for a in range(3)])
-    return np.asarray(coarse, dtype=np.float64), factor
+            coarse = np.add.reduceat(coarse, starts, axis=axis) / counts.reshape(
+                [-1 if a == axis else 1 for a in range(3)]
+            )
+    return coarse, factor
 
 
 def find_body(
@@ -205,15 +208,37 @@ def draw_points(
     body = np.minimum(chosen * factor + rng.integers(factor, size=chosen.shape), np.asarray(shape) - 1)
     rows = [np.column_stack([body, np.full(len(body), -1)])]
     if label is not None:
-        where = np.flatnonzero(label)
-        values = label.ravel()[where]
-        order = np.argsort(values, kind="stable")
-        present, starts = np.unique(values[order], return_index=True)
-        for value, positions in zip(present, np.split(where[order], starts[1:]), strict=True):
-            if len(positions) > num_label_points:
-                positions = np.sort(rng.choice(positions, num_label_points, replace=False))
-            rows.append(np.column_stack([*np.unravel_index(positions, label.shape), np.full(len(positions), value)]))
+        rows += _label_points(label, rng, num_points=num_label_points)
     return np.concatenate(rows).astype(np.int32)
+
+
+def _label_points(
+    label: Int[np.ndarray, "x y z"], rng: np.random.Generator, *, num_points: int
+) -> list[Int[np.ndarray, "point 4"]]:
+    """For each value but 0, rows x, y, z, value of at most `num_points` of its voxels; plane by plane.
+
+    The voxels of a value are numbered in C order; which numbers are taken is drawn before they are looked up.
+    """
+    totals: dict[int, int] = {}
+    for plane in label:
+        for value, count in zip(*np.unique(plane[plane != 0], return_counts=True), strict=True):
+            totals[int(value)] = totals.get(int(value), 0) + int(count)
+    wanted = {}
+    for value, total in sorted(totals.items()):
+        few = total <= num_points
+        wanted[value] = np.arange(total) if few else np.sort(rng.choice(total, num_points, replace=False))
+    passed = dict.fromkeys(wanted, 0)
+    rows: dict[int, list[np.ndarray]] = {value: [] for value in wanted}
+    for x, plane in enumerate(label):
+        where = np.flatnonzero(plane)
+        order = where[np.argsort(plane.ravel()[where], kind="stable")]
+        values, counts = np.unique(plane.ravel()[order], return_counts=True)
+        for value, positions in zip(values.tolist(), np.split(order, counts.cumsum()), strict=False):
+            first, last = np.searchsorted(wanted[value], (passed[value], passed[value] + len(positions)))
+            y, z = np.unravel_index(positions[wanted[value][first:last] - passed[value]], plane.shape)
+            rows[value].append(np.column_stack([np.full(len(y), x), y, z, np.full(len(y), value)]))
+            passed[value] += len(positions)
+    return [np.concatenate(parts) for parts in rows.values()]
 
 
 def resample_volume(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
