@@ -15,7 +15,8 @@ def run(config: "DictConfig") -> None:
     """Prepare what the configuration says, and say what came of it."""
     from hydra.utils import instantiate
 
-    from medssl.data.prepare import locate_store, prepare_store
+    from medssl.data.prepare import prepare_store
+    from medssl.data.recipes import locate_store
 
     if config.data.get("source") is None:
         raise ValueError(f"data={config.data.name} is a finished store; prepare takes images, such as data=folder")

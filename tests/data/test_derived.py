@@ -1,18 +1,20 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import nibabel
 import numpy as np
 import pytest
 
 from medssl.data.derived import Body, Derivation, derive
 from medssl.data.phantoms import LABELS
 from medssl.data.prepare import prepare_store
-from medssl.data.sources import Phantoms
+from medssl.data.sources import Folder, Phantoms
 from medssl.data.store import VolumeStore
 
 NUM_CASES = 6
@@ -140,3 +142,25 @@ def test_a_folder_that_is_no_store_and_a_damaged_table_are_said_so(store, tmp_pa
     with pytest.raises(ValueError, match=r"phantom_0000\.npz is damaged .* delete it and derive again"):
         derive(store, Body(), num_workers=0, progress=False)
     (folder / "phantom_0000.npz").unlink()
+
+
+def test_the_table_of_a_case_that_was_made_anew_is_made_anew(tmp_path):
+    def image(name, seed):
+        array = np.random.default_rng(seed).integers(-900, 900, (16, 16, 16)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "in" / f"{name}.nii.gz")
+
+    def derived():
+        prepare_store(Folder(root=tmp_path / "in"), tmp_path / "s", num_workers=0, progress=False)
+        summary = derive(tmp_path / "s", Body(), num_workers=0, progress=False)
+        return summary.num_new, tree(summary.folder)
+
+    (tmp_path / "in").mkdir()
+    image("a", 0)
+    image("b", 1)
+    assert derived()[0] == 2
+    assert derived()[0] == 0
+    image("a", 2)
+    new, tables = derived()
+    assert new == 1
+    shutil.rmtree(tmp_path / "s")
+    assert derived()[1] == tables

@@ -11,19 +11,13 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+import medssl.data.prepare as preparing
 from medssl.data.formats import ReadError
-from medssl.data.prepare import (
-    BODY_RECIPE,
-    PrepareError,
-    check_recipe,
-    locate_store,
-    prepare_store,
-    recipe_hash,
-    store_recipe,
-)
+from medssl.data.prepare import PrepareError, prepare_store
+from medssl.data.recipes import check_recipe, locate_store, recipe_hash, store_recipe
 from medssl.data.sources import Csv, Folder, NnUnet, Phantoms
 from medssl.data.store import VolumeStore
-from medssl.data.volume import voxel_hash
+from medssl.data.volume import BODY_RECIPE, voxel_hash
 
 SMALL = {"size_voxel": 24, "spacing_mm": 16.0}
 
@@ -152,8 +146,9 @@ def test_bad_files_are_set_aside_with_reasons_and_stop_the_run_only_above_their_
     assert (summary.num_cases, summary.num_new, summary.num_rejected, summary.num_skipped) == (6, 0, 2, 2)
     assert "flat.nii.gz: all voxels" in capfd.readouterr().err
     assert [r["case"] for r in rows(tmp_path / "s" / "rejected.jsonl")] == ["flat", "text"]
-    assert [Path(r["file"]).name for r in rows(tmp_path / "s" / "skipped.jsonl")] == ["1_seg.nii.gz", "unnamed.nii.gz"]
-    assert "6 cases (0 new), 2 rejected (see rejected.jsonl), 2 label maps skipped" in str(summary)
+    skipped = {Path(r["file"]).name for r in rows(tmp_path / "s" / "skipped.jsonl")}
+    assert skipped == {"1_seg.nii.gz", "unnamed.nii.gz"}
+    assert "6 cases (0 new), 2 rejected (see rejected.jsonl), 2 files skipped" in str(summary)
     image(tmp_path / "in" / "flat.nii.gz", seed=9)  # mended
     mended = prepare_store(source, tmp_path / "s", num_workers=0, progress=False)
     assert (mended.num_cases, mended.num_new) == (7, 1)
@@ -185,8 +180,8 @@ def test_the_faulty_files_of_the_real_data_are_rejected_and_the_good_one_is_stor
         Folder(root=real_data / "faulty"), tmp_path / "s", num_workers=0, max_rejected_fraction=1, progress=False
     )
     assert [r.case for r in VolumeStore(tmp_path / "s").records()] == ["good"]
-    assert summary.num_rejected == 13
-    assert len({r["reason"] for r in summary.rejected}) == 12  # two of them are zero throughout
+    assert summary.num_rejected == len({r["reason"] for r in summary.rejected}) == 12
+    assert summary.num_skipped == 1  # a label map that is zero throughout
 
 
 def test_another_recipe_or_other_files_in_the_folder_are_refused(tmp_path):
@@ -203,6 +198,116 @@ def test_another_recipe_or_other_files_in_the_folder_are_refused(tmp_path):
         check_recipe(tmp_path / "other" / "thesis.tex", {})
     with pytest.raises(ValueError, match="one or three positive numbers"):
         prepare_store(Phantoms(num_cases=1, **SMALL), tmp_path / "t", spacing_mm=[1, 2], num_workers=0)
+
+
+def test_another_recipe_replaces_one_under_which_no_case_was_finished(tmp_path):
+    for number in range(3):
+        image(tmp_path / "in" / f"{number}.nii.gz", shape=(10, 10, 10, 2), seed=number)
+    source = Folder(root=tmp_path / "in")
+    with pytest.raises(PrepareError, match=r"choose with data\.channels=all"):
+        prepare_store(source, tmp_path / "s", num_workers=0, progress=False)
+    summary = prepare_store(source, tmp_path / "s", channels="all", num_workers=0, progress=False)
+    assert (summary.num_cases, summary.num_rejected) == (3, 0)
+    prepare_store(source, tmp_path / "fresh", channels="all", num_workers=0, progress=False)
+    assert tree(tmp_path / "s") == tree(tmp_path / "fresh")
+    with pytest.raises(ValueError, match="channels was 'all', is now None"):
+        prepare_store(source, tmp_path / "s", num_workers=0)
+
+
+def test_a_case_is_made_anew_when_image_label_or_modality_is_another_one(tmp_path):
+    image(tmp_path / "a.nii.gz", seed=1)
+    image(tmp_path / "b.nii.gz", seed=2)
+    mask = np.zeros((12, 12, 12), np.uint8)
+    for value in (1, 2):
+        mask[4:8, 4:8, 4:8] = value
+        image(tmp_path / f"l{value}.nii.gz", mask)
+
+    def prepared(row, store="s"):
+        (tmp_path / "t.csv").write_text(f"case,image,label,modality\nx,a.nii.gz,{row}\ny,b.nii.gz,,\n")
+        summary = prepare_store(Csv(root=tmp_path / "t.csv"), tmp_path / store, num_workers=0, progress=False)
+        record = VolumeStore(tmp_path / store).record(0)
+        return summary.num_new, record.labels, record.modality
+
+    assert prepared("l1.nii.gz,") == (2, (1,), "ct")
+    assert prepared("l1.nii.gz,") == (0, (1,), "ct")
+    assert prepared("l2.nii.gz,") == (1, (2,), "ct")
+    assert prepared("l2.nii.gz,mr") == (1, (2,), "mr")
+    mask[4:8, 4:8, 4:8] = 5
+    image(tmp_path / "l2.nii.gz", mask)
+    image(tmp_path / "a.nii.gz", seed=3)
+    assert prepared("l2.nii.gz,mr") == (1, (5,), "mr")
+    prepared("l2.nii.gz,mr", "fresh")
+    assert tree(tmp_path / "s") == tree(tmp_path / "fresh")
+
+
+def test_cases_that_the_source_has_no_more_are_deleted_or_only_taken_off_the_index(tmp_path):
+    for number in range(3):
+        image(tmp_path / "in" / f"{number}.nii.gz", seed=number)
+    source, options = Folder(root=tmp_path / "in"), {"num_workers": 0, "progress": False}
+    prepare_store(source, tmp_path / "s", **options)
+    (tmp_path / "in" / "0.nii.gz").rename(tmp_path / "in" / "renamed.nii.gz")
+    kept = prepare_store(source, tmp_path / "s", prune=False, **options)
+    assert (kept.num_cases, kept.num_new, kept.num_removed, kept.has_changed) == (3, 1, 1, True)
+    assert "1 removed (the source has them no more)" in str(kept)
+    assert (tmp_path / "s" / "0.zarr").is_dir()
+    again = prepare_store(source, tmp_path / "s", **options)
+    assert not again.has_changed
+    prepare_store(source, tmp_path / "fresh", **options)
+    assert tree(tmp_path / "s") == tree(tmp_path / "fresh")
+
+
+def test_what_was_rejected_or_skipped_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch, capfd):
+    image(tmp_path / "in" / "good.nii.gz")
+    image(tmp_path / "in" / "flat.nii.gz", np.zeros((12, 12, 12), np.int16))
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[4:8, 4:8, 4:8] = 1
+    image(tmp_path / "in" / "mask.nii.gz", mask)
+    read = []
+    prepare = preparing.prepare_case
+    monkeypatch.setattr(preparing, "prepare_case", lambda job: read.append(job.case.case) or prepare(job))
+
+    def again():
+        read.clear()
+        source = Folder(root=tmp_path / "in")
+        summary = prepare_store(source, tmp_path / "s", num_workers=0, max_rejected_fraction=0.5)
+        return sorted(read), summary.num_rejected, summary.num_skipped, "flat" in capfd.readouterr().err
+
+    assert again() == (["flat", "good", "mask"], 1, 1, True)
+    before = tree(tmp_path / "s")
+    assert again() == ([], 1, 1, False)
+    assert tree(tmp_path / "s") == before
+    image(tmp_path / "in" / "flat.nii.gz", np.ones((12, 12, 12), np.int16))
+    assert again() == (["flat"], 1, 1, True)
+    (tmp_path / "s" / "rejected.jsonl").unlink()
+    assert again() == (["flat"], 1, 1, True)
+
+
+def test_a_finished_store_that_may_not_be_written_is_still_checked(tmp_path, monkeypatch):
+    image(tmp_path / "in" / "a.nii.gz")
+    prepare_store(Folder(root=tmp_path / "in"), tmp_path / "s", num_workers=0, progress=False)
+
+    def refuse(*arguments, **options):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert not prepare_store(Folder(root=tmp_path / "in"), tmp_path / "s", num_workers=0).has_changed
+
+
+def test_a_truncated_label_is_one_message_and_exit_code_two(tmp_path):
+    image(tmp_path / "a.nii.gz")
+    mask = np.random.default_rng(0).integers(0, 9, (12, 12, 12)).astype(np.float32)
+    image(tmp_path / "l.nii.gz", mask)
+    (tmp_path / "l.nii.gz").write_bytes((tmp_path / "l.nii.gz").read_bytes()[:900])
+    (tmp_path / "t.csv").write_text("image,label\na.nii.gz,l.nii.gz\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "medssl.prepare", "data=csv", f"data.root={tmp_path / 't.csv'}", f"store={tmp_path}/s"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "l.nii.gz: the file is truncated: the voxels end early" in done.stderr
 
 
 def test_resampling_while_preparing_keeps_channels_labels_and_the_hash_of_what_was_read(tmp_path):
@@ -304,6 +409,7 @@ def test_the_command_answers_mistakes_in_one_line(tmp_path):
         (["data=folder"], "error: data=folder needs data.root=PATH"),
         (["data=folder", f"data.root={tmp_path}"], "error: no image below"),
         (["data=store", f"store={tmp_path}"], "error: data=store is a finished store"),
+        (["num_workers=-1"], "error: num_workers takes null"),
         (["data.channels=first"], "error: channels takes all, null or the number of a channel (from 0), got 'first'"),
     ):
         done = subprocess.run(

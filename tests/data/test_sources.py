@@ -1,15 +1,18 @@
 import json
 import os
 import pickle
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
-from medssl.data.cases import LabelMapError
+from medssl.data.cases import Case
 from medssl.data.formats import ReadError
+from medssl.data.reading import LabelMapError
 from medssl.data.sources import Csv, Decathlon, Folder, NnUnet, Phantoms
 
 
@@ -26,6 +29,10 @@ def label(path, shape=(10, 11, 12), value=1.0, dtype=np.uint8):
     array[2:5, 2:5, 2:5] = value
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
     return array
+
+
+def case_label(scan):
+    return {c.case: (c.split, c.label and c.label.parent.name) for c in scan.cases}
 
 
 def names(scan):
@@ -50,7 +57,7 @@ def test_a_folder_gives_each_image_its_own_safe_name_and_skips_label_maps(tmp_pa
         label(tmp_path / name)
     (tmp_path / "a" / "notes.txt").write_text("no image")
     scan = Folder(root=tmp_path).scan()
-    assert sorted(names(scan)) == ["a__scan", "b__deep_er__scan_1_", "b__scan", "top"]
+    assert sorted(names(scan)) == ["a__scan", "b__deep_er__scan_1_-c5229573", "b__scan", "top"]
     assert {c.case: c.group for c in scan.cases}["b__scan"] == "b"
     assert {(Path(s["file"]).name, s["reason"]) for s in scan.skipped} == {
         ("scan.nii.gz", "lies in labelsTr/: a label map"),
@@ -114,7 +121,7 @@ def test_an_empty_or_missing_folder_is_said_so(tmp_path):
     with pytest.raises(ValueError, match="no image below"):
         Folder(root=tmp_path).scan()
     with pytest.raises(ValueError, match="does not exist"):
-        Folder(root=tmp_path / "nowhere").recipe()
+        Folder(root=tmp_path / "nowhere").scan()
     image(tmp_path / "a.nii.gz")
     with pytest.raises(ValueError, match="data=folder takes a folder"):
         Folder(root=tmp_path / "a.nii.gz").scan()
@@ -132,7 +139,7 @@ def test_decathlon_lists_train_and_test_and_all_its_problems_at_once(tmp_path):
     ]
     listed = {"name": "Task", "training": [*pairs, {"label": "./labelsTr/a.nii.gz"}], "test": ["./imagesTs/t.nii.gz"]}
     (tmp_path / "dataset.json").write_text(json.dumps(listed))
-    scan = Decathlon(root=tmp_path).scan()
+    scan = Decathlon(root=tmp_path).scan().checked()
     assert [(c.case, c.split, c.group) for c in scan.cases] == [("a", "train", "Task"), ("t", "test", "Task")]
     assert reasons(scan) == {
         ("b.nii.gz", "label of the wrong shape: 10 x 11 x 9, its image is 10 x 11 x 12"),
@@ -150,7 +157,7 @@ def test_decathlon_lists_train_and_test_and_all_its_problems_at_once(tmp_path):
 
 
 def test_the_real_decathlon_task_has_no_problem(real_data):
-    scan = Decathlon(root=real_data / "Task04_Hippocampus").scan()
+    scan = Decathlon(root=real_data / "Task04_Hippocampus").scan().checked()
     assert len(scan.cases) == 160
     assert scan.problems == []
 
@@ -164,7 +171,7 @@ def test_nnunet_channels_are_stacked_and_gaps_are_problems(tmp_path):
         image(tmp_path / "imagesTs" / f"z_000{channel}.nii.gz", affine=np.diag([1.0 + channel, 1, 1, 1]))
     label(tmp_path / "labelsTr" / "x.nii.gz")
     label(tmp_path / "labelsTr" / "alone.nii.gz")
-    scan = NnUnet(root=tmp_path).scan()
+    scan = NnUnet(root=tmp_path).scan().checked()
     assert [(c.case, c.split) for c in scan.cases] == [("x", "train"), ("z", "test")]
     assert reasons(scan) == {
         ("y_0000.nii.gz", "channel 0001 is missing"),
@@ -195,7 +202,7 @@ def test_a_table_gives_label_group_split_and_modality(tmp_path):
         "p2/ct.nii.gz;;;;pet;\n",
         encoding="utf-8",
     )
-    scan = Csv(root=tmp_path).scan()
+    scan = Csv(root=tmp_path).scan().checked()
     found = [(c.case, c.group, c.split, c.modality) for c in scan.cases]
     assert found == [("p1__ct", "copd", "train", "ct"), ("p2__ct", "healthy", "validation", None)]
     assert reasons(scan) == {
@@ -213,7 +220,7 @@ def test_faulty_labels_of_a_table_are_named_before_work_starts(real_data, tmp_pa
         for name in ("label_wrong_shape", "label_fractional")
     )
     (tmp_path / "t.csv").write_text("image,label,case\n" + rows)
-    scan = Csv(root=tmp_path / "t.csv").scan()
+    scan = Csv(root=tmp_path / "t.csv").scan().checked()
     assert scan.cases == []
     assert reasons(scan) == {
         ("label_wrong_shape.nii.gz", "label of the wrong shape: 24 x 24 x 21, its image is 24 x 24 x 24"),
@@ -231,9 +238,10 @@ def test_mistakes_in_a_table_are_named(tmp_path):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):
             Csv(root=table).scan()
-    image(tmp_path / "a.nii.gz")
-    table.write_text("case,image\none,a.nii.gz\nONE,a.nii.gz\n")
-    scan = Csv(root=table).scan()
+    for name in ("a.nii.gz", "b.nii.gz"):
+        image(tmp_path / name)
+    table.write_text("case,image\none,a.nii.gz\nONE,b.nii.gz\n")
+    scan = Csv(root=table).scan().checked()
     assert names(scan) == ["one"]
     assert "the case name is taken by" in scan.problems[0]["reason"]
     (tmp_path / "u.csv").write_text("image\n")
@@ -252,3 +260,142 @@ def test_phantoms_are_numbered_travel_between_processes_and_their_recipe_is_json
     assert source.recipe() != Phantoms(num_cases=3, size_voxel=16, spacing_mm=20.0, seed=5).recipe()
     with pytest.raises(ValueError, match="three sides of 8 voxels or more"):
         Phantoms(size_voxel=4).scan()
+
+
+def test_names_from_any_alphabet_stay_apart_and_no_name_is_empty(tmp_path):
+    for name in ("头.nii.gz", "ß.nii.gz", "-.nii.gz", "..nii.gz"):
+        image(tmp_path / "imagesTr" / name.replace(".nii", "_0000.nii"))
+        image(tmp_path / "plain" / name)
+    for found in (names(NnUnet(root=tmp_path).scan()), names(Folder(root=tmp_path / "plain").scan())):
+        assert len({*found}) == len(found)
+        assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) for name in found), found
+    assert names(NnUnet(root=tmp_path).scan().checked()) == names(NnUnet(root=tmp_path).scan())
+
+
+def test_a_file_name_that_is_no_utf_8_is_a_case_like_others(tmp_path):
+    image(tmp_path / "a.nii.gz")
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.nii.gz"
+    try:
+        (tmp_path / "a.nii.gz").rename(os.fsdecode(odd))
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    (case,) = Folder(root=tmp_path).scan().cases
+    assert re.fullmatch(r"caf_-[0-9a-f]{8}", case.case)
+    assert case.read(channels=None, min_side_voxel=8)[0].shape == (10, 11, 12)
+    assert len(case.fingerprint()) == 32
+
+
+def test_nnunet_cases_of_one_name_in_train_and_test_keep_their_own_labels(tmp_path):
+    for part in ("Tr", "Ts"):
+        image(tmp_path / f"images{part}" / "x_0000.nii.gz")
+        label(tmp_path / f"labels{part}" / "x.nii.gz")
+    scan = NnUnet(root=tmp_path).scan().checked()
+    assert scan.problems == []
+    assert case_label(scan) == {"x": ("train", "labelsTr"), "x-test": ("test", "labelsTs")}
+
+
+def test_a_table_knows_the_home_folder_and_names_a_file_that_is_listed_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    image(tmp_path / "home" / "a.nii.gz")
+    image(tmp_path / "b.nii.gz")
+    (tmp_path / "t.csv").write_text("image\n~/a.nii.gz\nb.nii.gz\nb.nii.gz\n")
+    scan = Csv(root=tmp_path / "t.csv").scan().checked()
+    assert names(scan) == ["home__a", "b"]
+    assert reasons(scan) == {("b.nii.gz", "listed twice; drop one of the entries")}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ("image,group\na.nii,caf\u00e9\n".encode("latin-1"), "line 2: not UTF-8; save the table"),
+        ("image\n".encode("utf-16"), "line 1: not UTF-8"),
+        (b"image\n" + b"a" * 200_000 + b"\n", "is no table"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_said_so(raw, message, tmp_path):
+    (tmp_path / "t.csv").write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        Csv(root=tmp_path / "t.csv").scan()
+
+
+def dicom(path, kind="1.2.840.10008.5.1.4.1.1.481.3"):
+    """Write the least that is a DICOM object: the meta information with its class, and a patient's name."""
+
+    def element(number, vr, value):
+        value += b"\0" * (len(value) % 2)
+        return b"\x02\0" + number.to_bytes(2, "little") + vr + len(value).to_bytes(2, "little") + value
+
+    meta = element(2, b"UI", kind.encode()) + element(3, b"UI", b"1.2.3")
+    meta += element(0x10, b"UI", b"1.2.840.10008.1.2.1")
+    length = b"\x02\0\0\0UL\x04\0" + len(meta).to_bytes(4, "little")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM" + length + meta + b"\x10\0\x10\0PN\x04\0A^B ")
+
+
+def test_folders_that_may_hold_images_or_cannot_be_read_are_listed(tmp_path, monkeypatch):
+    image(tmp_path / "a.nii.gz")
+    for number in range(300):
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        (tmp_path / "blobs" / f"{number:03d}.dat").write_bytes(b"no DICOM")
+    dicom(tmp_path / "structures" / "rs.dcm")
+    for number in range(20):
+        (tmp_path / "late" / "x").parent.mkdir(exist_ok=True)
+        (tmp_path / "late" / f"{number:03d}.log2").write_bytes(b"no DICOM")
+    dicom(tmp_path / "late" / "z.dcm", "1.2.840.10008.5.1.4.1.1.2")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    scan = Folder(root=tmp_path).scan()
+    assert names(scan) == ["a", "late"]
+    assert reasons(scan) == {("closed", "the folder cannot be read (Permission denied)")}
+    assert {(Path(s["file"]).name, s["reason"]) for s in scan.skipped} == {
+        ("blobs", "none of 256 files looked into is DICOM; 44 more were not opened"),
+        ("structures", "DICOM objects, none of them an image (structures, plans, reports, ...)"),
+    }
+
+
+def test_label_maps_that_are_constant_one_hot_or_marked_by_minus_one_are_skipped(tmp_path):
+    one_hot = np.zeros((10, 11, 12, 3), np.float32)
+    one_hot[2:6, 2:6, 2:6, 1] = 1
+    one_hot[..., 0] = 1 - one_hot[..., 1]
+    ignored = np.zeros((10, 11, 12), np.int16)
+    ignored[:3], ignored[6:] = -1, 4
+    for name, array in (("zero", np.zeros((10, 11, 12), np.uint8)), ("hot", one_hot), ("ignored", ignored)):
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    for case in Folder(root=tmp_path).scan().cases:
+        for channels in (None, "all"):
+            with pytest.raises(LabelMapError):
+                case.read(channels=channels, min_side_voxel=8)
+    noise = np.random.default_rng(0).integers(0, 900, (10, 11, 12, 3)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(noise, np.eye(4)), tmp_path / "image.nii.gz")
+    by_name = {c.case: c for c in Folder(root=tmp_path).scan().cases}
+    assert by_name["image"].read(channels="all", min_side_voxel=8)[0].num_channels == 3
+    with pytest.raises(ReadError, match="a 4-D image with 3 channels"):
+        by_name["image"].read(channels=None, min_side_voxel=8)
+
+
+def test_a_fingerprint_follows_content_size_label_and_modality_but_not_time_or_group(tmp_path):
+    for name in ("a", "b"):
+        image(tmp_path / f"{name}.nii.gz")
+    label(tmp_path / "l.nii.gz")
+    label(tmp_path / "m.nii.gz", value=2)
+    case = Case("x", tmp_path / "a.nii.gz")
+    first = case.fingerprint()
+    os.utime(tmp_path / "a.nii.gz", (0, 0))
+    assert replace(case, group="g", split="test").fingerprint() == first
+    others = {
+        replace(case, label=tmp_path / "l.nii.gz").fingerprint(),
+        replace(case, label=tmp_path / "m.nii.gz").fingerprint(),
+        replace(case, modality="mr").fingerprint(),
+        replace(case, more_channels=(tmp_path / "b.nii.gz",)).fingerprint(),
+        replace(case, image=tmp_path).fingerprint(),
+        replace(case, image=tmp_path / "none.nii.gz").fingerprint(),
+    }
+    image(tmp_path / "a.nii.gz", seed=1)
+    assert len({first, case.fingerprint(), *others}) == 8

@@ -24,6 +24,18 @@ def test_a_worker_that_is_killed_is_said_so():
         list(run_all(os._exit, [9, 9, 9], num_workers=2, progress=False))
 
 
+def test_the_items_under_way_are_named_when_a_worker_is_killed():
+    with pytest.raises(WorkerDiedError) as caught:
+        list(run_all(os._exit, [77, 78, 79, 80, 81], num_workers=1, progress=False))
+    assert "\n  77\n" in str(caught.value)
+    assert "78" not in str(caught.value)
+
+
+def test_a_negative_number_of_workers_is_refused():
+    with pytest.raises(ValueError, match=r"num_workers takes null .* got -1"):
+        list(run_all(abs, [1], num_workers=-1, progress=False))
+
+
 def test_an_error_in_a_worker_reaches_the_caller():
     with pytest.raises(TypeError, match="bad operand"):
         list(run_all(abs, ["text"], num_workers=1, progress=False))

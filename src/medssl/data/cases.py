@@ -1,9 +1,11 @@
 """A case to be prepared, and what a scan of a source found."""
 
 import hashlib
+import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +16,11 @@ from jaxtyping import Int
 
 from medssl.data.formats import ReadError, stem
 from medssl.data.phantoms import draw_phantom
-from medssl.data.reading import check_label_file, looks_like_label_map, read_label, read_volume
+from medssl.data.reading import check_label_file, read_label, read_volume
 from medssl.data.volume import Volume
 
-
-class LabelMapError(ReadError):
-    """A label map among the images of a folder: skipped, not rejected."""
+OUTLINE_BYTES = 4096
+"""Read at both ends of a file: they hold header and, behind compressed voxels, their checksum."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,27 @@ class Case:
         """Whether `read` gives a label map."""
         return self.label is not None
 
+    def fingerprint(self) -> str:
+        """A hash that changes when the case is to be made anew: files, their sizes and ends, the modality.
+
+        No times enter, so that copies of the files on another machine or day give the same.
+        """
+        files = [self.image, *self.more_channels, *([] if self.label is None else [self.label])]
+        facts = [self.has_label, self.modality, *([os.fsdecode(file), _outline(file)] for file in files)]
+        return _hash(json.dumps(facts))[:32]
+
+    def problem(self) -> tuple[Path, str] | None:
+        """The file and the reason why the case cannot be read, as far as names and headers tell."""
+        for file in (self.image, *self.more_channels):
+            if not file.exists():
+                return file, "the image file does not exist"
+        if self.label is not None:
+            if not self.label.exists():
+                return self.label, "the label file does not exist"
+            if reason := check_label_file(self.label, self.image):
+                return self.label, reason
+        return None
+
     def read(
         self, *, channels: str | int | None, min_side_voxel: int
     ) -> tuple[Volume, Int[np.ndarray, "x y z"] | None]:
@@ -62,15 +84,10 @@ class Case:
                     self.image, f"data.channels={channels} is not there: the case has channels 0 to {len(files) - 1}"
                 )
             files, channels = (files[channels],), None
-        volume = read_volume(files[0], channels=channels, min_side_voxel=min_side_voxel)
-        if self.skip_label_maps and looks_like_label_map(volume.array):
-            raise LabelMapError(
-                self.image, "few whole values in pieces: a label map (data.include_labels=true reads it as an image)"
-            )
+        options: dict[str, Any] = {"channels": channels, "min_side_voxel": min_side_voxel}
+        volume = read_volume(files[0], **options, skip_label_maps=self.skip_label_maps)
         if len(files) > 1:
-            volume = _stack(
-                volume, [read_volume(f, channels=channels, min_side_voxel=min_side_voxel) for f in files[1:]]
-            )
+            volume = _stack(volume, (read_volume(file, **options) for file in files[1:]))
         return volume, None if self.label is None else read_label(self.label, volume)
 
 
@@ -86,6 +103,13 @@ class PhantomCase(Case):
     def has_label(self) -> bool:
         """Phantoms always have one."""
         return True
+
+    def fingerprint(self) -> str:
+        """A hash of what is drawn."""
+        return _hash(json.dumps([self.size_voxel, self.spacing_mm, self.seed]))[:32]
+
+    def problem(self) -> None:
+        """Nothing can be wrong with it."""
 
     def read(
         self, *, channels: str | int | None, min_side_voxel: int
@@ -110,21 +134,26 @@ class Scan:
         """Note a file that is left out."""
         self.skipped.append({"file": str(file), "reason": reason})
 
-    def checked(self) -> "Scan":
-        """The scan with cases turned into problems where files are missing, labels do not fit, or names repeat."""
+    def checked(self, *, finished: Collection[Case] = ()) -> "Scan":
+        """The scan with cases turned into problems where files are missing, labels do not fit, or names repeat.
+
+        The files of `finished` cases are not looked at.
+        """
         with ThreadPoolExecutor(8) as pool:
-            reasons = list(pool.map(_what_is_wrong, self.cases))
+            reasons = list(pool.map(lambda case: None if case in finished else case.problem(), self.cases))
+        checked = Scan([], self.skipped, list(self.problems))
         seen: dict[str, Case] = {}
-        good = []
         for case, reason in zip(self.cases, reasons, strict=True):
             twin = seen.setdefault(case.case.lower(), case)
-            if reason is not None:
-                self.reject(reason[0], case.case, reason[1])
+            if twin is not case and twin.image == case.image:
+                checked.reject(case.image, case.case, "listed twice; drop one of the entries")
+            elif reason is not None:
+                checked.reject(reason[0], case.case, reason[1])
             elif twin is not case:
-                self.reject(case.image, case.case, f"the case name is taken by {twin.image}; name cases apart")
+                checked.reject(case.image, case.case, f"the case name is taken by {twin.image}; name cases apart")
             else:
-                good.append(case)
-        return Scan(good, self.skipped, self.problems)
+                checked.cases.append(case)
+        return checked
 
 
 @runtime_checkable
@@ -141,17 +170,42 @@ class Source(Protocol):
 def case_names(relative: Sequence[Path], root_name: str) -> list[str]:
     """Names from paths below the root: folders and stem joined by `__`, told apart by a hash where two agree."""
     plain = [file_name("__".join([*path.parts[:-1], stem(path)]) or root_name) for path in relative]
-    count = Counter(name.lower() for name in plain)
+    count = Counter(name.lower() for name, _ in set(zip(plain, relative, strict=True)))
     return [
-        name if count[name.lower()] == 1 else f"{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        name if count[name.lower()] == 1 else f"{name}-{_hash(path)[:8]}"
         for name, path in zip(plain, relative, strict=True)
     ]
 
 
 def file_name(name: str) -> str:
-    """The name with nothing in it that a file system dislikes, at most 120 characters long."""
+    """The name with nothing in it that a file system dislikes, at most 120 characters long; "" stays "".
+
+    A hash of the name is added where something had to change, so that other names do not end in the same.
+    """
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".-")
-    return safe if len(safe) <= 120 else f"{safe[:111]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return safe if safe == name and len(safe) <= 120 else f"{safe[:111] or 'case'}-{_hash(name)[:8]}"
+
+
+def _hash(text: str | Path) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()
+
+
+def _outline(path: Path) -> list[Any]:
+    """What changes with a file: size, and hash of both ends. Of a folder: names and sizes, and its first file."""
+    try:
+        if path.is_dir():
+            files = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path) if entry.is_file())
+            return [files, *(_outline(path / name) for name, _ in files[:1])]
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            ends = stream.read(OUTLINE_BYTES)
+            stream.seek(max(len(ends), size - OUTLINE_BYTES))
+            beside = [p for p in (path.with_suffix(s) for s in (".raw", ".zraw", ".raw.gz")) if p != path]
+            detached = [p.stat().st_size for p in beside if path.suffix in (".mhd", ".nhdr") and p.is_file()]
+            return [size, hashlib.sha256(ends + stream.read()).hexdigest(), *detached]
+    except OSError as error:
+        return [type(error).__name__]
 
 
 def _stack(first: Volume, others: Iterable[Volume]) -> Volume:
@@ -161,15 +215,3 @@ def _stack(first: Volume, others: Iterable[Volume]) -> Volume:
             raise ReadError(Path(other.source), f"the channel lies on another grid than {first.source}")
         arrays.append(other.array)
     return Volume(np.concatenate(arrays), first.affine, first.source)
-
-
-def _what_is_wrong(case: Case) -> tuple[Path, str] | None:
-    for file in (case.image, *case.more_channels):
-        if not file.exists():
-            return file, "the image file does not exist"
-    if case.label is not None:
-        if not case.label.exists():
-            return case.label, "the label file does not exist"
-        if reason := check_label_file(case.label, case.image):
-            return case.label, reason
-    return None

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -13,12 +14,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from medssl.data.prepare import alone_in, clear_partial, recipe_hash, write_text
-from medssl.data.store import VolumeStore
+from medssl.data.prepare import read_fingerprint
+from medssl.data.recipes import recipe_hash
+from medssl.data.store import Record, VolumeStore
 from medssl.data.volume import Volume, find_body
-from medssl.data.workers import run_all
+from medssl.data.workers import check_num_workers, run_all
+from medssl.data.writing import alone_in, clear_partial, write_text
 
 Table = Mapping[str, np.ndarray]
+DAMAGED = b"damaged"
+"""Stands for the origin of a file that is no archive: it is not made anew over, a person should look at it."""
 
 
 @runtime_checkable
@@ -68,7 +73,8 @@ def derive(
 ) -> DeriveSummary:
     """Make the tables that are missing, then `quality.csv`, then point the store's `derived/<name>.json` to them.
 
-    Tables of other recipes stay beside; a killed run goes on where it was.
+    A table holds as long as its case: one that was made from other voxels or files is made anew. Tables of other
+    recipes stay beside; a killed run goes on where it was.
 
     Args:
         store: a prepared store.
@@ -76,17 +82,19 @@ def derive(
         num_workers: processes; None means one a core, 0 works in this one.
         progress: whether to show a bar.
     """
+    check_num_workers(num_workers)
     opened = VolumeStore(store)
     recipe = derivation.recipe()
     folder = opened.root / "derived" / f"{derivation.name}-{recipe_hash(recipe)}"
     folder.mkdir(parents=True, exist_ok=True)
-    cases = [record.case for record in opened.records()]
+    records = list(opened.records())
+    cases = [record.case for record in records]
     with alone_in(folder):
         clear_partial(folder)
         jobs = [
             Job(opened.root, folder, derivation, number)
-            for number, case in enumerate(cases)
-            if not (folder / f"{case}.npz").is_file()
+            for number, record in enumerate(records)
+            if _origin_of(folder / f"{record.case}.npz") not in (_origin(opened.root, record), DAMAGED)
         ]
         run = run_all(
             derive_case,
@@ -113,7 +121,24 @@ def derive_case(job: Job) -> None:
     partial = job.folder / f".{case}.npz.{os.getpid()}.partial"
     with partial.open("wb") as stream:
         np.savez(stream, **{name: np.asarray(array) for name, array in table.items()})  # type: ignore[arg-type]
+    with zipfile.ZipFile(partial, "a") as archive:
+        archive.comment = _origin(job.root, store.record(job.case))
     partial.replace(job.folder / f"{case}.npz")
+
+
+def _origin(root: Path, record: Record) -> bytes:
+    """What a table was made from, kept as the comment of its archive: hash of the voxels, fingerprint of the files."""
+    return f"{record.voxel_hash} {read_fingerprint(root / f'{record.case}.zarr')}".encode()
+
+
+def _origin_of(path: Path) -> bytes | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment
+    except FileNotFoundError:
+        return None
+    except (OSError, zipfile.BadZipFile):
+        return DAMAGED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,20 @@
 """From a source to a store: case by case in parallel, resumable at any moment, bad files set aside with reasons."""
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from medssl.data.cases import Case, LabelMapError, Scan, Source
+from medssl.data.cases import Case, Scan, Source
 from medssl.data.formats import ReadError
-from medssl.data.reading import check_channels, check_sides
+from medssl.data.reading import LabelMapError, check_channels, check_sides
+from medssl.data.recipes import check_recipe, store_recipe, three_spacings
 from medssl.data.store import FORMAT, Record, read_case_record, write_case, write_index
 from medssl.data.volume import (
     BODY_RECIPE,
@@ -26,9 +26,11 @@ from medssl.data.volume import (
     resample_volume,
     voxel_hash,
 )
-from medssl.data.workers import run_all
+from medssl.data.workers import check_num_workers, run_all
+from medssl.data.writing import alone_in, clear_partial, read_lines, write_lines, write_text
 
 NUM_LISTED = 20
+NO_MEMORY = "the image does not fit into memory"
 
 
 class PrepareError(ValueError):
@@ -37,21 +39,35 @@ class PrepareError(ValueError):
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What became of the cases of a source; rows of `rejected` have the keys case, file, reason."""
+    """What became of the cases of a source; rows of `rejected` have the keys case, file, reason.
+
+    `num_moved` counts cases with another group or split than before, `num_removed` those that left the index.
+    """
 
     root: Path
     num_cases: int
     num_new: int
     num_rejected: int
     num_skipped: int
+    num_moved: int
+    num_removed: int
     rejected: list[dict[str, str]] = field(repr=False)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the index is another one than before."""
+        return bool(self.num_new or self.num_moved or self.num_removed)
 
     def __str__(self) -> str:
         parts = [f"{self.num_cases} cases ({self.num_new} new)"]
+        if self.num_moved:
+            parts.append(f"{self.num_moved} in another group or split")
+        if self.num_removed:
+            parts.append(f"{self.num_removed} removed (the source has them no more)")
         if self.num_rejected:
             parts.append(f"{self.num_rejected} rejected (see rejected.jsonl)")
         if self.num_skipped:
-            parts.append(f"{self.num_skipped} label maps skipped (see skipped.jsonl)")
+            parts.append(f"{self.num_skipped} files skipped (see skipped.jsonl)")
         return f"{', '.join(parts)} -> {self.root}"
 
 
@@ -61,19 +77,29 @@ class Job:
 
     case: Case
     root: Path
+    fingerprint: str
     channels: str | int | None
     spacing_mm: tuple[float, ...] | None
     min_side_voxel: int
 
+    def __str__(self) -> str:
+        return f"{self.case.case} ({self.case.image})"
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """`kind` is done, rejected or skipped."""
+    """`kind` is done, rejected or skipped; one with a fingerprint holds as long as the case has it."""
 
     case: str
     kind: str
     file: str = ""
     reason: str = ""
+    fingerprint: str = ""
+
+    def row(self) -> dict[str, str]:
+        """The line in `rejected.jsonl` or `skipped.jsonl`."""
+        row = {"case": self.case, "file": self.file, "reason": self.reason}
+        return {**row, "fingerprint": self.fingerprint} if self.fingerprint else row
 
 
 def prepare_store(
@@ -86,6 +112,7 @@ def prepare_store(
     max_rejected_fraction: float = 0.2,
     num_workers: int | None = None,
     progress: bool = True,
+    prune: bool = True,
 ) -> PrepareSummary:
     """Bring the store to what the source holds: finished cases stay as they are, the others are made.
 
@@ -100,6 +127,7 @@ def prepare_store(
         max_rejected_fraction: share of rejected cases above which the store is not finished.
         num_workers: processes; None means one a core, 0 works in this one.
         progress: whether to show a bar and to list problems on stderr.
+        prune: whether to delete finished cases that the source has no more; False only takes them off the index.
 
     Raises:
         PrepareError: too many cases rejected, or none usable.
@@ -107,110 +135,42 @@ def prepare_store(
     """
     root = Path(store).expanduser()
     check_channels(channels)
-    options: dict[str, Any] = {"channels": channels, "spacing_mm": spacing_mm, "min_side_voxel": min_side_voxel}
-    recipe = store_recipe(source, **options)
+    check_num_workers(num_workers)
+    recipe = store_recipe(source, channels=channels, spacing_mm=spacing_mm, min_side_voxel=min_side_voxel)
     scan = source.scan()
-    total = len(scan.cases) + len(scan.problems)
-    if progress and scan.problems:
-        _tell(f"{len(scan.problems)} of {total} cases cannot be used:", scan.problems)
     check_recipe(root, recipe)
     root.mkdir(parents=True, exist_ok=True)
     with alone_in(root):
         check_recipe(root, recipe)  # by now another process may have begun it
-        write_text(root / "store.json", json.dumps({"format": FORMAT, "recipe": recipe}, indent=1, sort_keys=True))
-        clear_partial(root)
+        _begin(root, recipe)
+        fingerprints, done = _finished(root, scan.cases)
+        scan = scan.checked(finished=done)
+        news = _news(root, scan.problems)
+        total = len(scan.cases) + len(scan.problems)
+        if progress and news:
+            _tell(f"{len(news)} of {total} cases cannot be used:", news)
         _check_share(root, scan.problems, total, max_rejected_fraction)
-        done = {case.case for case in scan.cases if _is_finished(root, case)}
-        jobs = [
-            Job(case, root, channels, _three_spacings(spacing_mm), min_side_voxel)
-            for case in scan.cases
-            if case.case not in done
-        ]
-        outcomes = list(
-            run_all(
-                prepare_case,
-                jobs,
-                num_workers=num_workers,
-                progress=progress,
-                description="preparing",
-                num_done=len(done),
-            )
+        known = _remembered(root)
+        outcomes, jobs = [], []
+        for case in scan.cases:
+            before = known.get(case.case)
+            if before is not None and before.fingerprint == fingerprints[case]:
+                outcomes.append(before)
+            elif case not in done:
+                options = channels, three_spacings(spacing_mm), min_side_voxel
+                jobs.append(Job(case, root, fingerprints[case], *options))
+        outcomes += run_all(
+            prepare_case,
+            jobs,
+            num_workers=num_workers,
+            progress=progress,
+            description="preparing",
+            num_done=len(scan.cases) - len(jobs),
         )
         clear_partial(root)  # again: a worker of a killed run may have written on for a moment
-        return _finish(root, scan, outcomes, max_rejected_fraction=max_rejected_fraction, progress=progress)
-
-
-def store_recipe(
-    source: Source,
-    *,
-    channels: str | int | None = None,
-    spacing_mm: float | Sequence[float] | None = None,
-    min_side_voxel: int = 8,
-) -> dict[str, Any]:
-    """All that the content of a store depends on, as JSON values."""
-    spacing = _three_spacings(spacing_mm)
-    return {
-        "source": source.recipe(),
-        "channels": channels,
-        "spacing_mm": None if spacing is None else list(spacing),
-        "min_side_voxel": min_side_voxel,
-        "body": BODY_RECIPE,
-    }
-
-
-def recipe_hash(recipe: dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that stand for a recipe."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def locate_store(data: Any, store: str | Path | None) -> Path:
-    """The folder of the store that a configuration's `data` and `store` mean.
-
-    Raises: ValueError: none is named for `data=store`, or the named one was prepared with another recipe.
-    """
-    if data.get("source") is None:
-        root = store or data.get("root")
-        if not root:
-            raise ValueError("data=store needs the prepared store: give store=PATH")
-        return Path(root).expanduser()
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_missing(data, "root"):
-        raise ValueError(f"data={data.name} needs data.root=PATH")
-    recipe = store_recipe(
-        instantiate(data.source, _convert_="all"),
-        channels=data.channels,
-        spacing_mm=data.spacing_mm,
-        min_side_voxel=data.min_side_voxel,
-    )
-    if store is None:
-        return Path("stores") / f"{data.name}-{recipe_hash(recipe)}"
-    root = Path(store).expanduser()
-    check_recipe(root, recipe)
-    return root
-
-
-def check_recipe(root: Path, recipe: dict[str, Any]) -> None:
-    """Raise a ValueError where `root` holds something else than a store of this recipe."""
-    if not root.exists():
-        return
-    if not root.is_dir():
-        raise ValueError(f"store={root} is a file; a store is a folder")
-    description = root / "store.json"
-    if not description.is_file():
-        foreign = [f.name for f in root.iterdir() if not f.name.endswith(".partial")]
-        if foreign:
-            raise ValueError(f"store={root} holds other files ({foreign[0]}, ...) and no store.json; name a new folder")
-        return
-    found = json.loads(description.read_text())
-    if found.get("format") != FORMAT:
-        raise ValueError(f"store={root} has format {found.get('format')}, this version writes {FORMAT}; name another")
-    old, new = _flat(found["recipe"]), _flat(json.loads(json.dumps(recipe)))
-    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    if changed:
-        what = "; ".join(f"{key} was {old.get(key)!r}, is now {new.get(key)!r}" for key in changed)
-        raise ValueError(f"store={root} was prepared with another recipe ({what}); name another store or delete it")
+        return _finish(
+            root, scan, outcomes, max_rejected_fraction=max_rejected_fraction, progress=progress, prune=prune
+        )
 
 
 def prepare_case(job: Job) -> Outcome:
@@ -223,12 +183,12 @@ def prepare_case(job: Job) -> Outcome:
             label = None if label is None else resample_label(label, volume, job.spacing_mm)
             volume = resample_volume(volume, job.spacing_mm)
             check_sides(case.image, volume.shape, job.min_side_voxel)
-    except LabelMapError as error:
-        return Outcome(case.case, "skipped", str(error.path), error.reason)
     except ReadError as error:
-        return Outcome(case.case, "rejected", str(error.path), error.reason)
+        kind = "skipped" if isinstance(error, LabelMapError) else "rejected"
+        lasting = "" if error.reason == NO_MEMORY else job.fingerprint
+        return Outcome(case.case, kind, str(error.path), error.reason, lasting)
     except MemoryError:
-        return Outcome(case.case, "rejected", str(case.image), "the image does not fit into memory")
+        return Outcome(case.case, "rejected", str(case.image), NO_MEMORY)
     modality = case.modality or guess_modality(volume.array)
     body, mask, factor = find_body(
         volume,
@@ -245,8 +205,10 @@ def prepare_case(job: Job) -> Outcome:
         num_body_points=int(BODY_RECIPE["num_body_points"]),
         num_label_points=int(BODY_RECIPE["num_label_points"]),
     )
+    partial = job.root / f".{case.case}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     write_case(
-        job.root,
+        partial,
         case=case.case,
         volume=volume,
         label=label,
@@ -259,32 +221,106 @@ def prepare_case(job: Job) -> Outcome:
         voxel_hash=digest,
         source=str(case.image),
     )
+    _publish(partial / f"{case.case}.zarr", job)
     return Outcome(case.case, "done")
 
 
+def read_fingerprint(folder: Path) -> str:
+    """The fingerprint of the case (`Case.fingerprint`) that a finished folder was made from; "" where there is none."""
+    try:
+        return json.loads((folder / "zarr.json").read_text())["attributes"]["fingerprint"]
+    except (OSError, KeyError, TypeError, ValueError):
+        return ""
+
+
+def _publish(folder: Path, job: Job) -> None:
+    """Put the fingerprint into a written case and move it into the store: both are there, or neither."""
+    description, finished = folder / "zarr.json", job.root / folder.name
+    group = json.loads(description.read_text())
+    group["attributes"]["fingerprint"] = job.fingerprint
+    description.write_text(json.dumps(group, indent=1, sort_keys=True))
+    shutil.rmtree(finished, ignore_errors=True)
+    folder.rename(finished)
+    folder.parent.rmdir()
+
+
+def _begin(root: Path, recipe: dict[str, Any]) -> None:
+    """Write the recipe; what another one left, under which no case was finished, goes."""
+    description = root / "store.json"
+    text = json.dumps({"format": FORMAT, "recipe": recipe}, indent=1, sort_keys=True)
+    if description.is_file() and description.read_text() != text:
+        for name in ("index.jsonl", "rejected.jsonl", "skipped.jsonl"):
+            (root / name).unlink(missing_ok=True)
+    write_text(description, text)
+    clear_partial(root)
+
+
+def _finished(root: Path, cases: Sequence[Case]) -> tuple[dict[Case, str], set[Case]]:
+    """The fingerprint of each case, and the cases that the store holds with this very fingerprint."""
+    with ThreadPoolExecutor(8) as pool:
+        fingerprints = dict(zip(cases, pool.map(lambda case: case.fingerprint(), cases), strict=True))
+        stored = pool.map(lambda case: read_fingerprint(root / f"{case.case}.zarr"), cases)
+        return fingerprints, {case for case, found in zip(cases, stored, strict=True) if found == fingerprints[case]}
+
+
+def _remembered(root: Path) -> dict[str, Outcome]:
+    """What earlier runs rejected or skipped after they had read it."""
+    rows = [(kind, row) for kind in ("rejected", "skipped") for row in read_lines(root / f"{kind}.jsonl")]
+    return {row["case"]: Outcome(kind=kind, **row) for kind, row in rows if "fingerprint" in row}
+
+
+def _news(root: Path, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows that were not rejected when the store was finished."""
+    told = read_lines(root / "rejected.jsonl") if (root / "index.jsonl").is_file() else []
+    return [row for row in rows if row not in told]
+
+
 def _finish(
-    root: Path, scan: Scan, outcomes: Sequence[Outcome], *, max_rejected_fraction: float, progress: bool
+    root: Path, scan: Scan, outcomes: Sequence[Outcome], *, max_rejected_fraction: float, progress: bool, prune: bool
 ) -> PrepareSummary:
     bad = {outcome.case: outcome for outcome in outcomes if outcome.kind != "done"}
-    records = []
-    for case in scan.cases:
-        if case.case not in bad:  # a table may give a finished case another group or split: the index has the last word
-            records.append(replace(read_case_record(root / f"{case.case}.zarr"), group=case.group, split=case.split))
-    rejected = [{"case": o.case, "file": o.file, "reason": o.reason} for o in bad.values() if o.kind == "rejected"]
-    records, odd = _same_channels(records)
-    rejected += odd
-    if progress and rejected:
-        _tell(f"{len(rejected)} cases were rejected:", rejected)
+    finished = [  # a table may give a finished case another group or split: the index has the last word
+        replace(read_case_record(root / f"{case.case}.zarr"), group=case.group, split=case.split)
+        for case in scan.cases
+        if case.case not in bad
+    ]
+    records, odd = _same_channels(finished)
+    rejected = [outcome.row() for outcome in bad.values() if outcome.kind == "rejected"] + odd
+    news = _news(root, rejected)
+    if progress and news:
+        _tell(f"{len(news)} cases were rejected:", news)
     rejected += scan.problems
-    skipped = scan.skipped + [{"file": o.file, "reason": o.reason} for o in bad.values() if o.kind == "skipped"]
-    _write_lines(root / "skipped.jsonl", skipped)
+    skipped = scan.skipped + [outcome.row() for outcome in bad.values() if outcome.kind == "skipped"]
+    write_lines(root / "skipped.jsonl", skipped)
+    write_lines(root / "rejected.jsonl", rejected)
     _check_share(root, rejected, len(records) + len(rejected), max_rejected_fraction)
     if not records:
         found = f"{len(rejected)} rejected, {len(skipped)} skipped as label maps"
         raise PrepareError(f"no usable image in the source ({found}); see {root}/rejected.jsonl and skipped.jsonl")
-    write_index(root, records)
+    before = {row["case"]: (row["group"], row["split"]) for row in read_lines(root / "index.jsonl")}
+    now = {record.case: (record.group, record.split) for record in records}
     num_new = sum(outcome.kind == "done" for outcome in outcomes)
-    return PrepareSummary(root, len(records), num_new, len(rejected), len(skipped), rejected)
+    if num_new or before != now:
+        write_index(root, records)
+    if prune:
+        _prune(root, {record.case for record in finished})
+    return PrepareSummary(
+        root=root,
+        num_cases=len(records),
+        num_new=num_new,
+        num_rejected=len(rejected),
+        num_skipped=len(skipped),
+        num_moved=sum(before.get(case, where) != where for case, where in now.items()),
+        num_removed=len(before.keys() - now.keys()),
+        rejected=[{key: row[key] for key in ("case", "file", "reason")} for row in rejected],
+    )
+
+
+def _prune(root: Path, cases: Collection[str]) -> None:
+    """Remove the folders of all other cases."""
+    for folder in root.glob("*.zarr"):
+        if folder.name.removesuffix(".zarr") not in cases:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _same_channels(records: Sequence[Record]) -> tuple[list[Record], list[dict[str, str]]]:
@@ -301,53 +337,13 @@ def _same_channels(records: Sequence[Record]) -> tuple[list[Record], list[dict[s
 
 
 def _check_share(root: Path, rejected: list[dict[str, str]], total: int, max_rejected_fraction: float) -> None:
-    """Write `rejected.jsonl`; raise where it is too long."""
-    _write_lines(root / "rejected.jsonl", rejected)
+    """Raise where too many are rejected, with `rejected.jsonl` written."""
     if len(rejected) > max_rejected_fraction * total:
-        share = (
-            f"{len(rejected)} of {total} cases are rejected, more than max_rejected_fraction={max_rejected_fraction:g}"
-        )
-        ways = (
-            f"see {root / 'rejected.jsonl'}; mend the files, or raise max_rejected_fraction (finished cases are kept)"
-        )
-        raise PrepareError("\n".join([share, *_listed(rejected), ways]))
-
-
-def _is_finished(root: Path, case: Case) -> bool:
-    folder = root / f"{case.case}.zarr"
-    if not folder.is_dir() or (folder / "labels").is_dir() != case.has_label:
-        return False
-    return read_case_record(folder).source == str(case.image)
-
-
-def _three_spacings(spacing_mm: float | Sequence[float] | None) -> tuple[float, ...] | None:
-    if spacing_mm is None:
-        return None
-    values = [spacing_mm] * 3 if isinstance(spacing_mm, int | float) else list(spacing_mm)
-    if len(values) != 3 or min(values) <= 0:
-        raise ValueError(f"data.spacing_mm takes one or three positive numbers, or null; got {spacing_mm}")
-    return tuple(float(value) for value in values)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
-def _write_lines(path: Path, rows: list[dict[str, str]]) -> None:
-    if rows:
-        write_text(path, "".join(sorted(json.dumps(row, sort_keys=True) + "\n" for row in rows)))
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, all or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+        write_lines(root / "rejected.jsonl", rejected)
+        share = f"{len(rejected)} of {total} cases are rejected, more than max_rejected_fraction"
+        ways = "mend the files, or raise max_rejected_fraction (finished cases are kept)"
+        heading, where = f"{share}={max_rejected_fraction:g}", f"see {root / 'rejected.jsonl'}; {ways}"
+        raise PrepareError("\n".join([heading, *_listed(rejected), where]))
 
 
 def _listed(rows: list[dict[str, str]]) -> list[str]:
@@ -357,34 +353,3 @@ def _listed(rows: list[dict[str, str]]) -> list[str]:
 
 def _tell(heading: str, rows: list[dict[str, str]]) -> None:
     print("\n".join([heading, *_listed(rows)]), file=sys.stderr, flush=True)
-
-
-def clear_partial(folder: Path) -> None:
-    """Remove what killed processes left half written."""
-    for partial in folder.glob(".*.partial"):
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def alone_in(root: Path) -> Iterator[None]:
-    """Hold the lock of the folder: two processes never prepare one store at once; a killed one lets go of it."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process works on {root}; waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.data.cases import Case, PhantomCase, Scan, case_names, file_name
-from medssl.data.formats import has_image_suffix, is_dicom, stem
+from medssl.data.formats import dicom_class, has_image_suffix, is_image_class, stem
 from medssl.data.phantoms import VERSION
 
 SPLITS = {
@@ -30,7 +30,8 @@ NEVER_DICOM = {
     ".npz", ".pdf", ".pkl", ".png", ".pt", ".py", ".rst", ".sh", ".tar", ".tif", ".tiff", ".tsv", ".txt", ".xls",
     ".xlsx", ".xml", ".yaml", ".yml", ".zip",
 }  # fmt: skip
-NUM_DICOM_PROBES = 8
+DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
+NUM_DICOM_PROBES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Folder:
 
     def recipe(self) -> dict[str, Any]:
         """Root and choice of labels."""
-        return {"kind": "folder", "root": str(_existing(self.root)), "include_labels": self.include_labels}
+        return {"kind": "folder", "root": str(_resolved(self.root)), "include_labels": self.include_labels}
 
     def scan(self) -> Scan:
         """Walk the tree once; a file is opened only to tell DICOM from other files without an image suffix."""
@@ -54,7 +55,7 @@ class Folder:
         if not root.is_dir():
             raise ValueError(f"data.root={self.root} is a file; data=folder takes a folder of images")
         scan, found = Scan(), []
-        for path in _images_below(root):
+        for path in _images_below(root, scan):
             relative = path.relative_to(root)
             folder = next((p for p in relative.parts[:-1] if p.lower().startswith("labels")), None)
             if not self.include_labels and folder is not None:
@@ -65,7 +66,7 @@ class Folder:
                 found.append(relative)
         if not found and not scan.skipped:
             kinds = "files that end in .nii .nii.gz .nrrd .nhdr .mha .mhd, and folders of DICOM slices"
-            raise ValueError(f"no image below {root}; looked for {kinds}")
+            raise SourceMissingError(f"no image below {root}; looked for {kinds}")
         for name, relative in zip(case_names(found, root.name), found, strict=True):
             group = relative.parts[0] if len(relative.parts) > 1 else ""
             scan.cases.append(Case(name, root / relative, group=group, skip_label_maps=not self.include_labels))
@@ -80,7 +81,7 @@ class Decathlon:
 
     def recipe(self) -> dict[str, Any]:
         """The root."""
-        return {"kind": "decathlon", "root": str(_existing(self.root))}
+        return {"kind": "decathlon", "root": str(_resolved(self.root))}
 
     def scan(self) -> Scan:
         """The listed images; labels where the list has them."""
@@ -102,7 +103,7 @@ class Decathlon:
             first, *more = (root / f for f in files)
             name, path = file_name(stem(first)), root / label if label else None
             scan.cases.append(Case(name, first, path, group, SPLITS[key], more_channels=tuple(more)))
-        return scan.checked()
+        return scan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +114,14 @@ class NnUnet:
 
     def recipe(self) -> dict[str, Any]:
         """The root."""
-        return {"kind": "nnunet", "root": str(_existing(self.root))}
+        return {"kind": "nnunet", "root": str(_resolved(self.root))}
 
     def scan(self) -> Scan:
         """Cases of imagesTr (train) and imagesTs (test); a label without image and a missing channel are problems."""
         root = _existing(self.root)
         scan = Scan()
-        labels = {stem(f): f for folder in ("labelsTr", "labelsTs") for f in _image_files(root / folder)}
+        folders = (("labelsTr", "train"), ("labelsTs", "test"))
+        labels = {(stem(f), split): f for folder, split in folders for f in _image_files(root / folder)}
         found: dict[tuple[str, str], dict[int, Path]] = defaultdict(dict)
         for folder, split in (("imagesTr", "train"), ("imagesTs", "test")):
             for file in _image_files(root / folder):
@@ -134,18 +136,18 @@ class NnUnet:
             )
         channels = set().union(*found.values()) if found else set()
         for (name, split), files in found.items():
+            twin = split == "test" and (name, "train") in found
+            case = file_name(f"{name}-test" if twin else name)
             if missing := sorted(channels - set(files)):
-                scan.reject(next(iter(files.values())), file_name(name), f"channel {missing[0]:04d} is missing")
+                scan.reject(next(iter(files.values())), case, f"channel {missing[0]:04d} is missing")
             else:
                 first, *more = (files[c] for c in sorted(files))
-                scan.cases.append(
-                    Case(file_name(name), first, labels.get(name), root.name, split, more_channels=tuple(more))
-                )
-        imaged = {name for name, _ in found}
-        for name, file in labels.items():
-            if name not in imaged:
-                scan.reject(file, file_name(name), "a label without an image")
-        return scan.checked()
+                label = labels.get((name, split))
+                scan.cases.append(Case(case, first, label, root.name, split, more_channels=tuple(more)))
+        for key, file in labels.items():
+            if key not in found:
+                scan.reject(file, file_name(key[0]), "a label without an image")
+        return scan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +161,9 @@ class Csv:
         return {"kind": "csv", "root": str(self._table())}
 
     def _table(self) -> Path:
-        path = _existing(self.root)
+        path = _resolved(self.root)
+        if not path.exists():
+            return path
         tables = [path] if path.is_file() else sorted(path.glob("*.csv"))
         if len(tables) != 1:
             raise ValueError(f"data.root={path} holds {len(tables)} .csv files; name the one that lists the images")
@@ -167,10 +171,9 @@ class Csv:
 
     def scan(self) -> Scan:
         """One case a row."""
+        _existing(self.root)
         table = self._table()
-        lines = table.read_text(encoding="utf-8-sig").splitlines()
-        delimiter = max(",;\t", key=lines[0].count) if lines else ","
-        rows = list(csv.DictReader(lines, delimiter=delimiter))
+        rows = _read_table(table)
         columns = [c.strip() for c in (rows[0] if rows else []) if c]
         for column in columns:
             if column not in CSV_COLUMNS and (close := difflib.get_close_matches(column, CSV_COLUMNS, 1, 0.8)):
@@ -187,13 +190,13 @@ class Csv:
         names = case_names([Path(*(p for p in r.parts if p not in ("/", ".."))) for r in relative], table.stem)
         for i, name in zip(without, names, strict=True):
             scan.cases[i] = replace(scan.cases[i], case=name)
-        return scan.checked()
+        return scan
 
     @staticmethod
     def _add(scan: Scan, entry: dict[str, str], number: int, table: Path) -> None:
         case, image, label, group, split, modality = (entry.get(k, "") for k in CSV_COLUMNS)
         split, modality = split.lower(), {"mri": "mr"}.get(modality.lower(), modality.lower())
-        where = table.parent / (image or label)
+        where = _beside(table, image or label)
         if not image:
             scan.reject(where, case, f"line {number}: {'a label' if label else 'an entry'} without an image")
         elif split not in SPLITS:
@@ -201,7 +204,7 @@ class Csv:
         elif modality not in ("", "ct", "mr"):
             scan.reject(where, case, f"line {number}: modality {modality!r} is not known (ct, mr)")
         else:
-            path = table.parent / label if label else None
+            path = _beside(table, label) if label else None
             scan.cases.append(Case(file_name(case), where, path, group, SPLITS[split], modality or None))
 
 
@@ -238,11 +241,35 @@ class Phantoms:
         return x, y, z
 
 
+class SourceMissingError(ValueError):
+    """The images are not at hand; a store that was made from them can be used all the same."""
+
+
+def _resolved(root: str | Path) -> Path:
+    return Path(root).expanduser().resolve()
+
+
 def _existing(root: str | Path) -> Path:
-    path = Path(root).expanduser().resolve()
+    path = _resolved(root)
     if not path.exists():
-        raise ValueError(f"data.root={root} does not exist")
+        raise SourceMissingError(f"data.root={root} does not exist")
     return path
+
+
+def _beside(table: Path, file: str) -> Path:
+    return table.parent / (Path(file).expanduser() if file.startswith("~/") else file)
+
+
+def _read_table(table: Path) -> list[dict[str, str]]:
+    try:
+        lines = table.read_text(encoding="utf-8-sig").splitlines()
+        delimiter = max(",;\t", key=lines[0].count) if lines else ","
+        return list(csv.DictReader(lines, delimiter=delimiter))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{table}, line {line}: not UTF-8; save the table with the encoding UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{table} is no table ({error})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -260,10 +287,14 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if has_image_suffix(f) and not f.name.startswith("."))
 
 
-def _images_below(root: Path) -> Iterator[Path]:
+def _images_below(root: Path, scan: Scan) -> Iterator[Path]:
     """Image files and DICOM folders, sorted; hidden names and .zarr folders are left out, links followed once."""
     seen: set[tuple[int, int]] = set()
-    for folder, below, files in os.walk(root, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        scan.reject(error.filename, "", f"the folder cannot be read ({error.strerror})")
+
+    for folder, below, files in os.walk(root, followlinks=True, onerror=unreadable):
         state = Path(folder).stat()
         if (state.st_dev, state.st_ino) in seen:
             below.clear()
@@ -272,6 +303,23 @@ def _images_below(root: Path) -> Iterator[Path]:
         below[:] = sorted(name for name in below if not name.startswith(".") and not name.endswith(".zarr"))
         paths = [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
         yield from (path for path in paths if has_image_suffix(path))
-        others = (path for path in paths if not has_image_suffix(path) and path.suffix.lower() not in NEVER_DICOM)
-        if any(is_dicom(path) for path, _ in zip(others, range(NUM_DICOM_PROBES), strict=False)):
+        others = [path for path in paths if not has_image_suffix(path) and path.suffix.lower() not in NEVER_DICOM]
+        if _holds_slices(Path(folder), others, scan):
             yield Path(folder)
+
+
+def _holds_slices(folder: Path, files: Sequence[Path], scan: Scan) -> bool:
+    """Whether one of the files is a DICOM image; a folder that only might hold some is noted as skipped."""
+    probes = sorted(files, key=lambda file: file.suffix.lower() not in DICOM_SUFFIXES)[:NUM_DICOM_PROBES]
+    num_objects = 0
+    for file in probes:
+        kind = dicom_class(file)
+        if kind is not None and is_image_class(kind):
+            return True
+        num_objects += kind is not None
+    if num_objects:
+        scan.skip(folder, "DICOM objects, none of them an image (structures, plans, reports, ...)")
+    elif len(probes) < len(files):
+        left = len(files) - len(probes)
+        scan.skip(folder, f"none of {len(probes)} files looked into is DICOM; {left} more were not opened")
+    return False

@@ -38,8 +38,10 @@ def run_all(
         num_done: items that were finished before, for the bar.
 
     Raises:
-        WorkerDiedError: a process was killed, most often for want of memory.
+        WorkerDiedError: a process was killed, most often for want of memory; names the items under way (`str`).
+        ValueError: a negative number of workers.
     """
+    check_num_workers(num_workers)
     from tqdm import tqdm
 
     bar = tqdm(
@@ -55,6 +57,12 @@ def run_all(
         for result in results:
             bar.update()
             yield result
+
+
+def check_num_workers(num_workers: int | None) -> None:
+    """Raise a ValueError for what is no number of processes."""
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers takes null (one a core), 0 (no other process) or more, got {num_workers}")
 
 
 def num_cores() -> int:
@@ -73,20 +81,20 @@ def _in_processes(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
         waiting = iter(items)
-        running: set[Future[Any]] = set()
+        running: dict[Future[Any], Item] = {}  # in the order in which the processes take them
         while True:
             while len(running) < 2 * workers and (item := next(waiting, _END)) is not _END:
-                running.add(pool.submit(function, item))
+                running[pool.submit(function, item)] = item
             if not running:
                 return
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
+            finished = wait(running, return_when=FIRST_COMPLETED).done
+            for future in sorted(finished, key=lambda f: isinstance(f.exception(), BrokenProcessPool)):
+                if isinstance(future.exception(), BrokenProcessPool):  # sorted: all results were taken before
+                    raise _died(list(running.values())[:workers], workers) from future.exception()
+                del running[future]
                 yield future.result()
-    except BrokenProcessPool as error:
-        raise WorkerDiedError(
-            "a worker process was killed, most often because memory ran out; what is finished is kept: "
-            f"start again with fewer than num_workers={workers}"
-        ) from error
+    except BrokenProcessPool as error:  # it broke while an item was handed over
+        raise _died(list(running.values())[:workers], workers) from error
     except BaseException:  # stopped: a case takes up to minutes, and what is unfinished is made again anyway
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
@@ -96,6 +104,15 @@ def _in_processes(
 
 
 _END: Any = object()
+
+
+def _died(items: Sequence[Any], workers: int) -> WorkerDiedError:
+    ways = f"start again with fewer than num_workers={workers}" if workers > 1 else "leave it out or find more memory"
+    under_way = "\n".join(f"  {item}" for item in items)
+    return WorkerDiedError(
+        "a worker process was killed, most often because memory ran out; what is finished is kept. "
+        f"Under way were, one of them the cause:\n{under_way}\n{ways}"
+    )
 
 
 def _begin_worker() -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from medssl.config import to_yaml
 from medssl.data.module import VolumeDataModule
-from medssl.data.prepare import locate_store, prepare_store
+from medssl.data.prepare import PrepareError, prepare_store
 from medssl.data.randomness import counter_key
+from medssl.data.recipes import locate_store
+from medssl.data.sources import SourceMissingError
 from medssl.data.store import VolumeStore
 from medssl.methods.base import Method
 from medssl.training.checkpoints import LastCheckpoint, check_checkpoint
@@ -31,6 +32,7 @@ from medssl.training.progress_bar import ProgressBar
 from medssl.training.run_folder import RunFolder, process_rank, run_of
 from medssl.training.settings import changes, check_settings
 from medssl.training.stopping import Stopped, StopSignals
+from medssl.training.waiting import forget, rank_zero_first
 
 
 def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, signals: StopSignals) -> None:
@@ -43,7 +45,7 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
     views = instantiate(config.views, _convert_="all")
     config.facts.num_locations = views.num_locations
     sampler = instantiate(config.sampler, _convert_="all")
-    store = open_store(config)
+    store = open_store(config, is_resumed=checkpoint is not None)
     data = VolumeDataModule(
         store=store,
         views=views,
@@ -90,31 +92,48 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
         print(f"{size} -> {folder.root}", flush=True)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
+        forget(folder.root)
         step, channels = trainer.global_step, store.record(0).channels
         print(closing_words(folder, stopped=signals.requested, step=step, total=trainer.max_steps, channels=channels))
 
 
-def open_store(config: DictConfig) -> VolumeStore:
-    """The store of the run; rank 0 prepares it where it is missing, other ranks wait until its index is there."""
+def open_store(config: DictConfig, *, is_resumed: bool = False) -> VolumeStore:
+    """The store of the run, up to date with its source; rank 0 sees to that, the other ranks wait for it.
+
+    Where the source is not at hand a finished store is used as it is, and so it is by a run that is resumed.
+    """
     root = Path(locate_store(config.data, config.store))
-    index = root / "index.jsonl"
-    if not index.is_file() and config.data.get("source") is not None:
-        if process_rank() == 0:
-            print(f"preparing {config.data.name} -> {root}", flush=True)
-            try:
-                prepare_store(
-                    instantiate(config.data.source, _convert_="all"),
-                    root,
-                    channels=config.data.channels,
-                    spacing_mm=config.data.spacing_mm,
-                    min_side_voxel=config.data.min_side_voxel,
-                    max_rejected_fraction=config.max_rejected_fraction,
-                )
-            except Stopped as stop:
-                raise Stopped(f"{stop} while preparing; finished cases are kept in {root}") from None
-        while not index.is_file():
-            time.sleep(0.5)
+    if config.data.get("source") is not None:
+        with rank_zero_first(Path(config.output_dir).expanduser(), root) as is_first:
+            if is_first and not (is_resumed and (root / "index.jsonl").is_file()):
+                update_store(config, root)
     return VolumeStore(root)
+
+
+def update_store(config: DictConfig, root: Path) -> None:
+    """Prepare the store, or what is new in its source, and say in a line what has changed."""
+    is_finished = (root / "index.jsonl").is_file()
+    if not is_finished:
+        print(f"preparing {config.data.name} -> {root}", flush=True)
+    try:
+        summary = prepare_store(
+            instantiate(config.data.source, _convert_="all"),
+            root,
+            channels=config.data.channels,
+            spacing_mm=config.data.spacing_mm,
+            min_side_voxel=config.data.min_side_voxel,
+            max_rejected_fraction=config.max_rejected_fraction,
+            prune=False,  # another run may be reading
+        )
+    except Stopped as stop:
+        raise Stopped(f"{stop} while preparing; finished cases are kept in {root}") from None
+    except (SourceMissingError, PrepareError, OSError) as error:
+        if not is_finished:
+            raise
+        print(f"{str(error).splitlines()[0]}; the store {root} is used as it is", flush=True)
+    else:
+        if is_finished and summary.has_changed:
+            print(f"the source has changed: {summary}", flush=True)
 
 
 def check_trainer(config: DictConfig) -> None:

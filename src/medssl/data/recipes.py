@@ -1,0 +1,101 @@
+"""The recipe of a store: all that its content depends on; it names the store and is checked before work in it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medssl.data.cases import Source
+from medssl.data.store import FORMAT
+from medssl.data.volume import BODY_RECIPE
+
+
+def store_recipe(
+    source: Source,
+    *,
+    channels: str | int | None = None,
+    spacing_mm: float | Sequence[float] | None = None,
+    min_side_voxel: int = 8,
+) -> dict[str, Any]:
+    """All that the content of a store depends on, as JSON values."""
+    spacing = three_spacings(spacing_mm)
+    return {
+        "source": source.recipe(),
+        "channels": channels,
+        "spacing_mm": None if spacing is None else list(spacing),
+        "min_side_voxel": min_side_voxel,
+        "body": BODY_RECIPE,
+    }
+
+
+def recipe_hash(recipe: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that stand for a recipe."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def locate_store(data: Any, store: str | Path | None) -> Path:
+    """The folder of the store that a configuration's `data` and `store` mean.
+
+    Raises: ValueError: none is named for `data=store`, or the named one was prepared with another recipe.
+    """
+    if data.get("source") is None:
+        root = store or data.get("root")
+        if not root:
+            raise ValueError("data=store needs the prepared store: give store=PATH")
+        return Path(root).expanduser()
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_missing(data, "root"):
+        raise ValueError(f"data={data.name} needs data.root=PATH")
+    recipe = store_recipe(
+        instantiate(data.source, _convert_="all"),
+        channels=data.channels,
+        spacing_mm=data.spacing_mm,
+        min_side_voxel=data.min_side_voxel,
+    )
+    if store is None:
+        return Path("stores") / f"{data.name}-{recipe_hash(recipe)}"
+    root = Path(store).expanduser()
+    check_recipe(root, recipe)
+    return root
+
+
+def check_recipe(root: Path, recipe: dict[str, Any]) -> None:
+    """Raise a ValueError where `root` holds other files, or cases that were finished with another recipe."""
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise ValueError(f"store={root} is a file; a store is a folder")
+    description = root / "store.json"
+    if not description.is_file():
+        foreign = [f.name for f in root.iterdir() if not f.name.endswith(".partial")]
+        if foreign:
+            raise ValueError(f"store={root} holds other files ({foreign[0]}, ...) and no store.json; name a new folder")
+        return
+    found = json.loads(description.read_text())
+    if found.get("format") != FORMAT:
+        raise ValueError(f"store={root} has format {found.get('format')}, this version writes {FORMAT}; name another")
+    old, new = _flat(found["recipe"]), _flat(json.loads(json.dumps(recipe)))
+    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    if changed and next(root.glob("*.zarr"), None) is not None:
+        what = "; ".join(f"{key} was {old.get(key)!r}, is now {new.get(key)!r}" for key in changed)
+        raise ValueError(f"store={root} was prepared with another recipe ({what}); name another store or delete it")
+
+
+def three_spacings(spacing_mm: float | Sequence[float] | None) -> tuple[float, ...] | None:
+    """The spacing along x, y, z that one or three numbers mean; None stays None."""
+    if spacing_mm is None:
+        return None
+    values = [spacing_mm] * 3 if isinstance(spacing_mm, int | float) else list(spacing_mm)
+    if len(values) != 3 or min(values) <= 0:
+        raise ValueError(f"data.spacing_mm takes one or three positive numbers, or null; got {spacing_mm}")
+    return tuple(float(value) for value in values)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

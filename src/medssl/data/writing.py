@@ -1,0 +1,64 @@
+"""Files that many processes may write: all or nothing, one writer at a time, nothing half written left behind."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, all or nothing; one that holds the text already is not touched."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text() == text:
+            return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Write rows as sorted JSON lines; without rows there is no file."""
+    if rows:
+        write_text(path, "".join(sorted(json.dumps(row, sort_keys=True) + "\n" for row in rows)))
+    elif path.exists():
+        path.unlink()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, none where there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what killed processes left half written."""
+    for partial in folder.glob(".*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone_in(root: Path) -> Iterator[None]:
+    """Hold the lock of the folder: two processes never prepare one store at once; a killed one lets go of it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process works on {root}; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)

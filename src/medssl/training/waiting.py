@@ -1,0 +1,92 @@
+"""Ranks that wait until rank 0 has brought the store up to date, and hear of it where it fails."""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from medssl.training.run_folder import process_rank
+
+LAUNCH = (
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+)
+"""Environment variables that are the same for all ranks of one launch."""
+READY = "ready"
+POLL_S = 0.5
+STALL_S = 1800.0
+"""A single case takes minutes at most; a store in which nothing happens for so long has been given up."""
+OLD_S = 120.0
+"""A word of rank 0 that is older than this process by so much comes from another launch."""
+
+_STARTED = time.time()
+
+
+class RankZeroFailedError(ValueError):
+    """Rank 0 could not make the store ready."""
+
+
+@contextlib.contextmanager
+def rank_zero_first(folder: Path, store: Path) -> Iterator[bool]:
+    """Run the body on rank 0 (True); let the other ranks (False) enter it when rank 0 has left it.
+
+    Rank 0 leaves its word, `ready` or its error, in a file of the run folder; `forget` removes it.
+
+    Raises: RankZeroFailedError: rank 0 failed, or nothing has changed in `store` for half an hour.
+    """
+    word = word_file(folder)
+    if process_rank() != 0:
+        _wait(word, store)
+        yield False
+        return
+    forget(folder)
+    try:
+        yield True
+    except BaseException as error:
+        _say(word, f"{type(error).__name__}: {error}")
+        raise
+    _say(word, READY)
+
+
+def word_file(folder: Path) -> Path:
+    """Where rank 0 of this launch leaves its word."""
+    launch = [os.environ.get(name, "") for name in LAUNCH]
+    if os.environ.get("LOCAL_WORLD_SIZE", "0") == os.environ.get("WORLD_SIZE", "1"):
+        launch.append(str(os.getppid()))  # one machine: all ranks have the same parent
+    return folder / f".store-{hashlib.sha256('|'.join(launch).encode()).hexdigest()[:12]}"
+
+
+def forget(folder: Path) -> None:
+    """Remove the words of rank 0."""
+    for word in folder.glob(".store-*"):
+        word.unlink(missing_ok=True)
+
+
+def _say(word: Path, text: str) -> None:
+    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
+        partial = word.with_name(f"{word.name}.partial")
+        partial.write_text(text)
+        partial.replace(word)
+
+
+def _wait(word: Path, store: Path) -> None:
+    if not {"RANK", "SLURM_PROCID", "NODE_RANK"} & os.environ.keys():
+        return  # rank 0 starts this process itself, once the store is ready
+    changed, state = time.monotonic(), None
+    while True:
+        with contextlib.suppress(OSError):
+            if word.stat().st_mtime > _STARTED - OLD_S:
+                said = word.read_text()
+                if said != READY:
+                    raise RankZeroFailedError(f"rank 0 could not make the store ready: {said}")
+                return
+        with contextlib.suppress(OSError):
+            now = max(path.stat().st_mtime_ns for path in (store, *store.glob(".*.partial/.*.partial")))
+            if now != state:
+                changed, state = time.monotonic(), now
+        if time.monotonic() - changed > STALL_S:
+            minutes = f"{STALL_S / 60:g} minutes"
+            raise RankZeroFailedError(f"rank 0 has said nothing and {store} has not changed for {minutes}; start again")
+        time.sleep(POLL_S)
