@@ -59,8 +59,11 @@ def test_waiting_ends_when_nothing_happens_in_the_store(tmp_path, as_rank, monke
 
 
 def test_a_process_that_rank_zero_started_itself_does_not_wait(tmp_path, monkeypatch):
-    for name in ("RANK", "SLURM_PROCID", "NODE_RANK"):
+    for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    values = {"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}  # as Lightning sets them
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(waiting, "STALL_S", 0.0)
     with rank_zero_first(tmp_path, tmp_path / "store") as is_first:
         assert not is_first

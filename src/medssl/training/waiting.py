@@ -65,15 +65,15 @@ def forget(folder: Path) -> None:
 
 
 def _say(word: Path, text: str) -> None:
-    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
+    if os.environ.keys() & set(LAUNCH):  # else this process is alone, or will start the others itself
         partial = word.with_name(f"{word.name}.partial")
         partial.write_text(text)
         partial.replace(word)
 
 
 def _wait(word: Path, store: Path) -> None:
-    if not {"RANK", "SLURM_PROCID", "NODE_RANK"} & os.environ.keys():
-        return  # rank 0 starts this process itself, once the store is ready
+    if not {"RANK", "SLURM_PROCID"} & os.environ.keys() and int(os.environ.get("LOCAL_RANK") or 0):
+        return  # the trainer of another rank started this process, once the store was ready
     changed, state = time.monotonic(), None
     while True:
         with contextlib.suppress(OSError):
