@@ -25,6 +25,11 @@ class Probe(GLMAE):
             cases = batch["global"].case.flatten().tolist()
             corners = batch["global"].matrix[:, :, :3, 3].flatten().tolist()
             self.write(progress, f"{progress.step} sees {cases} {corners}")
+        wish = os.environ.get("PROBE_WISH", "")
+        if wish == f"raise on {progress.rank}" or wish == "raise on all":
+            raise ValueError("case a: chunk 3 cannot be read")
+        if wish == f"nan on {progress.rank}":
+            batch["global"].image.fill_(float("nan"))
         return super().forward(batch, progress)
 
     def after_step(self, progress):
@@ -47,6 +52,50 @@ def arguments(root, name, *more):
         *("data=phantoms", "data.num_cases=4", "data.size_voxel=48", f"store={root / 'store'}"),
         *(f"trainer.max_steps={STEPS}", "figures_every=1", "validate_every=2", f"output_dir={root / name}", *more),
     ]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    (folder / "conf").mkdir()
+    (folder / "conf" / "rank_probe.py").write_text(PROBE)
+    return folder
+
+
+def fail(root, wish, *launcher):
+    """The lines on stderr of two processes that fail."""
+    together = arguments(root, wish.replace(" ", "_"), "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    done = subprocess.run(
+        [sys.executable, "-m", *(launcher or ("medssl.pretrain",)), *together],
+        env={**os.environ, "PROBE": str(root), "PROBE_WISH": wish},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    return done.stderr.splitlines()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("wish", ["raise on 0", "raise on 1"])
+def test_the_error_of_one_rank_does_not_drown_in_what_follows_from_it_on_others(root, wish):
+    lines = fail(root, wish)
+    assert sum(line == "error: case a: chunk 3 cannot be read" for line in lines) == 1
+    assert not [line for line in lines if "Traceback" in line]
+
+
+@pytest.mark.ddp
+def test_a_loss_that_is_not_a_number_on_one_rank_is_told_once(root):
+    lines = fail(root, "nan on 1")
+    assert sum("loss = nan" in line for line in lines) == 1
+    assert not [line for line in lines if "Traceback" in line]
+
+
+@pytest.mark.ddp
+def test_what_all_ranks_find_wrong_is_told_once(root):
+    wrong = ["torch.distributed.run", "--nproc-per-node=2", "-m", "medssl.pretrain", "trainer.max_steps=0"]
+    done = subprocess.run([sys.executable, "-m", *wrong], capture_output=True, text=True, timeout=120)
+    assert done.stderr.count("trainer.max_steps must be") == 1
 
 
 @pytest.mark.ddp

@@ -175,8 +175,13 @@ def main(name: str, run: Callable[[DictConfig], None], *, arguments: Sequence[st
         message = user_message(error)
         if message is None or os.environ.get("MEDSSL_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"error: {message}", file=sys.stderr)
+        if isinstance(error, OSError) or not _rank():  # the settings are wrong on all ranks, a file may be on one
+            print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def user_message(error: BaseException) -> str | None:

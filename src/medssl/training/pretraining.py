@@ -25,6 +25,7 @@ from medssl.data.store import VolumeStore
 from medssl.methods.base import Method
 from medssl.training.checkpoints import LastCheckpoint, check_checkpoint
 from medssl.training.export import Export, build_card
+from medssl.training.failing import EndTogether
 from medssl.training.metrics import Metrics
 from medssl.training.pictures import Pictures
 from medssl.training.pretrain_module import PretrainModule
@@ -168,6 +169,7 @@ def build_trainer(
         Pictures(folder.figures, every=values["figures_every"]),
         Export(folder.encoder, card, every=values["export_every"]),
         LastCheckpoint(folder.last_checkpoint, every=values["checkpoint_every"], signals=signals),
+        EndTogether(),
     ]
     return L.Trainer(
         **{**environment, **instantiate(values["trainer"], _convert_="all")},
