@@ -28,7 +28,8 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 pretrain: $(INSTALLED)
-	@$(BIN)/python -m medssl.pretrain method=$(METHOD) data=$(DATA) output_dir=$(OUTPUT) $(ARGS)
+	@$(BIN)/python -m medssl.pretrain method=$(METHOD) data=$(DATA) output_dir=$(OUTPUT) $(ARGS) || \
+		{ code=$$?; echo "settings follow in ARGS: make pretrain ARGS=overwrite=true, or ARGS=resume=$(OUTPUT)"; exit $$code; }
 
 test: lint types tests
 

@@ -111,6 +111,8 @@ def test_help_lists_groups_with_their_choices_and_explains_every_key():
     explained = [key for key in keys if key not in ("defaults", "method", "model", "views", "sampler", "facts")]
     assert all(f"\n  {key} " in text for key in explained)
     assert "cpu*, ddp, gpu" in text
+    assert all(f"\n  {key} " in text for key in ("trainer.devices", "trainer.accelerator", "logger.offline"))
+    assert not any("batch_size" in line and "[" in line for line in text.splitlines())
 
 
 @pytest.mark.parametrize(
