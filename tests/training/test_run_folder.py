@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from medssl.config import main
+from medssl.pretrain import run
 from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_rank, was_restarted
 
 
@@ -38,8 +40,20 @@ def test_a_checkpoint_of_another_run_does_not_open_the_folder(used, tmp_path):
     RunFolder(tmp_path / "new").claim(overwrite=False, checkpoint=other)
 
 
+def test_a_slip_in_the_new_run_does_not_cost_the_old_one(used, capsys):
+    slip = ["method=glmae_tiny", "trainer.accelerator=zork", "overwrite=true", f"output_dir={used.root}"]
+    with pytest.raises(SystemExit) as stopped:
+        main("pretrain", run, arguments=slip)
+    assert stopped.value.code == 2
+    assert "zork" in capsys.readouterr().err
+    assert used.metrics.read_text() == used.last_checkpoint.read_text() == used.encoder.read_text() == "earlier"
+
+
 def test_overwriting_removes_the_files_of_the_run_and_no_others(used):
     used.claim(overwrite=True, checkpoint=None)
+    used.clear(checkpoint=used.last_checkpoint)
+    assert used.metrics.read_text() == "earlier"
+    used.clear(checkpoint=None)
     left = {path.name for path in used.root.rglob("*") if path.is_file()}
     assert left == {"notes.txt", "encoder-best.safetensors", "mine.png", "kept.ckpt"}
 

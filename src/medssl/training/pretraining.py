@@ -88,6 +88,7 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
 
     trainer.callbacks.append(LambdaCallback(on_train_start=describe))  # type: ignore[attr-defined]
     if process_rank() == 0:
+        folder.clear(checkpoint=checkpoint)  # not before: what is wrong with the new run must not cost the old one
         weights = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
         size = f"{len(store)} volumes, {weights / 1e6:.1f} M weights to train, {trainer.max_steps} steps"
         print(f"{size} -> {folder.root}", flush=True)

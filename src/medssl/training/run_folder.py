@@ -55,22 +55,18 @@ class RunFolder:
         self.config.write_text(HEADER + text)
 
     def claim(self, *, overwrite: bool, checkpoint: Path | None) -> None:
-        """Make the folder ready for a run: empty of an earlier one unless `checkpoint` goes on with that very run.
+        """Make the folder for a run; an earlier run stays in it until `clear`.
 
         Raises: ValueError: an earlier run lies here that is neither gone on with nor to be overwritten.
         """
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"output_dir={self.root} is a file; name a folder")
-        goes_on = checkpoint is not None and run_of(checkpoint).resolve() == self.root.resolve()
-        if self.holds_a_run() and not goes_on:
-            if not overwrite:
-                going_on = f"go on with it by resume={self.root}, " if self.last_checkpoint.is_file() else ""
-                raise ValueError(
-                    f"{self.root} already holds a run; {going_on}replace it by overwrite=true,"
-                    " or give another output_dir"
-                )
-            for path in [path for pattern in WRITTEN for path in self.root.glob(pattern)]:
-                path.unlink()
+        goes_on = self._holds(checkpoint)
+        if self.holds_a_run() and not goes_on and not overwrite:
+            going_on = f"go on with it by resume={self.root}, " if self.last_checkpoint.is_file() else ""
+            raise ValueError(
+                f"{self.root} already holds a run; {going_on}replace it by overwrite=true, or give another output_dir"
+            )
         foreign = self.config.is_file() and not self.config.read_bytes().startswith(HEADER.encode())
         if foreign and not goes_on and not overwrite:
             raise ValueError(
@@ -78,6 +74,15 @@ class RunFolder:
             )
         self.last_checkpoint.parent.mkdir(parents=True, exist_ok=True)
         self.figures.mkdir(exist_ok=True)
+
+    def clear(self, *, checkpoint: Path | None) -> None:
+        """Remove the files of an earlier run, unless `checkpoint` is its own: the last thing before training."""
+        if not self._holds(checkpoint):
+            for path in [path for pattern in WRITTEN for path in self.root.glob(pattern)]:
+                path.unlink()
+
+    def _holds(self, checkpoint: Path | None) -> bool:
+        return checkpoint is not None and run_of(checkpoint).resolve() == self.root.resolve()
 
 
 def run_of(checkpoint: Path) -> Path:
