@@ -49,7 +49,7 @@ def training(store: VolumeStore, folder: Path, overrides: list[str]) -> dict[str
     fixed = ["trainer=gpu", "data=store", f"store={store.root}", "validate_every=0", "figures_every=100000"]
     config = compose("pretrain", [*fixed, f"output_dir={folder}", *overrides])
     run = RunFolder(folder)
-    run.claim(overwrite=True, resume=False)
+    run.claim(overwrite=True, checkpoint=None)
     torch.cuda.reset_peak_memory_stats()
     with StopSignals() as signals:
         pretrain(config, run, checkpoint=None, signals=signals)

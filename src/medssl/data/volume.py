@@ -233,7 +233,7 @@ def _label_points(
         where = np.flatnonzero(plane)
         order = where[np.argsort(plane.ravel()[where], kind="stable")]
         values, counts = np.unique(plane.ravel()[order], return_counts=True)
-        for value, positions in zip(values.tolist(), np.split(order, counts.cumsum()), strict=False):
+        for value, positions in zip(values.tolist(), np.split(order, counts.cumsum())[:-1], strict=True):
             first, last = np.searchsorted(wanted[value], (passed[value], passed[value] + len(positions)))
             y, z = np.unravel_index(positions[wanted[value][first:last] - passed[value]], plane.shape)
             rows[value].append(np.column_stack([np.full(len(y), x), y, z, np.full(len(y), value)]))
