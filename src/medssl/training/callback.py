@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 
 from medssl.data.module import Batch
-from medssl.training.pretrain_module import PretrainModule
+from medssl.training.method_module import MethodModule
 
 
 class StepCallback(L.Callback):
@@ -19,7 +19,7 @@ class StepCallback(L.Callback):
     def start(self, trainer: L.Trainer) -> None:
         """The loop is about to begin, or to go on, at `step`."""
 
-    def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
+    def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
         """Optimiser step number `step` is done; `batch` was its last micro-batch."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -33,5 +33,5 @@ class StepCallback(L.Callback):
         """See `after_step`."""
         if trainer.global_step > self.step:
             self.step = trainer.global_step
-            assert isinstance(pl_module, PretrainModule)
+            assert isinstance(pl_module, MethodModule)
             self.after_step(trainer, pl_module, batch)

@@ -7,7 +7,7 @@ import torch
 
 from medssl.data.module import Batch
 from medssl.training.callback import StepCallback
-from medssl.training.pretrain_module import PretrainModule
+from medssl.training.method_module import MethodModule
 from medssl.training.stopping import StopSignals
 
 
@@ -27,7 +27,7 @@ class LastCheckpoint(StepCallback):
         self.signals.install()
         self.signals.training = True
 
-    def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
+    def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
         """Save where it is time to, or the run is asked to stop."""
         stop = trainer.strategy.reduce_boolean_decision(bool(self.signals.requested), all=False)
         if stop or self.step % self.every == 0:
@@ -57,7 +57,7 @@ class LastCheckpoint(StepCallback):
         self.saved_step = self.step
 
 
-def check_checkpoint(path: Path, module: PretrainModule) -> None:
+def check_checkpoint(path: Path, module: MethodModule) -> None:
     """Raises: ValueError: not a checkpoint of ours, of another network or optimiser, or nothing is left to train."""
     try:
         saved = torch.load(path, map_location="meta", weights_only=True, mmap=True)

@@ -10,7 +10,7 @@ import lightning as L
 from medssl.data.module import Batch
 from medssl.data.store import VolumeStore
 from medssl.training.callback import StepCallback
-from medssl.training.pretrain_module import PretrainModule
+from medssl.training.method_module import MethodModule
 from medssl.weights import save_weights
 
 
@@ -37,16 +37,16 @@ class Export(StepCallback):
     def __init__(self, path: Path, card: dict[str, Any], *, every: int | None) -> None:
         self.path, self.card, self.every = path, card, every
 
-    def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
+    def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
         """Export where it is time to."""
         if self.every and self.step % self.every == 0:
             self._write(trainer, module, self.path.with_stem(f"{self.path.stem}-{self.step:07d}"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the state in which training ended, also where it was asked to stop."""
-        assert isinstance(pl_module, PretrainModule)
+        assert isinstance(pl_module, MethodModule)
         self._write(trainer, pl_module, self.path)
 
-    def _write(self, trainer: L.Trainer, module: PretrainModule, path: Path) -> None:
+    def _write(self, trainer: L.Trainer, module: MethodModule, path: Path) -> None:
         if trainer.is_global_zero:
             save_weights(path, module.method.parts(), {**self.card, "step": self.step})

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from medssl.data.module import Batch, VolumeDataModule
 from medssl.training.callback import StepCallback
-from medssl.training.pretrain_module import PretrainModule
+from medssl.training.method_module import MethodModule
 
 
 class MetricsTable:
@@ -90,7 +90,7 @@ class Metrics(StepCallback):
         """Note the learning rate of the step, before its schedule moves on."""
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
-    def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
+    def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
         """Write the row."""
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
@@ -108,7 +108,7 @@ class Metrics(StepCallback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the validation loss to the row of the step just done; its time does not count as training."""
-        assert isinstance(pl_module, PretrainModule)
+        assert isinstance(pl_module, MethodModule)
         loss = float32(pl_module.validation_loss())
         if trainer.is_global_zero:
             self.table.amend(validation_loss=loss)

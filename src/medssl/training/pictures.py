@@ -8,7 +8,7 @@ import torch
 
 from medssl.data.module import Batch
 from medssl.training.callback import StepCallback
-from medssl.training.pretrain_module import PretrainModule
+from medssl.training.method_module import MethodModule
 
 
 class Pictures(StepCallback):
@@ -17,7 +17,7 @@ class Pictures(StepCallback):
     def __init__(self, folder: Path, *, every: int | None) -> None:
         self.folder, self.every = folder, every
 
-    def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
+    def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
         """Draw them from the batch of the step just done."""
         due = self.step == trainer.max_steps or (self.every and self.step % self.every == 0)
         if not due or not trainer.is_global_zero:

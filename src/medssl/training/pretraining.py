@@ -28,7 +28,7 @@ from medssl.training.export import Export, build_card
 from medssl.training.failing import EndTogether
 from medssl.training.metrics import Metrics
 from medssl.training.pictures import Pictures
-from medssl.training.pretrain_module import PretrainModule
+from medssl.training.method_module import MethodModule
 from medssl.training.progress_bar import ProgressBar
 from medssl.training.run_folder import RunFolder, process_rank, run_of
 from medssl.training.settings import changes, check_settings
@@ -60,7 +60,7 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     check_settings(OmegaConf.create(values))
     method = build_method(values)
-    module = PretrainModule(
+    module = MethodModule(
         method,
         optimizer=values["optimizer"],
         total_steps=values["trainer"]["max_steps"],

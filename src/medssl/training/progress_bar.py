@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from medssl.data.module import Batch
 from medssl.training.callback import StepCallback
-from medssl.training.pretrain_module import PretrainModule
+from medssl.training.method_module import MethodModule
 
 
 class ProgressBar(StepCallback):
@@ -25,7 +25,7 @@ class ProgressBar(StepCallback):
             dynamic_ncols=True,
         )
 
-    def after_step(self, trainer: L.Trainer, module: PretrainModule, batch: Batch) -> None:
+    def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
         """Advance."""
         self.bar.set_postfix(loss=f"{module.scalars.mean()['loss']:.4g}", refresh=False)
         self.bar.update()

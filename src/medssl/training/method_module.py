@@ -1,4 +1,4 @@
-"""The loop's view of a method: what happens in one step of pre-training."""
+"""The loop's view of a method: what happens in one step of training."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from medssl.training.optim import build_optimizer, restate
 from medssl.training.scalars import StepScalars
 
 
-class PretrainModule(L.LightningModule):
+class MethodModule(L.LightningModule):
     """Runs a `Method` under Lightning: progress, seeds, hooks, and the scalars of each step, averaged over ranks.
 
     Torch's global generator is seeded before every micro-batch, so that dropout goes on exactly after a restart.
