@@ -40,7 +40,7 @@ def compose(name: str, overrides: Sequence[str] = (), *, extra_dir: Path | None 
     from hydra.core.global_hydra import GlobalHydra
 
     _register_resolvers()
-    overrides = list(overrides)
+    overrides = [re.sub(r"^weights=", "weights.path=", override) for override in overrides]  # a file, with options
     if extra_dir is not None:
         overrides.append(f"hydra.searchpath=['file://{Path(extra_dir).resolve()}']")
     GlobalHydra.instance().clear()

@@ -26,9 +26,9 @@ from medssl.methods.base import Method
 from medssl.training.checkpoints import LastCheckpoint, check_checkpoint
 from medssl.training.export import Export, build_card
 from medssl.training.failing import EndTogether
+from medssl.training.method_module import MethodModule
 from medssl.training.metrics import Metrics
 from medssl.training.pictures import Pictures
-from medssl.training.method_module import MethodModule
 from medssl.training.progress_bar import ProgressBar
 from medssl.training.run_folder import RunFolder, process_rank, run_of
 from medssl.training.settings import changes, check_settings
