@@ -182,3 +182,14 @@ def test_options_stand_anywhere_among_the_overrides(tmp_path):
     line = CommandLine.parse(["seed=1", f"--config-dir={tmp_path}", "~logger", "+a.b=2"])
     assert line.overrides == ["seed=1", "~logger", "+a.b=2"]
     assert line.extra_dir == tmp_path
+
+
+def test_words_without_an_equals_sign_are_taken_only_by_commands_that_name_a_list_for_them(tmp_path, capsys):
+    line = CommandLine.parse(["runs/a", "seed=1", "~logger", "runs/b"], positional=True)
+    assert (line.words, line.overrides) == (["runs/a", "runs/b"], ["seed=1", "~logger"])
+    found = []
+    main("pretrain", found.append, arguments=["+runs=[runs/0]", "runs/a, b", "runs/b"], positional="runs")
+    assert found[0].runs == ["runs/0", "runs/a, b", "runs/b"]
+    with pytest.raises(ValueError, match="'--run' is not understood"):
+        CommandLine.parse(["--run"], positional=True)
+    assert "medssl.pretrain RUNS ... KEY=VALUE" in help_text("pretrain", "", positional="runs")

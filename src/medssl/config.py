@@ -95,11 +95,15 @@ class CommandLine:
     extra_dir: Path | None = None
     help: bool = False
     cfg: bool = False
+    words: list[str] = field(default_factory=list)
 
     @classmethod
-    def parse(cls, arguments: Sequence[str]) -> CommandLine:
-        """Split `arguments` into options and overrides. Raises: ValueError: neither an option nor KEY=VALUE."""
-        overrides, extra_dir, asked = [], None, {"help": False, "cfg": False}
+    def parse(cls, arguments: Sequence[str], *, positional: bool = False) -> CommandLine:
+        """Split `arguments` into options, overrides and (where `positional`) words without an equals sign.
+
+        Raises: ValueError: an argument that is none of these.
+        """
+        overrides, words, extra_dir, asked = [], [], None, {"help": False, "cfg": False}
         rest = iter(arguments)
         for argument in rest:
             if argument in ("-h", "--help", "--cfg"):
@@ -111,21 +115,24 @@ class CommandLine:
                     raise ValueError(
                         f"--config-dir {value!r} is no folder; it names the folder that holds method/*.yaml"
                     )
+            elif positional and "=" not in argument and not argument.startswith(("-", "~")):
+                words.append(argument)
             elif argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
                 raise ValueError(f"{argument!r} is not understood; give KEY=VALUE, or --help for the list")
             else:
                 overrides.append(argument)
-        return cls(overrides, extra_dir, **asked)
+        return cls(overrides, extra_dir, **asked, words=words)
 
 
-def help_text(name: str, description: str, *, extra_dir: Path | None = None) -> str:
+def help_text(name: str, description: str, *, extra_dir: Path | None = None, positional: str | None = None) -> str:
     """The page that `--help` prints: description, groups with their choices, keys with their comments.
 
     A key is explained by the comment behind it in `NAME.yaml`; one that lives in a group by a line `# group.key: text`.
     """
     text = (config_dir() / f"{name}.yaml").read_text()
+    words = f"{positional.upper()} ... " if positional else ""
     lines = [
-        f"usage: python -m medssl.{name} KEY=VALUE ... [--config-dir DIR] [--cfg] [--help]",
+        f"usage: python -m medssl.{name} {words}KEY=VALUE ... [--config-dir DIR] [--cfg] [--help]",
         "",
         description.strip(),
     ]
@@ -150,20 +157,30 @@ def help_text(name: str, description: str, *, extra_dir: Path | None = None) -> 
     return "\n".join(lines)
 
 
-def main(name: str, run: Callable[[DictConfig], None], *, arguments: Sequence[str] | None = None) -> None:
+def main(
+    name: str,
+    run: Callable[[DictConfig], None],
+    *,
+    arguments: Sequence[str] | None = None,
+    positional: str | None = None,
+) -> None:
     """Compose the configuration `name` from the command line and give it to `run`; exits the process.
 
+    Words without an equals sign are added to the list `positional` of the configuration, where one is named.
     The docstring of `run`'s module is the description in `--help`. A mistake of the user becomes one message on stderr
     and exit code 2; a fault of the program keeps its traceback.
     """
     try:
-        line = CommandLine.parse(sys.argv[1:] if arguments is None else arguments)
+        line = CommandLine.parse(sys.argv[1:] if arguments is None else arguments, positional=positional is not None)
         if line.extra_dir is not None:
             sys.path.insert(0, str(line.extra_dir.resolve()))
         if line.help:
-            print(help_text(name, sys.modules[run.__module__].__doc__ or "", extra_dir=line.extra_dir))
+            description = sys.modules[run.__module__].__doc__ or ""
+            print(help_text(name, description, extra_dir=line.extra_dir, positional=positional))
             sys.exit(0)
         config = compose(name, line.overrides, extra_dir=line.extra_dir)
+        if positional is not None:
+            config[positional] = [*config[positional], *line.words]
         if line.cfg:
             print(to_yaml(config), end="")
         else:
