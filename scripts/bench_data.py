@@ -31,6 +31,7 @@ from medssl.data.placements import RandomCrop
 from medssl.data.resampling import resample_axis
 from medssl.data.sampling import Request, Shuffled
 from medssl.data.scene import Scene
+from medssl.data.splits import pretraining_cases
 from medssl.data.store import VolumeStore, write_case, write_index
 from medssl.data.views import ViewPlan
 from medssl.data.volume import Box, Volume, intensity_statistics
@@ -98,7 +99,7 @@ def loader_rate(store: VolumeStore, *, augment: list, draw: bool) -> float:
     """Crops a second through placing, reading and stacking, and drawing where asked."""
     plan = ViewPlan(groups={"x": RandomCrop(size=[CROP] * 3, augment=augment)})
     module = VolumeDataModule(
-        store=store, views=plan, sampler=Shuffled(), batch_size=BATCH, seed=0, validation_fraction=0
+        store=store, views=plan, sampler=Shuffled(), batch_size=BATCH, seed=0, training_cases=range(len(store))
     )
     batches = iter(module.loader(Shuffled(), module.training_cases, steps=range(10**6), seed=0))
 
@@ -152,7 +153,7 @@ def resident_growth_mb(store: VolumeStore, spec: RandomCrop) -> float:
     """Growth of this process's memory over 60 batches of crops, MB; four batches of two are read ahead."""
     plan = ViewPlan(groups={"x": spec})
     module = VolumeDataModule(
-        store=store, views=plan, sampler=Shuffled(), batch_size=BATCH, seed=0, validation_fraction=0
+        store=store, views=plan, sampler=Shuffled(), batch_size=BATCH, seed=0, training_cases=range(len(store))
     )
     before = _resident_mb()
     peak = before
@@ -172,7 +173,8 @@ def opening_s(store: VolumeStore, folder: Path, *, num_cases: int = 100_000) -> 
     opened = VolumeStore(folder)
     assert opened.record(num_cases - 1).case == f"case_{num_cases - 1:06d}"
     plan = ViewPlan(groups={"x": RandomCrop(size=[CROP] * 3)})
-    VolumeDataModule(store=opened, views=plan, sampler=Shuffled(), batch_size=BATCH, seed=0)
+    training, _ = pretraining_cases(opened, split=None, fold=0, validation_fraction=0.1)
+    VolumeDataModule(store=opened, views=plan, sampler=Shuffled(), batch_size=BATCH, seed=0, training_cases=training)
     return time.perf_counter() - start
 
 

@@ -27,7 +27,7 @@ def crops_per_second(store: VolumeStore, *, batch_size: int = 16, num_batches: i
     """Augmented 96^3 crops a second on the device, reading included."""
     plan = ViewPlan(groups={"x": RandomCrop(size=[CROP] * 3, augment=AUGMENT)})
     module = VolumeDataModule(
-        store=store, views=plan, sampler=Shuffled(), batch_size=batch_size, seed=0, validation_fraction=0
+        store=store, views=plan, sampler=Shuffled(), batch_size=batch_size, seed=0, training_cases=range(len(store))
     )
     loader = module.loader(Shuffled(), module.training_cases, steps=range(num_batches + 5), seed=0)
     loader.pin_memory = True

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from medssl.data.augment import Flip, GaussianNoise
-from medssl.data.module import VolumeDataModule, split_cases
+from medssl.data.module import VolumeDataModule
 from medssl.data.placements import GridCrop, RandomCrop
 from medssl.data.sampling import Shuffled
 from medssl.data.views import ViewPlan
@@ -13,30 +13,20 @@ PLAN = ViewPlan(groups={"x": RandomCrop(size=[8] * 3, augment=[Flip(), GaussianN
 
 def _module(store, **settings):
     defaults = {"store": store, "views": PLAN, "sampler": Shuffled(), "batch_size": 2, "seed": 0}
-    return VolumeDataModule(**{**defaults, **settings})
-
-
-def test_the_held_out_cases_are_fixed_and_never_trained_on(noise_store):
-    training, validation = split_cases(noise_store, 0.25)
-    assert len(validation) == 1
-    assert sorted(training + validation) == [0, 1, 2, 3]
-    assert split_cases(noise_store, 0.25) == (training, validation)
-    assert split_cases(noise_store, 0.0) == ([0, 1, 2, 3], [])
-
-
-def test_a_source_that_names_validation_and_test_cases_is_obeyed(make_store):
-    arrays = [np.random.default_rng(n).integers(-1000, 1000, (1, 12, 12, 12)).astype(np.int16) for n in range(4)]
-    store = make_store(*arrays, splits=("train", "validation", "test", "train"))
-    assert split_cases(store, 0.1) == ([0, 3], [1])
+    return VolumeDataModule(**{**defaults, "training_cases": range(len(store)), **settings})
 
 
 def test_facts_count_training_cases_steps_and_locations(noise_store):
-    module = _module(noise_store, views=ViewPlan(groups={"x": GridCrop(size=[4] * 3, grid=[2, 3, 4])}), batch_size=2)
+    module = _module(
+        noise_store, views=ViewPlan(groups={"x": GridCrop(size=[4] * 3, grid=[2, 3, 4])}), training_cases=[0, 1, 3]
+    )
     assert module.facts() == {"num_cases": 3, "num_channels": 1, "num_locations": 24, "steps_per_epoch": 1.5}
 
 
 def test_validation_draws_the_same_crops_each_time_whatever_the_seed(noise_store):
-    batches = [next(iter(_module(noise_store, seed=seed).val_dataloader())) for seed in (0, 1)]
+    cases = {"training_cases": [0, 1], "validation_cases": [2, 3]}
+    batches = [next(iter(_module(noise_store, seed=seed, **cases).val_dataloader())) for seed in (0, 1)]
+    assert sorted(batches[0].cases) == ["case_002", "case_003"]
     first, second = (_module(noise_store).draw(batch).views["x"].image for batch in batches)
     assert torch.equal(first, second)
 
@@ -55,7 +45,7 @@ def test_reading_ahead_changes_nothing_and_waiting_is_counted(noise_store):
 
 
 def test_accumulation_cuts_the_same_batch_into_parts(noise_store):
-    module = _module(noise_store, batch_size=4, validation_fraction=0)
+    module = _module(noise_store, batch_size=4)
 
     def requests(accumulate):
         loader = module.loader(module.sampler, module.training_cases, steps=range(2), seed=0, accumulate=accumulate)
@@ -72,7 +62,7 @@ def test_an_unreadable_chunk_names_the_case(noise_store):
     content = bytearray(shard.read_bytes())
     content[: len(content) // 2] = b"\x00" * (len(content) // 2)
     shard.write_bytes(content)
-    module = _module(noise_store, validation_fraction=0)
+    module = _module(noise_store)
     loader = module.loader(module.sampler, [0], steps=range(4), seed=0)
     with pytest.raises(ValueError, match=rf"cannot read a chunk of .*{case}\.zarr.*prepare again"):
         list(loader)
@@ -82,7 +72,7 @@ def test_a_lost_shard_is_not_read_as_zeros(noise_store):
     case = noise_store.record(0).case
     (shard,) = (path for path in (noise_store.root / f"{case}.zarr" / "0" / "c").rglob("0") if path.is_file())
     shard.unlink()
-    module = _module(noise_store, validation_fraction=0)
+    module = _module(noise_store)
     loader = module.loader(module.sampler, [0], steps=range(1), seed=0)
     with pytest.raises(ValueError, match=rf"cannot read a chunk of .*{case}\.zarr.*prepare again"):
         list(loader)
@@ -100,7 +90,7 @@ def test_cases_of_different_channels_are_refused_by_name_of_the_option(make_stor
     store = make_store(
         np.ones((1, 12, 12, 12), np.int16) * np.arange(12, dtype=np.int16), np.ones((2, 12, 12, 12), np.int16)
     )
-    module = _module(store, validation_fraction=0)
+    module = _module(store)
     loader = module.loader(module.sampler, [0, 1], steps=range(1), seed=0)
     with pytest.raises(ValueError, match=r"data\.channels=N"):
         module.draw(next(iter(loader)))
@@ -111,7 +101,7 @@ def test_a_resized_view_reads_a_few_times_its_own_size_however_large_the_volume(
     store = make_store(np.random.default_rng(0).integers(0, 999, (1, 210, 190, 100)).astype(np.int16))
     size, reach = 24, 4 * 4 + 2  # of the filter
     plan = ViewPlan(groups={"x": RandomCrop(size=[size] * 3, count=8, fraction=[0.5, 1.0])})
-    module = _module(store, views=plan, validation_fraction=0)
+    module = _module(store, views=plan)
     loader = module.loader(module.sampler, [0], steps=range(6), seed=0)
     sides = np.array([raw.voxels.shape[1:] for batch in loader for raw in batch.groups["x"]])
     assert sides.max() <= 4 * size + 2 * reach
@@ -125,3 +115,7 @@ def test_the_loader_holds_boxes_and_never_a_whole_volume(noise_store):
         for raw in batch.groups["x"]:
             assert raw.voxels.shape == (1, 8, 8, 8)
             assert raw.voxels.untyped_storage().nbytes() == 2 * 8**3
+
+
+def test_without_held_out_cases_there_is_no_validation(noise_store):
+    assert _module(noise_store).val_dataloader() == []

@@ -204,7 +204,7 @@ def _first_batch(store, text: str, *, batch_size: int = 4, step: int = 0):
         sampler=config["sampler"],
         batch_size=batch_size,
         seed=0,
-        validation_fraction=0,
+        training_cases=range(len(store)),
     )
     loader = module.loader(config["sampler"], module.training_cases, steps=range(step, step + 1), seed=0)
     views = module.draw(next(iter(loader))).views

@@ -102,7 +102,7 @@ def _images(store, *, world: int, steps: range, accumulate: int = 1) -> dict[int
     found = {}
     for rank in range(world):
         module = VolumeDataModule(
-            store=store, views=plan, sampler=Shuffled(), batch_size=4, seed=7, validation_fraction=0
+            store=store, views=plan, sampler=Shuffled(), batch_size=4, seed=7, training_cases=range(len(store))
         )
         loader = module.loader(Shuffled(), module.training_cases, steps=steps, seed=7, accumulate=accumulate)
         loader.micro_batches.rank, loader.micro_batches.world = rank, world

@@ -14,7 +14,6 @@ from medssl.data.augment.base import IntensityAugmentation
 from medssl.data.draw import displacement_field, draw_image, draw_label, draw_valid
 from medssl.data.loading import MicroBatches, PrefetchingLoader, RawBatch, RawView, Timers
 from medssl.data.placements import ViewSpec
-from medssl.data.randomness import counter_generator
 from medssl.data.sampling import CaseSampler, Shuffled
 from medssl.data.store import VolumeStore
 from medssl.data.views import View, ViewPlan
@@ -43,9 +42,8 @@ class VolumeDataModule(lightning.LightningDataModule):
         batch_size: samples of an optimiser step, over all processes and micro-batches.
         seed: of the run.
         accumulate: micro-batches an optimiser step.
-        validation_fraction: share of the cases held out, at least one where it is positive and there are two; cases
-            whose source already
-            calls them "validation" are held out instead. Cases called "test" are never used.
+        training_cases: numbers of the cases to train on (`medssl.data.splits` chooses them).
+        validation_cases: numbers of the held-out cases; none turns validation off.
         prefetch: batches read ahead.
     """
 
@@ -58,14 +56,15 @@ class VolumeDataModule(lightning.LightningDataModule):
         batch_size: int,
         seed: int,
         accumulate: int = 1,
-        validation_fraction: float = 0.1,
+        training_cases: Sequence[int],
+        validation_cases: Sequence[int] = (),
         prefetch: int = 3,
     ) -> None:
         super().__init__()
         self.store, self.plan, self.sampler = store, views, sampler
         self.batch_size, self.seed, self.accumulate, self.prefetch = batch_size, seed, accumulate, prefetch
         self.timers = Timers()
-        self.training_cases, self.validation_cases = split_cases(store, validation_fraction)
+        self.training_cases, self.validation_cases = list(training_cases), list(validation_cases)
         self.group_numbers = {name: n for n, name in enumerate(sorted({group for group, _ in store.cohorts}))}
 
     def facts(self) -> dict[str, int | float]:
@@ -212,22 +211,3 @@ def view_of(
         last = torch.tensor(image.shape[3:], device=device) - 1
         view.inside = ((found >= 0) & (found <= last)).all(-1)
     return view
-
-
-def split_cases(store: VolumeStore, validation_fraction: float) -> tuple[list[int], list[int]]:
-    """Case numbers for training and for validation; a fixed choice that does not depend on the run's seed."""
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"data.validation_fraction must lie in [0, 1), got {validation_fraction}")
-    splits = [split for _, split in store.cohorts]
-    training = [number for number, split in enumerate(splits) if split not in ("validation", "test")]
-    held_out = [number for number, split in enumerate(splits) if split == "validation"]
-    if validation_fraction and not held_out and len(training) > 1:
-        count = max(1, round(validation_fraction * len(training)))
-        chosen = counter_generator("validation", len(training)).permutation(len(training))[:count]
-        held_out = sorted(training[n] for n in chosen)
-        training = sorted(set(training).difference(held_out))
-    if not training:
-        raise ValueError(
-            f"{store.root} has no case to train on: all {len(splits)} are called validation or test by their source"
-        )
-    return training, held_out if validation_fraction else []

@@ -245,6 +245,22 @@ class VolumeStore:
         rows = (json.loads(line) for line in self.lines)
         return [(row["group"], row["split"]) for row in rows]
 
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of every case, by its number."""
+        return [json.loads(line)["case"] for line in self.lines]
+
+    @cached_property
+    def label_names(self) -> dict[int, str]:
+        """What the label values mean, as far as the source knows; nothing in a store of an earlier version."""
+        path = self.root / "labels.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        return {int(value): name for value, name in found.items()}
+
+    def has_label(self, case: int) -> bool:
+        """Whether the case has a label map (which may be empty)."""
+        return bool(self.record(case).labels) or (self.root / f"{self.names[case]}.zarr" / "labels").is_dir()
+
     def records(self) -> Iterator[Record]:
         """All records, in order of their number."""
         return (self._record(number) for number in range(len(self)))
@@ -259,7 +275,7 @@ class VolumeStore:
         self, case: int, lower: Corner, upper: Corner
     ) -> "tensorstore.Future[Shaped[np.ndarray, 'one x y z']]":
         """Start to read the label of a box of level 0; a ValueError where the case has none."""
-        if not (self.root / f"{self.record(case).case}.zarr" / "labels").is_dir():
+        if not self.has_label(case):
             raise ValueError(
                 f"case {self.record(case).case} of {self.root} has no label; prepare it from a labelled source"
             )

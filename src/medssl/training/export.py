@@ -1,6 +1,6 @@
 """What leaves a run: the networks of a method with the card that says how to rebuild and feed them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from medssl.training.method_module import MethodModule
 from medssl.weights import save_weights
 
 
-def build_card(config: Mapping[str, Any], store: VolumeStore) -> dict[str, Any]:
-    """The card of a run from its resolved configuration: architecture, reading recipe, data, versions."""
+def build_card(config: Mapping[str, Any], store: VolumeStore, cases: Sequence[int]) -> dict[str, Any]:
+    """The card of a run from its resolved configuration: architecture, reading recipe, data, versions.
+
+    The fingerprint of the data holds the volumes that are trained on, `cases`, and no held-out ones.
+    """
     method, data = config["method"], config["data"]
     networks = {part: method[part] for part in ("encoder", "decoder") if isinstance(method.get(part), Mapping)}
     return {
@@ -24,8 +27,8 @@ def build_card(config: Mapping[str, Any], store: VolumeStore) -> dict[str, Any]:
         "reading": {"channels": data.get("channels"), "spacing_mm": data.get("spacing_mm"), "views": config["views"]},
         "data": {
             "name": data["name"],
-            "num_cases": len(store),
-            "voxel_hashes": sorted(record.voxel_hash[:16] for record in store.records()),  # to find overlap by
+            "num_cases": len(cases),
+            "voxel_hashes": sorted(store.record(case).voxel_hash[:16] for case in cases),  # to find overlap by
         },
         "versions": {package: version(package) for package in ("medssl", "torch", "monai", "numpy")},
     }

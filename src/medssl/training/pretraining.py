@@ -21,6 +21,7 @@ from medssl.data.prepare import PrepareError, prepare_store
 from medssl.data.randomness import counter_key
 from medssl.data.recipes import locate_store
 from medssl.data.sources import SourceMissingError
+from medssl.data.splits import pretraining_cases
 from medssl.data.store import VolumeStore
 from medssl.methods.base import Method
 from medssl.training.checkpoints import LastCheckpoint, check_checkpoint
@@ -47,6 +48,12 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
     config.facts.num_locations = views.num_locations
     sampler = instantiate(config.sampler, _convert_="all")
     store = open_store(config, is_resumed=checkpoint is not None)
+    training_cases, validation_cases = pretraining_cases(
+        store,
+        split=config.data.get("split"),
+        fold=config.data.get("fold", 0),
+        validation_fraction=config.data.get("validation_fraction", 0.0),
+    )
     data = VolumeDataModule(
         store=store,
         views=views,
@@ -54,7 +61,8 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
         batch_size=config.batch_size,
         seed=config.seed,
         accumulate=config.accumulate,
-        validation_fraction=config.data.get("validation_fraction", 0.0),
+        training_cases=training_cases,
+        validation_cases=validation_cases,
     )
     config.facts = data.facts()
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
@@ -74,7 +82,7 @@ def pretrain(config: DictConfig, folder: RunFolder, *, checkpoint: Path | None, 
             print(f"resume: {change}; the run will not be the one it would have been")
     if checkpoint is not None and folder.wandb_id.is_file() and values["logger"].get("id", "") is None:
         values["logger"]["id"] = folder.wandb_id.read_text()
-    trainer = build_trainer(values, folder, card=build_card(values, store), signals=signals)
+    trainer = build_trainer(values, folder, card=build_card(values, store, training_cases), signals=signals)
 
     def describe(trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:

@@ -1,0 +1,302 @@
+"""Which cases train, which are held out, which are labelled: by rule or from a file, with a hash that names the choice.
+
+A hash stands for the names of the cases alone: equal lists of two stores have equal hashes.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl.data.randomness import counter_generator
+from medssl.data.store import VolumeStore
+from medssl.data.writing import write_text
+
+REGISTRY = Path(__file__).with_name("split_files")
+RULES = ("auto", "source", "5fold")
+PARTS = ("train", "validation", "test")
+NUM_FOLDS = 5
+FOLD_SEED = 12345
+"""The seed of nnU-Net's default folds: the same case names give the same folds as there."""
+
+
+@dataclass(frozen=True)
+class CaseSplit:
+    """Case numbers of a store by their use.
+
+    Args:
+        name: "btcv_24_6", "5fold-0", "source", or the stem of a file.
+        training: cases to train on.
+        validation: cases to look at while training.
+        test: cases to report on.
+        hash: twelve hexadecimal digits of the lists of names.
+    """
+
+    name: str
+    training: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+    hash: str
+
+    @property
+    def evaluation(self) -> tuple[str, tuple[int, ...]]:
+        """What results are reported on: the test cases where there are some, else those for validation."""
+        return ("test", self.test) if self.test else ("validation", self.validation)
+
+
+@dataclass(frozen=True)
+class LabelledSubset:
+    """The training cases whose labels are used.
+
+    Args:
+        cases: case numbers, ascending.
+        requested: what was asked for: a count, a share, or None for all.
+        seed: of the draw.
+        hash: twelve hexadecimal digits of the sorted names.
+    """
+
+    cases: tuple[int, ...]
+    requested: int | float | None
+    seed: int
+    hash: str
+
+
+def resolve_split(store: VolumeStore, *, split: str = "auto", fold: int = 0, labelled: bool = True) -> CaseSplit:
+    """The split that a configuration means, in case numbers of the store.
+
+    Args:
+        store: prepared cases.
+        split: `source` (as the source calls its cases), `5fold` (the folds of nnU-Net), `auto` (the first where the
+            source names cases to evaluate on, else the second), a name of the registry, or the path of a JSON file.
+        fold: number of the fold that is held out, where the split has folds.
+        labelled: whether every case needs a label map, as for fine-tuning; False is for pre-training.
+
+    Raises:
+        ValueError: no such split or fold; a case that the store lacks, that lacks its label or stands in two lists;
+            none to train or, with `labelled`, to evaluate on.
+    """
+    if split == "auto":
+        named = [n for n, (_, part) in enumerate(store.cohorts) if part in ("validation", "test")]
+        split = "source" if any(store.has_label(n) or not labelled for n in named) else "5fold"
+    if split == "source":
+        name, lists = "source", _source_lists(store, labelled=labelled)
+    elif split == "5fold":
+        name, lists = f"5fold-{fold}", _fold_lists(store, fold, labelled=labelled)
+    else:
+        path = _split_file(split)
+        name, lists = read_split(path, fold=fold)
+        _check_names(store, path, lists, labelled=labelled)
+    if split == "source" and fold:
+        raise ValueError(f"data.split=source has no folds; leave data.fold at 0, got {fold}")
+    _check_uses(store, name, lists, labelled=labelled)
+    number = {case: n for n, case in enumerate(store.names)}
+    training, validation, test = (tuple(sorted(number[case] for case in lists[part])) for part in PARTS)
+    return CaseSplit(name, training, validation, test, split_hash(lists))
+
+
+def split_hash(lists: Mapping[str, Sequence[str]]) -> str:
+    """Twelve hexadecimal digits that stand for the names in the lists train, validation and test, in any order."""
+    return _hash({part: sorted(lists[part]) for part in PARTS})
+
+
+def few_labels(
+    store: VolumeStore, training: Sequence[int], *, labelled: int | float | None, seed: int = 0
+) -> LabelledSubset:
+    """The first `labelled` training cases in the order of SHA-256("SEED/CASE"): a smaller subset lies in a larger one.
+
+    Args:
+        store: where the cases have their names.
+        training: case numbers to choose from.
+        labelled: a count; a share in (0, 1], rounded, at least one case; None for all.
+        seed: another one gives other subsets.
+
+    Raises:
+        ValueError: no such count or share.
+    """
+    is_count = isinstance(labelled, int) and not isinstance(labelled, bool)
+    if labelled is None:
+        count = len(training)
+    elif is_count and 1 <= labelled <= len(training):
+        count = int(labelled)
+    elif isinstance(labelled, float) and 0 < labelled <= 1:
+        count = max(1, int(labelled * len(training) + 0.5))
+    else:
+        raise ValueError(
+            f"data.labelled={labelled}: give a count from 1 to {len(training)} (the training cases of the split), "
+            "a share above 0.0 and up to 1.0, or null for all"
+        )
+    names = {case: store.names[case] for case in training}
+    order = sorted(training, key=lambda case: hashlib.sha256(f"{seed}/{names[case]}".encode()).hexdigest())
+    cases = tuple(sorted(order[:count]))
+    return LabelledSubset(cases, labelled, seed, _hash(sorted(names[case] for case in cases)))
+
+
+def pretraining_cases(
+    store: VolumeStore, *, split: str | None, fold: int, validation_fraction: float
+) -> tuple[list[int], list[int]]:
+    """Case numbers for training without labels and for its validation; a choice that does not depend on the seed.
+
+    With a split, its training and validation cases. Without one, the cases that the source calls "validation" are held
+    out or, where it calls none so, a share of all (at least one where it is positive and there are two); those called
+    "test" are never used. A share of 0 turns validation off.
+
+    Raises:
+        ValueError: the share is none, the split cannot be had, or no case is left to train on.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction must lie in [0, 1), got {validation_fraction}")
+    if split is not None:
+        found = resolve_split(store, split=split, fold=fold, labelled=False)
+        return list(found.training), list(found.validation) if validation_fraction else []
+    splits = [part for _, part in store.cohorts]
+    training = [number for number, part in enumerate(splits) if part not in ("validation", "test")]
+    held_out = [number for number, part in enumerate(splits) if part == "validation"]
+    if validation_fraction and not held_out and len(training) > 1:
+        count = max(1, round(validation_fraction * len(training)))
+        chosen = counter_generator("validation", len(training)).permutation(len(training))[:count]
+        held_out = sorted(training[n] for n in chosen)
+        training = sorted(set(training).difference(held_out))
+    if not training:
+        raise ValueError(
+            f"{store.root} has no case to train on: all {len(splits)} are called validation or test by their source"
+        )
+    return training, held_out if validation_fraction else []
+
+
+def write_split(path: Path, store: VolumeStore, split: CaseSplit) -> None:
+    """Write a split with its name and hash, so that it can be given again as `data.split=PATH`."""
+    cases = {"train": split.training, "validation": split.validation, "test": split.test}
+    lists = {part: sorted(store.names[n] for n in numbers) for part, numbers in cases.items()}
+    write_text(path, json.dumps({"name": split.name, "hash": split.hash, **lists}, indent=1) + "\n")
+
+
+def read_split(path: Path, *, fold: int = 0) -> tuple[str, dict[str, list[str]]]:
+    """Name and lists of a split file: {"train": [...], "validation": [...], "test": [...]}, or {"folds": [[...], ...]}.
+
+    Each list of `folds` is held out once, and the others train. nnU-Net's `splits_final.json` is read as well.
+
+    Raises:
+        ValueError: the file is no split, was changed after it had been given a hash, or has no such fold.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"data.split={path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"data.split={path} is not valid JSON: {error}") from error
+    folds = content.get("folds") if isinstance(content, dict) else content
+    if folds is None:
+        if fold:
+            raise ValueError(f"data.split={path} has no folds; leave data.fold at 0, got {fold}")
+        lists = _lists(path, content)
+        if content.get("hash", split_hash(lists)) != split_hash(lists):
+            raise ValueError(
+                f"data.split={path} was changed: its lists have the hash {split_hash(lists)}, it says "
+                f"{content['hash']}; remove `name` and `hash` to use it as a split of its own"
+            )
+        return content.get("name", path.stem), lists
+    if not isinstance(folds, list) or not 0 <= fold < len(folds):
+        number = len(folds) if isinstance(folds, list) else 0
+        raise ValueError(f"data.fold={fold} is not one of the {number} folds of data.split={path}, counted from 0")
+    name = f"{path.stem}-{fold}"
+    if isinstance(folds[fold], dict):
+        return name, _lists(path, folds[fold])
+    train = [case for number, cases in enumerate(folds) if number != fold for case in cases]
+    return name, _lists(path, {"train": train, "validation": folds[fold]})
+
+
+def folds_of(names: Sequence[str]) -> list[list[str]]:
+    """Five lists that share the names out: sorted, shuffled with a fixed seed, cut into contiguous parts.
+
+    Source: nnU-Net's default folds, which are those of scikit-learn's KFold(5, shuffle=True, random_state=12345).
+    """
+    order = np.arange(len(names))
+    np.random.RandomState(FOLD_SEED).shuffle(order)  # the stream that others' folds come from
+    ordered = sorted(names)
+    return [sorted(ordered[n] for n in part) for part in np.array_split(order, NUM_FOLDS)]
+
+
+def _lists(path: Path, content: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The three lists, also where one is missing or `val` stands for validation."""
+    lists = {part: content.get(part, []) for part in PARTS}
+    lists["validation"] = lists["validation"] or content.get("val", [])
+    if not lists["train"] or not all(isinstance(case, str) for cases in lists.values() for case in cases):
+        raise ValueError(
+            f'data.split={path} is no split; expected is {{"train": [case names], "validation": [...], "test": [...]}}'
+        )
+    return lists
+
+
+def _split_file(split: str) -> Path:
+    if split.endswith(".json"):
+        return Path(split).expanduser()
+    known = sorted(file.stem for file in REGISTRY.glob("*.json"))
+    if split not in known:
+        raise ValueError(
+            f"data.split={split} is not known; there are {', '.join((*RULES, *known))}, or the path of a .json file"
+        )
+    return REGISTRY / f"{split}.json"
+
+
+def _source_lists(store: VolumeStore, *, labelled: bool) -> dict[str, list[str]]:
+    lists: dict[str, list[str]] = {part: [] for part in PARTS}
+    for number, (case, (_, part)) in enumerate(zip(store.names, store.cohorts, strict=True)):
+        if store.has_label(number) or not labelled:
+            lists[part or "train"].append(case)
+    return lists
+
+
+def _fold_lists(store: VolumeStore, fold: int, *, labelled: bool) -> dict[str, list[str]]:
+    """The folds of the cases with labels; without labels being needed, the others join the training cases.
+
+    So a case that fine-tuning holds out is held out by pre-training with the same fold too.
+    """
+    if not 0 <= fold < NUM_FOLDS:
+        raise ValueError(f"data.fold={fold} is not one of the {NUM_FOLDS} folds of data.split=5fold, counted from 0")
+    usable = [number for number, (_, part) in enumerate(store.cohorts) if part != "test"]
+    shared = [number for number in usable if store.has_label(number)]
+    if not labelled and not shared:
+        shared = usable
+    folds = folds_of([store.names[number] for number in shared])
+    held_out = set(folds[fold])
+    rest = shared if labelled else usable
+    train = [store.names[number] for number in rest if store.names[number] not in held_out]
+    return {"train": train, "validation": folds[fold], "test": []}
+
+
+def _check_names(store: VolumeStore, path: Path, lists: Mapping[str, Sequence[str]], *, labelled: bool) -> None:
+    count = Counter(case for cases in lists.values() for case in cases)
+    if twice := sorted(case for case, times in count.items() if times > 1):
+        raise ValueError(f"data.split={path} lists {_some(twice)} more than once; a case has one use")
+    number = {case: n for n, case in enumerate(store.names)}
+    if lacking := sorted(count.keys() - number.keys()):
+        raise ValueError(
+            f"data.split={path} names {_some(lacking)}, which {store.root} lacks; it has {_some(store.names)} "
+            "(what could not be read stands in its rejected.jsonl)"
+        )
+    if labelled and (bare := sorted(case for case in count if not store.has_label(number[case]))):
+        raise ValueError(f"data.split={path}: no label map in {store.root} for {_some(bare)}; add it or drop the case")
+
+
+def _check_uses(store: VolumeStore, name: str, lists: Mapping[str, Sequence[str]], *, labelled: bool) -> None:
+    kind = "cases with a label map" if labelled else "cases"
+    ways = "choose another data.split (source, 5fold, or the path of a .json file)"
+    if not lists["train"]:
+        raise ValueError(f"data.split={name} leaves no case to train on: {store.root} has too few {kind}; {ways}")
+    if labelled and not lists["validation"] and not lists["test"]:
+        raise ValueError(f"data.split={name} leaves no case to evaluate on: {store.root} has no such {kind}; {ways}")
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of the names, and how many there are."""
+    more = f", ... ({len(names)} cases)" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
