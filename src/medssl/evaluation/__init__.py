@@ -1,0 +1,1 @@
+"""From segmentations to numbers that can be trusted, and from the numbers of several runs to a comparison."""
