@@ -42,18 +42,15 @@ def crops_per_second(store: VolumeStore, *, batch_size: int = 16, num_batches: i
 
 def training(store: VolumeStore, folder: Path, overrides: list[str]) -> dict[str, float]:
     """Median step time, shares, and peak device memory of a run through the command's own code."""
-    from medssl.training.pretraining import pretrain
+    from medssl.pretrain import train
     from medssl.training.run_folder import RunFolder
-    from medssl.training.stopping import StopSignals
+    from medssl.training.starting import start
 
     fixed = ["trainer=gpu", "data=store", f"store={store.root}", "validate_every=0", "figures_every=100000"]
-    config = compose("pretrain", [*fixed, f"output_dir={folder}", *overrides])
-    run = RunFolder(folder)
-    run.claim(overwrite=True, checkpoint=None)
+    config = compose("pretrain", [*fixed, f"output_dir={folder}", "overwrite=true", *overrides])
     torch.cuda.reset_peak_memory_stats()
-    with StopSignals() as signals:
-        pretrain(config, run, checkpoint=None, signals=signals)
-    with run.metrics.open() as file:
+    start(config, train, command="pretrain")
+    with RunFolder(folder).metrics.open() as file:
         rows = list(csv.DictReader(file))[5:]
     median = {
         name: float(np.median([float(r[name]) for r in rows]))

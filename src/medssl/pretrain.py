@@ -10,8 +10,6 @@ Examples:
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medssl.config import main
@@ -19,31 +17,21 @@ from medssl.config import main
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from medssl.training.starting import Start
+
 
 def run(config: DictConfig) -> None:
-    """Claim the run folder, then train; a stop outside of training leaves what is done and says how to go on."""
-    from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_rank, run_of, was_restarted
-    from medssl.training.settings import check_settings
-    from medssl.training.stopping import Stopped, StopSignals
+    """Claim the run folder, then train in it."""
+    from medssl.training.starting import start
 
-    check_settings(config)
-    checkpoint = None if config.resume is None else checkpoint_to_resume(Path(config.resume).expanduser())
-    if config.output_dir is None:
-        config.output_dir = "runs/pretrain" if checkpoint is None else str(run_of(checkpoint))
-    folder = RunFolder(Path(config.output_dir).expanduser())
-    restarted = checkpoint is None and was_restarted()
-    if restarted and folder.last_checkpoint.is_file():
-        checkpoint = folder.last_checkpoint
-    with StopSignals() as signals:
-        try:
-            if process_rank() == 0:
-                folder.claim(overwrite=config.overwrite or restarted, checkpoint=checkpoint)
-            from medssl.training.pretraining import pretrain  # torch and all that takes seconds
+    start(config, train, command="pretrain")
 
-            pretrain(config, folder, checkpoint=checkpoint, signals=signals)
-        except Stopped as stop:
-            print(f"\nstopped by {stop}; {folder.way_on()}", file=sys.stderr)
-            sys.exit(130)
+
+def train(begin: Start) -> None:
+    """Import torch and all that takes seconds, then pre-train."""
+    from medssl.training.pretraining import pretrain
+
+    pretrain(begin)
 
 
 if __name__ == "__main__":

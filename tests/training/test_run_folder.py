@@ -66,7 +66,7 @@ def test_a_file_is_no_run_folder(used):
 def test_a_start_that_failed_before_its_first_step_can_be_repeated(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim(overwrite=False, checkpoint=None)
-    folder.write_config("seed: 0")
+    folder.write_config("seed: 0", command="pretrain")
     folder.claim(overwrite=False, checkpoint=None)
 
 

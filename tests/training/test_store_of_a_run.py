@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medssl.config import compose
-from medssl.training.pretraining import open_store
+from medssl.training.running import open_store
 
 
 @pytest.fixture

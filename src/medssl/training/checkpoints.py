@@ -57,7 +57,7 @@ class LastCheckpoint(StepCallback):
         self.saved_step = self.step
 
 
-def check_checkpoint(path: Path, module: MethodModule) -> None:
+def check_checkpoint(path: Path, module: MethodModule, *, may_be_done: bool = False) -> None:
     """Raises: ValueError: not a checkpoint of ours, of another network or optimiser, or nothing is left to train."""
     try:
         saved = torch.load(path, map_location="meta", weights_only=True, mmap=True)
@@ -78,5 +78,5 @@ def check_checkpoint(path: Path, module: MethodModule) -> None:
         then.keys() - group.keys() and group.keys() - then.keys() for then, group in zip(groups, now, strict=True)
     ):
         raise ValueError(f"resume: {path} was trained by another optimiser; give the optimizer settings of that run")
-    if step >= module.total_steps:
+    if step >= module.total_steps + may_be_done:
         raise ValueError(f"resume: {path} is at step {step} of {module.total_steps}; raise trainer.max_steps to go on")

@@ -71,11 +71,11 @@ class Metrics(StepCallback):
     Args:
         path: of metrics.csv.
         batch_size: samples per optimiser step over all ranks.
-        with_validation: whether there is to be a column `validation_loss`.
+        validation: the column of what a validation gives, None where there is none.
     """
 
-    def __init__(self, path: Path, *, batch_size: int, with_validation: bool) -> None:
-        self.table, self.batch_size, self.with_validation = MetricsTable(path), batch_size, with_validation
+    def __init__(self, path: Path, *, batch_size: int, validation: str | None) -> None:
+        self.table, self.batch_size, self.validation = MetricsTable(path), batch_size, validation
 
     def start(self, trainer: L.Trainer) -> None:
         """Open the table where the run stands."""
@@ -102,17 +102,21 @@ class Metrics(StepCallback):
         row["data_wait_share"] = round(timers["wait_s"] / seconds, 4)
         row["draw_share"] = round(timers["draw_s"] / seconds, 4)
         if trainer.is_global_zero:
-            self.table.add({**row, "validation_loss": ""} if self.with_validation else row)
+            self.table.add({**row, self.validation: ""} if self.validation else row)
             for logger in trainer.loggers:
                 logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=self.step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the validation loss to the row of the step just done; its time does not count as training."""
+        """Add the loss on held-out volumes."""
         assert isinstance(pl_module, MethodModule)
-        loss = float32(pl_module.validation_loss())
+        self.add_validation(trainer, pl_module.validation_loss())
+
+    def add_validation(self, trainer: L.Trainer, value: float) -> None:
+        """Add what a validation gave to the row of the step just done; its time does not count as training."""
+        assert self.validation is not None
         if trainer.is_global_zero:
-            self.table.amend(validation_loss=loss)
+            self.table.amend(**{self.validation: float32(value)})
             for logger in trainer.loggers:
-                logger.log_metrics({"validation_loss": loss}, step=self.step)
+                logger.log_metrics({self.validation: float32(value)}, step=self.step)
         self.since = time.perf_counter()
         self.timers.take()

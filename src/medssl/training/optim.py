@@ -28,7 +28,8 @@ def build_optimizer(
     Args:
         settings: `_target_` and arguments of a torch optimiser, with `warmup_steps`, `final_fraction` and `clip_norm`
             beside them (clipping is done by the trainer).
-        groups: parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`.
+        groups: parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`, and its `lr_scale`
+            is a share of the learning rate there.
         total_steps: length of the run, where the cosine ends.
 
     Raises: ValueError: the warm-up is as long as the run, or the optimiser does not know a key.
@@ -42,8 +43,14 @@ def build_optimizer(
             " lower the first or raise the second"
         )
     build = instantiate(arguments, _partial_=True)
+    scaled = [
+        {**{k: v for k, v in group.items() if k != "lr_scale"}, "lr": settings["lr"] * group["lr_scale"]}
+        if "lr_scale" in group
+        else group
+        for group in groups
+    ]
     try:
-        optimizer = build(list(groups))
+        optimizer = build(scaled)
     except TypeError as error:
         raise ValueError(f"optimizer: {error}; a key is taken out by ~optimizer.KEY") from error
     except ValueError as error:

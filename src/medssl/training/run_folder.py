@@ -17,12 +17,14 @@ def was_restarted() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-HEADER = "# a run of medssl.pretrain with all its settings\n"
+HEADER = "# a run of medssl.{command} with all its settings\n"
 DIGITS = "[0-9]" * 7
 WRITTEN = (
     *("config.yaml", "metrics.csv", ".metrics.csv.partial", "rejected.jsonl", "wandb_id"),
     *("checkpoints/last.ckpt", "checkpoints/.last.ckpt.partial", f"figures/*-{DIGITS}.png"),
     *("encoder.safetensors", f"encoder-{DIGITS}.safetensors"),
+    *("segmenter.safetensors", "segmenter-best.safetensors", "segmenter-last.safetensors"),
+    *("metrics.json", "cases.csv", "split.json"),
 )
 """What a run writes, and all that overwriting one removes; what other programs write beside it stays."""
 
@@ -37,12 +39,17 @@ class RunFolder:
         self.last_checkpoint = root / "checkpoints" / "last.ckpt"
         self.figures = root / "figures"
         self.encoder = root / "encoder.safetensors"
+        self.segmenter = root / "segmenter.safetensors"
+        self.best_segmenter = root / "segmenter-best.safetensors"
+        self.last_segmenter = root / "segmenter-last.safetensors"
+        self.results = root / "metrics.json"
+        self.split = root / "split.json"
         self.rejected = root / "rejected.jsonl"
         self.wandb_id = root / "wandb_id"
 
     def holds_a_run(self) -> bool:
         """Whether an earlier run trained here; one that stopped before its first step left nothing to lose."""
-        return any(path.exists() for path in (self.metrics, self.last_checkpoint, self.encoder))
+        return any(path.exists() for path in (self.metrics, self.last_checkpoint, self.encoder, self.segmenter))
 
     def way_on(self) -> str:
         """How to go on with what lies here."""
@@ -50,9 +57,9 @@ class RunFolder:
             return f"saved {self.last_checkpoint}; go on with the same command and resume={self.root}"
         return f"no checkpoint is saved yet; start the same command again{' with overwrite=true' * self.holds_a_run()}"
 
-    def write_config(self, text: str) -> None:
+    def write_config(self, text: str, *, command: str) -> None:
         """Write config.yaml under a line that tells it from another program's."""
-        self.config.write_text(HEADER + text)
+        self.config.write_text(HEADER.format(command=command) + text)
 
     def claim(self, *, overwrite: bool, checkpoint: Path | None) -> None:
         """Make the folder for a run; an earlier run stays in it until `clear`.
@@ -67,7 +74,8 @@ class RunFolder:
             raise ValueError(
                 f"{self.root} already holds a run; {going_on}replace it by overwrite=true, or give another output_dir"
             )
-        foreign = self.config.is_file() and not self.config.read_bytes().startswith(HEADER.encode())
+        start = HEADER.partition("{")[0].encode()
+        foreign = self.config.is_file() and not self.config.read_bytes().startswith(start)
         if foreign and not goes_on and not overwrite:
             raise ValueError(
                 f"{self.config} is not of a run; give another output_dir, or lose that file by overwrite=true"
