@@ -60,7 +60,7 @@ def _summary(table: Float[np.ndarray, "cases classes"], class_names: Sequence[st
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write cases.csv and metrics.json into `folder`, each all or nothing; a missing value is empty there, null here."""
+    """Write cases.csv and metrics.json into `folder`, each all or nothing; missing values are empty and null."""
     folder.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
