@@ -136,7 +136,8 @@ def help_text(name: str, description: str, *, extra_dir: Path | None = None, pos
         "",
         description.strip(),
     ]
-    defaults = re.findall(r"^  - (?:override )?(\w+): *(\S+)", text, flags=re.M)
+    listed = re.search(r"^defaults:\n((?:  .*\n)+)", text, flags=re.M)
+    defaults = re.findall(r"^  - (?:override )?(\w+): *(\S+)", listed[1], flags=re.M) if listed else []
     if defaults:
         lines += ["", "groups (GROUP=CHOICE; * is taken when none is given)"]
     for group, default in defaults:
@@ -144,9 +145,11 @@ def help_text(name: str, description: str, *, extra_dir: Path | None = None, pos
         choices = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
         lines.append(f"  {group:<22} {', '.join(f'{c}*' if c == default else c for c in choices)}")
     lines += ["", "keys (KEY=VALUE; lists are written [1,2,3])"]
-    placed = [(key, "", about) for key, about in re.findall(r"^# (\w+(?:\.\w+)+): (.*)$", text, flags=re.M)]
+    placed = [(key, "", about) for key, about in re.findall(r"^# (\w+(?:\.\w+)*): (.*)$", text, flags=re.M)]
     for key, value, about in [*placed, *re.findall(r"^([a-z_]+): *([^#\n]*?) *# (.*)$", text, flags=re.M)]:
-        lines.append(f"  {key:<22} {about}" + (f" [{value}]" if value not in ("", "null", "???") else ""))
+        lines.append(
+            f"  {key:<22} {about}" + (f" [{value}]" if value not in ("", "null", "???") and "$" not in value else "")
+        )
     lines += [
         "",
         "options",
