@@ -387,7 +387,19 @@ def test_a_store_is_found_by_its_recipe_by_its_name_or_alone(tmp_path):
         locate_store(OmegaConf.create({"name": "folder", "root": "???", "source": {"_target_": "x"}}), None)
 
 
-@pytest.mark.parametrize("name", ["folder", "decathlon", "nnunet", "csv", "phantoms", "store"])
+def test_names_of_labels_join_a_store_that_was_finished_without_them(tmp_path):
+    source, root = Phantoms(num_cases=1, **SMALL), tmp_path / "s"
+    prepare_store(source, root, num_workers=0, progress=False)
+    assert VolumeStore(root).label_names == source.label_names()
+    whole = tree(root)
+    (root / "labels.json").unlink()  # as an earlier version left it
+    store = VolumeStore(root)
+    assert (store.label_names, store.has_label(0)) == ({}, True)
+    assert not prepare_store(source, root, num_workers=0, progress=False).has_changed
+    assert tree(root) == whole
+
+
+@pytest.mark.parametrize("name", ["folder", "decathlon", "nnunet", "csv", "btcv", "amos", "phantoms", "store"])
 def test_every_data_configuration_composes_and_makes_its_source(name, tmp_path):
     from hydra.utils import instantiate
 

@@ -399,3 +399,17 @@ def test_a_fingerprint_follows_content_size_label_and_modality_but_not_time_or_g
     }
     image(tmp_path / "a.nii.gz", seed=1)
     assert len({first, case.fingerprint(), *others}) == 8
+
+
+def test_names_of_labels_are_read_in_both_directions_of_dataset_json(tmp_path):
+    image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    listed = {"training": [{"image": "imagesTr/a_0000.nii.gz"}]}
+    assert NnUnet(root=tmp_path).label_names() == {}
+    for labels, names in (
+        ({"0": "background", "1": "Anterior", "20": "Posterior"}, {1: "Anterior", 20: "Posterior"}),
+        ({"background": 0, "whole": [1, 2], "liver": 1, "tumour": 2}, {1: "liver", 2: "tumour"}),
+        (["liver"], {}),
+    ):
+        (tmp_path / "dataset.json").write_text(json.dumps({**listed, "labels": labels}))
+        assert Decathlon(root=tmp_path).label_names() == NnUnet(root=tmp_path).label_names() == names
+    assert Phantoms().label_names()[7] == "liver"

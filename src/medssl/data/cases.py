@@ -158,7 +158,7 @@ class Scan:
 
 @runtime_checkable
 class Source(Protocol):
-    """What `prepare_store` needs of a source."""
+    """What `prepare_store` needs of a source; one that knows what label values mean has `label_names()` as well."""
 
     def scan(self) -> Scan:
         """Find the cases."""

@@ -168,6 +168,7 @@ def prepare_store(
             num_done=len(scan.cases) - len(jobs),
         )
         clear_partial(root)  # again: a worker of a killed run may have written on for a moment
+        _write_label_names(root, source)
         return _finish(
             root, scan, outcomes, max_rejected_fraction=max_rejected_fraction, progress=progress, prune=prune
         )
@@ -314,6 +315,16 @@ def _finish(
         num_removed=len(before.keys() - now.keys()),
         rejected=[{key: row[key] for key in ("case", "file", "reason")} for row in rejected],
     )
+
+
+def _write_label_names(root: Path, source: Source) -> None:
+    """Write what label values mean, in the order of the values; no file where the source does not know."""
+    names: dict[int, str] = getattr(source, "label_names", dict)()
+    path = root / "labels.json"
+    if names:
+        write_text(path, json.dumps({str(value): names[value] for value in sorted(names)}, indent=1) + "\n")
+    elif path.exists():
+        path.unlink()
 
 
 def _prune(root: Path, cases: Collection[str]) -> None:

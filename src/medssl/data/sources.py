@@ -13,7 +13,7 @@ from typing import Any
 
 from medssl.data.cases import Case, PhantomCase, Scan, case_names, file_name
 from medssl.data.formats import dicom_class, has_image_suffix, is_image_class, stem
-from medssl.data.phantoms import VERSION
+from medssl.data.phantoms import LABELS, VERSION
 
 SPLITS = {
     "": "",
@@ -47,11 +47,11 @@ class Folder:
 
     def recipe(self) -> dict[str, Any]:
         """Root and choice of labels."""
-        return {"kind": "folder", "root": str(_resolved(self.root)), "include_labels": self.include_labels}
+        return {"kind": "folder", "root": str(resolved_root(self.root)), "include_labels": self.include_labels}
 
     def scan(self) -> Scan:
         """Walk the tree once; a file is opened only to tell DICOM from other files without an image suffix."""
-        root = _existing(self.root)
+        root = existing_root(self.root)
         if not root.is_dir():
             raise ValueError(f"data.root={self.root} is a file; data=folder takes a folder of images")
         scan, found = Scan(), []
@@ -81,11 +81,15 @@ class Decathlon:
 
     def recipe(self) -> dict[str, Any]:
         """The root."""
-        return {"kind": "decathlon", "root": str(_resolved(self.root))}
+        return {"kind": "decathlon", "root": str(resolved_root(self.root))}
+
+    def label_names(self) -> dict[int, str]:
+        """What `labels` of the list says."""
+        return _listed_names(existing_root(self.root) / "dataset.json")
 
     def scan(self) -> Scan:
         """The listed images; labels where the list has them."""
-        root = _existing(self.root)
+        root = existing_root(self.root)
         listed = _read_json(root / "dataset.json")
         scan = Scan()
         entries = [(key, entry) for key in ("training", "validation", "test") for entry in listed.get(key) or []]
@@ -114,17 +118,22 @@ class NnUnet:
 
     def recipe(self) -> dict[str, Any]:
         """The root."""
-        return {"kind": "nnunet", "root": str(_resolved(self.root))}
+        return {"kind": "nnunet", "root": str(resolved_root(self.root))}
+
+    def label_names(self) -> dict[int, str]:
+        """What `labels` of dataset.json says, where there is one; regions of several values are left out."""
+        path = existing_root(self.root) / "dataset.json"
+        return _listed_names(path) if path.is_file() else {}
 
     def scan(self) -> Scan:
         """Cases of imagesTr (train) and imagesTs (test); a label without image and a missing channel are problems."""
-        root = _existing(self.root)
+        root = existing_root(self.root)
         scan = Scan()
         folders = (("labelsTr", "train"), ("labelsTs", "test"))
-        labels = {(stem(f), split): f for folder, split in folders for f in _image_files(root / folder)}
+        labels = {(stem(f), split): f for folder, split in folders for f in image_files(root / folder)}
         found: dict[tuple[str, str], dict[int, Path]] = defaultdict(dict)
         for folder, split in (("imagesTr", "train"), ("imagesTs", "test")):
-            for file in _image_files(root / folder):
+            for file in image_files(root / folder):
                 match = re.fullmatch(r"(.+)_(\d{4})", stem(file))
                 if match is None:
                     scan.reject(file, file_name(stem(file)), "the name does not end in a channel number such as _0000")
@@ -161,7 +170,7 @@ class Csv:
         return {"kind": "csv", "root": str(self._table())}
 
     def _table(self) -> Path:
-        path = _resolved(self.root)
+        path = resolved_root(self.root)
         if not path.exists():
             return path
         tables = [path] if path.is_file() else sorted(path.glob("*.csv"))
@@ -171,7 +180,7 @@ class Csv:
 
     def scan(self) -> Scan:
         """One case a row."""
-        _existing(self.root)
+        existing_root(self.root)
         table = self._table()
         rows = _read_table(table)
         columns = [c.strip() for c in (rows[0] if rows else []) if c]
@@ -222,6 +231,10 @@ class Phantoms:
         own = {"num_cases": self.num_cases, "spacing_mm": float(self.spacing_mm), "seed": self.seed}
         return {"kind": "phantoms", "version": VERSION, "size_voxel": list(self._size()), **own}
 
+    def label_names(self) -> dict[int, str]:
+        """The organs of the atlas."""
+        return {value: name for name, value in LABELS.items()}
+
     def scan(self) -> Scan:
         """One case a subject."""
         scan, size = Scan(), self._size()
@@ -245,12 +258,14 @@ class SourceMissingError(ValueError):
     """The images are not at hand; a store that was made from them can be used all the same."""
 
 
-def _resolved(root: str | Path) -> Path:
+def resolved_root(root: str | Path) -> Path:
+    """The folder that `data.root` means, as a full path."""
     return Path(root).expanduser().resolve()
 
 
-def _existing(root: str | Path) -> Path:
-    path = _resolved(root)
+def existing_root(root: str | Path) -> Path:
+    """The folder that `data.root` means; a SourceMissingError where there is none."""
+    path = resolved_root(root)
     if not path.exists():
         raise SourceMissingError(f"data.root={root} does not exist")
     return path
@@ -272,6 +287,17 @@ def _read_table(table: Path) -> list[dict[str, str]]:
         raise ValueError(f"{table} is no table ({error})") from error
 
 
+def _listed_names(path: Path) -> dict[int, str]:
+    """Values and names of the labels in a dataset.json, whichever of the two is the key; the background is left out."""
+    labels = _read_json(path).get("labels")
+    names: dict[int, str] = {}
+    for key, entry in labels.items() if isinstance(labels, dict) else ():
+        value, name = (key, entry) if str(key).isdecimal() else (entry, key)
+        if str(value).isdecimal() and int(value) > 0:
+            names[int(value)] = str(name)
+    return names
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -281,7 +307,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder, sorted, hidden ones left out; none where there is no such folder."""
     if not folder.is_dir():
         return []
     return sorted(f for f in folder.iterdir() if has_image_suffix(f) and not f.name.startswith("."))
