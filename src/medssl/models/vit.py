@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medssl.models.stem import fit_stem
 from medssl.ops.patches import Triple, patch_grid, patchify, triple
 
 POSITIONS = ("interpolate_from_global", "native")
@@ -36,19 +37,20 @@ def sincos_positions(
 def resize_positions(
     table: Float[Tensor, "1 row dim"], old_grid: Sequence[int], new_grid: Sequence[int]
 ) -> Float[Tensor, "1 new_row dim"]:
-    """The position table of another grid, trilinear between cell centres; row 0 (CLS) stays as it is.
+    """The position table of another grid, trilinear between cell centres; a row for CLS stays as it is.
 
     Raises:
-        ValueError: the table has not one row for each patch of `old_grid` and one for CLS.
+        ValueError: the table has not one row for each patch of `old_grid`, or one more at the start for CLS.
     """
     old, new = triple(old_grid), triple(new_grid)
-    if table.shape[1] != 1 + math.prod(old):
+    first = table.shape[1] - math.prod(old)
+    if first not in (0, 1):
         raise ValueError(f"a position table of {table.shape[1]} rows does not belong to the grid {old} plus a CLS row")
     if old == new:
         return table
-    rows = table[:, 1:].transpose(1, 2).unflatten(2, old)
+    rows = table[:, first:].transpose(1, 2).unflatten(2, old)
     rows = F.interpolate(rows, size=new, mode="trilinear", align_corners=False)
-    return torch.cat([table[:, :1], rows.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([table[:, :first], rows.flatten(2).transpose(1, 2)], dim=1)
 
 
 class Attention(nn.Module):
@@ -105,7 +107,8 @@ class PositionedTransformer(nn.Module):
     """Blocks, final norm and a frozen position table for a home grid: what encoder and decoder have in common.
 
     `position` says where the rows for another grid come from: `interpolate_from_global` resizes the table of the home
-    grid, `native` computes sine-cosine rows from that grid's own integer coordinates.
+    grid, `native` computes sine-cosine rows from that grid's own integer coordinates. `class_token` puts a row of zeros
+    for CLS before those of the patches.
     """
 
     def __init__(
@@ -119,22 +122,23 @@ class PositionedTransformer(nn.Module):
         position: str,
         dropout: float,
         checkpoint_activations: bool,
+        class_token: bool = True,
     ) -> None:
         super().__init__()
         if position not in POSITIONS:
             raise ValueError(f"position is {position!r}, allowed are {', '.join(POSITIONS)}")
         self.grid, self.dim, self.position = grid, dim, position
-        self.checkpoint_activations = checkpoint_activations
-        rows = sincos_positions(grid, dim).float()
-        self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, dim), rows])[None], requires_grad=False)
+        self.checkpoint_activations, self.num_class_rows = checkpoint_activations, int(class_token)
+        rows = torch.cat([torch.zeros(self.num_class_rows, dim), sincos_positions(grid, dim).float()])
+        self.pos_embed = nn.Parameter(rows[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio, dropout=dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def positions(self, grid: Triple) -> Float[Tensor, "row dim"]:
-        """Position rows for `grid`, CLS first."""
+        """Position rows for `grid`, that of CLS first."""
         if grid != self.grid and self.position == "native":
             rows = sincos_positions(grid, self.dim, device=self.pos_embed.device).to(self.pos_embed)
-            return torch.cat([self.pos_embed[0, :1], rows])
+            return torch.cat([self.pos_embed[0, : self.num_class_rows], rows])
         return resize_positions(self.pos_embed, self.grid, grid)[0]
 
     def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
@@ -152,11 +156,13 @@ class PositionedTransformer(nn.Module):
         table = tensors.get("pos_embed")
         if table is None or table.shape == self.pos_embed.shape or table.shape[2] != self.dim:
             return tensors
-        side = round((table.shape[1] - 1) ** (1 / 3))
-        if side**3 != table.shape[1] - 1:
+        num_patches = table.shape[1] - self.num_class_rows
+        side = round(num_patches ** (1 / 3))
+        if side**3 != num_patches:
             raise ValueError(
-                f"the position table in the file has {table.shape[1]} rows, which is no cubic grid plus CLS; "
-                "build the network for the grid that the file was trained with"
+                f"the position table in the file has {table.shape[1]} rows, which is no cubic grid"
+                f"{' plus CLS' if self.num_class_rows else ''}; build the network for the grid that the file was "
+                "trained with"
             )
         return {**tensors, "pos_embed": resize_positions(table, (side,) * 3, self.grid)}
 
@@ -182,7 +188,7 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(PositionedTransformer):
-    """ViT for volumes with a CLS token. Default: ViT-B with 16-voxel patches, home size 160.
+    """ViT for volumes, with a CLS token or without. Default: ViT-B with 16-voxel patches, home size 160, CLS.
 
     An input may have any size whose sides are multiples of the patch. As an encoder it returns four feature maps, the
     token grids after a quarter, half and three quarters of the blocks and, normed, after the last; `feature_depths`
@@ -205,6 +211,7 @@ class VisionTransformer(PositionedTransformer):
         position: str = "interpolate_from_global",
         dropout: float = 0.0,
         feature_depths: Sequence[int] | None = None,
+        class_token: bool = True,
         checkpoint_activations: bool = False,
     ) -> None:
         patch = triple(patch_voxel)
@@ -217,6 +224,7 @@ class VisionTransformer(PositionedTransformer):
             position=position,
             dropout=dropout,
             checkpoint_activations=checkpoint_activations,
+            class_token=class_token,
         )
         self.patch_voxel, self.in_channels = patch, in_channels
         self.feature_depths = tuple(feature_depths or (max(1, round(depth * k / 4)) for k in (1, 2, 3, 4)))
@@ -224,10 +232,11 @@ class VisionTransformer(PositionedTransformer):
             raise ValueError(f"feature_depths {self.feature_depths} must lie in 1..{depth} and end with {depth}")
         self.channels = (dim,) * len(self.feature_depths)
         self.strides = (patch,) * len(self.feature_depths)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         self._initialise()
         self.patch_embed = PatchEmbedding(in_channels=in_channels, dim=dim, patch_voxel=patch)
-        nn.init.normal_(self.cls_token, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
 
     def grid_of(self, image: Float[Tensor, "batch channel x y z"]) -> Triple:
         """Patches along each axis of `image`."""
@@ -236,7 +245,7 @@ class VisionTransformer(PositionedTransformer):
     def tokens(
         self, image: Float[Tensor, "batch channel x y z"], keep: Int[Tensor, "batch kept"] | None = None
     ) -> Float[Tensor, "batch token dim"]:
-        """Normed output tokens, CLS first, then all patches or the kept ones in the order of `keep`.
+        """Normed output tokens, CLS (if any) first, then all patches or the kept ones in the order of `keep`.
 
         A patch that is not kept is neither embedded nor attended to.
         """
@@ -253,25 +262,29 @@ class VisionTransformer(PositionedTransformer):
         for done, block in enumerate(self.blocks, start=1):
             tokens = states[done] = self.run_block(block, tokens)
         chosen = [states[done] for done in self.feature_depths[:-1]] + [self.norm(tokens)]
-        return [state[:, 1:].transpose(1, 2).unflatten(2, self.grid_of(image)) for state in chosen]
+        patches = slice(self.num_class_rows, None)
+        return [state[:, patches].transpose(1, 2).unflatten(2, self.grid_of(image)) for state in chosen]
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As the base class, and a one-channel patch weight is spread evenly over this network's input channels."""
-        tensors = super().adapt(tensors)
-        weight = tensors.get("patch_embed.proj.weight")
-        if weight is not None and weight.shape[1] == 1 < self.in_channels:
-            weight = weight.expand(-1, self.in_channels, -1, -1, -1) / self.in_channels
-            tensors = {**tensors, "patch_embed.proj.weight": weight}
-        return tensors
+        """As the base class, and the patch weight fitted to this network's input channels.
+
+        A network without a CLS token leaves out that of the file and its row of the position table.
+        """
+        if self.cls_token is None and {"cls_token", "pos_embed"} <= tensors.keys():
+            tensors = {**tensors, "pos_embed": tensors["pos_embed"][:, 1:]}
+            del tensors["cls_token"]
+        return fit_stem(super().adapt(tensors), "patch_embed.proj.weight", self.in_channels)
 
     def _embed(self, image: Tensor, keep: Tensor | None) -> Tensor:
         if image.shape[1] != self.in_channels:
             raise ValueError(f"the encoder reads {self.in_channels} channels, the image has {image.shape[1]}")
         patches, positions = patchify(image, self.patch_voxel), self.positions(self.grid_of(image))
-        rows = positions[1:]
+        rows = positions[self.num_class_rows :]
         if keep is not None:
             patches, rows = patches.take_along_dim(keep[..., None], dim=1), rows[keep]
         tokens = self.patch_embed(patches) + rows
+        if self.cls_token is None:
+            return tokens
         first = (self.cls_token + positions[0]).expand(len(tokens), -1, -1)
         return torch.cat([first, tokens], dim=1)
 
