@@ -1,0 +1,256 @@
+"""The plain convolutional U-Net: an encoder of strided stages and the decoder that goes back up along its skips."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medssl.models.stem import fit_stem
+from medssl.ops.patches import Triple, triple
+
+SLOPE = 0.01  # of the leaky rectifier
+PerStage = int | Sequence[int | Sequence[int]]
+
+
+class InstanceNorm(nn.InstanceNorm3d):
+    """Affine instance norm. On the CPU it runs as group norm with one channel a group: equal, and twice as fast."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(num_channels, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero mean and unit variance for each sample and channel, then scale and shift."""
+        if x.device.type == "cpu":
+            return F.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution without bias (the norm would remove it), instance norm, leaky rectifier in place."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, kernel: Triple, stride: Triple = (1, 1, 1), act: bool = True
+    ) -> None:
+        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+        conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding, bias=False)
+        nn.init.kaiming_normal_(conv.weight, a=SLOPE)
+        layers = {"conv": conv, "norm": InstanceNorm(out_channels)}
+        super().__init__(OrderedDict(layers | ({"act": nn.LeakyReLU(SLOPE, inplace=True)} if act else {})))
+
+
+def conv_stage(
+    in_channels: int, out_channels: int, *, num_convs: int, kernel: Triple, stride: Triple = (1, 1, 1)
+) -> nn.Sequential:
+    """`num_convs` convolutions, the first of them strided."""
+    first = ConvNormAct(in_channels, out_channels, kernel=kernel, stride=stride)
+    return nn.Sequential(first, *(ConvNormAct(out_channels, out_channels, kernel=kernel) for _ in range(num_convs - 1)))
+
+
+def per_stage(value: PerStage, num_stages: int, *, name: str) -> tuple[Triple, ...]:
+    """One triple a stage: an integer stands for all stages, a list must have an entry for each.
+
+    Raises:
+        ValueError: the list has another length, or an entry is no positive integer or three of them.
+    """
+    entries = [value] * num_stages if isinstance(value, int) else list(value)
+    if len(entries) != num_stages:
+        raise ValueError(f"there are {num_stages} stages, {name} has {len(entries)} entries: {list(entries)}")
+    return tuple(triple(entry) for entry in entries)
+
+
+class UNetEncoder(nn.Module):
+    """Stages of convolutions as in nnU-Net: one map a stage, each stage begins with a strided convolution.
+
+    Args:
+        in_channels: of the image.
+        widths: channels of the stages.
+        strides: step of each stage, an integer or one a axis; null is 1, then 2. The attribute `strides` holds what
+            has been stepped so far, in voxels.
+        convs_per_stage: convolutions in each stage.
+        kernels: one odd side for all stages, or one (or three) a stage.
+        checkpoint_activations: recompute activations in the backward pass.
+
+    Source: arXiv:1809.10486.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 1,
+        widths: Sequence[int] = (32, 64, 128, 256, 320),
+        strides: PerStage | None = None,
+        convs_per_stage: int = 2,
+        kernels: PerStage = 3,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        steps, sides = stage_geometry(strides, kernels, len(widths))
+        self.in_channels, self.channels = in_channels, tuple(widths)
+        self.strides = cumulative(steps)
+        self.checkpoint_activations = checkpoint_activations
+        incoming = (in_channels, *widths[:-1])
+        self.stages = nn.ModuleList(
+            conv_stage(before, width, num_convs=convs_per_stage, kernel=kernel, stride=step)
+            for before, width, step, kernel in zip(incoming, widths, steps, sides, strict=True)
+        )
+
+    def forward(
+        self, image: Float[Tensor, "batch channel x y z"], location: Tensor | None = None
+    ) -> list[Float[Tensor, "batch width i j k"]]:
+        """One map a stage, fine to coarse; `location` is accepted and not used.
+
+        Raises:
+            ValueError: the coarsest map would have a single voxel, which instance norm turns to zero.
+        """
+        check_coarsest(image, self.strides[-1])
+        maps = [image]
+        for stage in self.stages:
+            maps.append(run(stage, maps[-1], checkpointed=self.checkpoint_activations))
+        return maps[1:]
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same weights with the first convolution fitted to this network's input channels."""
+        return fit_stem(tensors, "stages.0.0.conv.weight", self.in_channels)
+
+
+class UNetDecoder(nn.Module):
+    """Transposed convolutions and convolutions over the skips of an encoder whose maps have falling resolution.
+
+    Where the finest map is coarser than the image, further steps lead to full resolution; their skips are convolutions
+    over the image, `image_width` channels wide at full resolution and twice as wide at each step below.
+
+    Args:
+        in_channels: of the image.
+        encoder_channels: of the encoder's maps, fine to coarse.
+        encoder_strides: of the encoder's maps, in voxels.
+        convs_per_stage: convolutions at each resolution.
+        kernels: one odd side for all levels, or one (or three) a level, fine to coarse.
+        image_width: see above; no wider than the encoder's finest map.
+        checkpoint_activations: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        encoder_channels: Sequence[int],
+        encoder_strides: Sequence[Sequence[int]],
+        convs_per_stage: int = 2,
+        kernels: PerStage = 3,
+        image_width: int = 32,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.checkpoint_activations = in_channels, checkpoint_activations
+        extra = halvings(triple(encoder_strides[0]))
+        image_widths = [min(image_width << level, encoder_channels[0]) for level in range(len(extra))]
+        self.image_levels = (
+            UNetEncoder(
+                in_channels=in_channels,
+                widths=image_widths,
+                strides=[(1, 1, 1), *extra[:-1]],
+                checkpoint_activations=checkpoint_activations,
+            )
+            if extra
+            else None
+        )
+        widths = [*image_widths, *encoder_channels]
+        strides = [*(self.image_levels.strides if self.image_levels else ()), *map(triple, encoder_strides)]
+        steps = [_step(fine, coarse) for fine, coarse in pairwise(strides)]
+        if not steps:
+            raise ValueError("a U-Net decoder needs an encoder with maps of at least two resolutions")
+        self.channels, self.strides = tuple(widths[:-1]), tuple(strides[:-1])
+        self.ups = nn.ModuleList(
+            _upsampling(coarse, fine, step=step) for (fine, coarse), step in zip(pairwise(widths), steps, strict=True)
+        )
+        self.stages = nn.ModuleList(
+            conv_stage(2 * width, width, num_convs=convs_per_stage, kernel=kernel)
+            for width, kernel in zip(self.channels, per_stage(kernels, len(steps), name="kernels"), strict=True)
+        )
+
+    def forward(
+        self, image: Float[Tensor, "batch channel x y z"], features: Sequence[Float[Tensor, "batch _ _ _ _"]]
+    ) -> list[Float[Tensor, "batch width i j k"]]:
+        """Decoded maps, full resolution first."""
+        skips = [*(self.image_levels(image) if self.image_levels else ()), *features]
+        current, decoded = skips.pop(), []
+        for up, stage in zip(reversed(self.ups), reversed(self.stages), strict=True):
+            current = torch.cat([up(current), skips.pop()], dim=1)
+            current = run(stage, current, checkpointed=self.checkpoint_activations)
+            decoded.append(current)
+        return decoded[::-1]
+
+
+def halvings(stride: Triple) -> list[Triple]:
+    """Steps of 1 or 2 an axis, fine to coarse, whose product is `stride`.
+
+    An axis with fewer halvings than the others takes them at the coarse end, where its spacing has caught up.
+
+    Raises:
+        ValueError: a stride is no power of two.
+    """
+    exponents = [side.bit_length() - 1 for side in stride]
+    if any(side != 1 << exponent for side, exponent in zip(stride, exponents, strict=True)):
+        raise ValueError(f"strides of {stride} voxels cannot be undone by doubling; use powers of two")
+    deepest = max(exponents)
+    a, b, c = ([1] * (deepest - exponent) + [2] * exponent for exponent in exponents)
+    return list(zip(a, b, c, strict=True))
+
+
+def cumulative(steps: Sequence[Triple]) -> tuple[Triple, ...]:
+    """Product of the steps up to each stage."""
+    done = [(1, 1, 1)]
+    for step in steps:
+        done.append(tuple(a * b for a, b in zip(done[-1], step, strict=True)))  # type: ignore[arg-type]
+    return tuple(done[1:])
+
+
+def stage_geometry(
+    strides: PerStage | None, kernels: PerStage, num_stages: int
+) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
+    """Steps and kernels of the stages; without `strides` the steps are 1, then 2. Raises: ValueError: even kernel."""
+    steps = per_stage([1] + [2] * (num_stages - 1) if strides is None else strides, num_stages, name="strides")
+    sides = per_stage(kernels, num_stages, name="kernels")
+    if any(side % 2 == 0 for kernel in sides for side in kernel):
+        raise ValueError(f"kernels must have odd sides, got {sides}")
+    return steps, sides
+
+
+def check_coarsest(image: Tensor, stride: Triple) -> None:
+    """Raise a ValueError where the map at `stride` would have a single voxel."""
+    size = tuple(image.shape[2:])
+    if math.prod(-(-side // step) for side, step in zip(size, stride, strict=True)) == 1:
+        raise ValueError(
+            f"an image of {size} voxels leaves a single voxel at the coarsest stage, which is one in {stride}; use a "
+            "larger crop or fewer stages"
+        )
+
+
+def run(stage: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor:
+    """What `stage` makes of `inputs`, recomputed in the backward pass where asked."""
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(stage, *inputs, use_reentrant=False)
+    return stage(*inputs)
+
+
+def _step(fine: Triple, coarse: Triple) -> Triple:
+    step = triple([max(1, b // a) for a, b in zip(fine, coarse, strict=True)])
+    if step == (1, 1, 1) or any(a * s != b for a, s, b in zip(fine, step, coarse, strict=True)):
+        raise ValueError(
+            f"the encoder's maps step from {fine} to {coarse} voxels; a U-Net decoder needs each map to be coarser "
+            "than the one before by whole factors (for maps of one stride take medssl.models.unetr.UNETRDecoder)"
+        )
+    return step
+
+
+def _upsampling(in_channels: int, out_channels: int, *, step: Triple) -> nn.ConvTranspose3d:
+    layer = nn.ConvTranspose3d(in_channels, out_channels, step, stride=step)
+    nn.init.normal_(layer.weight, std=in_channels**-0.5)  # each output voxel sums one tap of every channel
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
