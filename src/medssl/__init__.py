@@ -12,12 +12,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load_encoder": "medssl.weights",
+    "load_segmenter": "medssl.weights",
     "save_weights": "medssl.weights",
     "read_card": "medssl.weights",
     "Method": "medssl.methods.base",
     "StepOutput": "medssl.methods.base",
     "Progress": "medssl.methods.base",
     "GLMAE": "medssl.methods.glmae",
+    "Segmenter": "medssl.models.segmenter",
     "VisionTransformer": "medssl.models.vit",
     "Volume": "medssl.data.volume",
     "VolumeStore": "medssl.data.store",
@@ -41,8 +43,10 @@ if TYPE_CHECKING:
     from medssl.methods.base import Progress as Progress
     from medssl.methods.base import StepOutput as StepOutput
     from medssl.methods.glmae import GLMAE as GLMAE
+    from medssl.models.segmenter import Segmenter as Segmenter
     from medssl.models.vit import VisionTransformer as VisionTransformer
     from medssl.weights import load_encoder as load_encoder
+    from medssl.weights import load_segmenter as load_segmenter
     from medssl.weights import read_card as read_card
     from medssl.weights import save_weights as save_weights
 

@@ -3,7 +3,6 @@
 The card (JSON in the header) says how to rebuild the encoder and how its images were read. No code runs on load.
 """
 
-import importlib
 import json
 import logging
 import os
@@ -18,16 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from medssl import layouts
+from medssl.building import build_network as build_network
+from medssl.building import build_trusted as build_trusted
 from medssl.models.reoriented import Reoriented
+from medssl.models.segmenter import Segmenter, build_segmenter
 
 FORMAT = 1
-TRUSTED = ("medssl.models", "monai.networks")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors of one part."""
+    """What became of the tensors of one part.
+
+    `reshaped` and `left_out` are what the network changed by its own rules (`adapt`): tensors that it resized or cut,
+    and tensors of the file that it has no use for.
+    """
 
     part: str
     matched: tuple[str, ...]
@@ -35,15 +40,16 @@ class LoadReport:
     unexpected: tuple[str, ...]
     ill_shaped: tuple[str, ...]
     reshaped: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether every tensor of the part came from the file, and every one of the file was used."""
+        """Whether every tensor of the part came from the file, and those of the file were used or left out by rule."""
         return not (self.missing or self.unexpected or self.ill_shaped)
 
     def __str__(self) -> str:
         names = {"missing": self.missing, "unexpected": self.unexpected}
-        names |= {"of another shape": self.ill_shaped, "reshaped": self.reshaped}
+        names |= {"of another shape": self.ill_shaped, "reshaped": self.reshaped, "left out": self.left_out}
         details = [
             f"{len(some)} {what} ({', '.join(some[:4])}{', ...' if some[4:] else ''})"
             for what, some in names.items()
@@ -55,13 +61,13 @@ class LoadReport:
 def save_weights(path: str | Path, parts: Mapping[str, nn.Module], card: Mapping[str, Any]) -> None:
     """Write the tensors of `parts` as `part.tensor` and `card` into `path`; equal input gives equal bytes.
 
-    The file appears at once or not at all. Wrappers of compiled modules leave no trace in the names.
+    The file appears at once or not at all. Wrappers (of compiled modules, `Reoriented`) leave no trace in the names.
     """
     target = Path(path)
     tensors = {
         f"{part}.{name.replace('_orig_mod.', '')}": tensor.detach().cpu().contiguous().clone()
         for part, module in parts.items()
-        for name, tensor in module.state_dict().items()
+        for name, tensor in _bare(module).state_dict().items()
     }
     header = json.dumps({**card, "format": FORMAT}, sort_keys=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +104,24 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return card
 
 
+def encoder_recipe(path: str | Path, *, layout: str | None = None, branch: str = "student") -> dict[str, Any]:
+    """The recipe of the encoder in a file, for `build_network` or `build_segmenter`; wrapped where its axes differ.
+
+    Raises:
+        ValueError: wrong file, unknown layout or branch, or the card describes no encoder.
+    """
+    if layout is None:
+        card = read_card(path)
+    else:
+        card = layouts.infer_card(_published(path, layout, branch), source=str(path), layout=layout)
+    if "encoder" not in card:
+        raise ValueError(f"the card of {path} does not describe an encoder; its keys are {sorted(card)}")
+    axes = card.get("input_axes", "xyz")
+    if axes == "xyz":
+        return card["encoder"]
+    return {"_target_": "medssl.models.reoriented.Reoriented", "net": card["encoder"], "axes": axes}
+
+
 def load_encoder(
     path: str | Path, *, layout: str | None = None, branch: str = "student", allow_modules: Sequence[str] = ()
 ) -> nn.Module:
@@ -112,16 +136,40 @@ def load_encoder(
     Raises:
         ValueError: wrong file, unknown layout or branch, a class that is not allowed, or weights that do not fit.
     """
-    if layout is None:
-        card = read_card(path)
-    else:
-        card = layouts.infer_card(_published(path, layout, branch), source=str(path), layout=layout)
-    if "encoder" not in card:
-        raise ValueError(f"the card of {path} does not describe an encoder; its keys are {sorted(card)}")
-    encoder = build_network(card["encoder"], allow_modules=allow_modules)
+    encoder = build_network(encoder_recipe(path, layout=layout, branch=branch), allow_modules=allow_modules)
     load_parts(path, {"encoder": encoder}, layout=layout, branch=branch)
-    axes = card.get("input_axes", "xyz")
-    return (encoder if axes == "xyz" else Reoriented(encoder, axes=axes)).eval()
+    return encoder.eval()
+
+
+def load_segmenter(path: str | Path, *, allow_modules: Sequence[str] = ()) -> tuple[Segmenter, dict[str, Any]]:
+    """The segmenter of a file in evaluation mode, and its card: labels (`classes`), reading recipe, data, versions.
+
+    Raises:
+        ValueError: wrong or broken file, one that holds no segmenter, a class that is not allowed, or a card whose
+            networks or labels do not belong to the tensors.
+    """
+    card = read_card(path)
+    if card.get("kind") != "segmenter":
+        raise ValueError(
+            f"{path} holds {'a pre-trained encoder' if 'encoder' in card else 'tensors'}, not a segmenter; fine-tune "
+            f"it first (python -m medssl.finetune weights={path} ...) and give the segmenter.safetensors of that run"
+        )
+    if lacking := sorted({"encoder", "decoder", "num_classes", "deep_supervision", "classes"} - card.keys()):
+        raise ValueError(f"the card of {path} lacks {', '.join(lacking)}; write the file again with this version")
+    num_classes = card["num_classes"]
+    if len(card["classes"]) != num_classes:
+        raise ValueError(f"the card of {path} names {len(card['classes'])} labels for {num_classes} classes")
+    encoder = card["encoder"]
+    network, _ = build_segmenter(
+        encoder,
+        card["decoder"],
+        num_classes=num_classes,
+        in_channels=encoder.get("net", encoder).get("in_channels", 1),
+        deep_supervision=card["deep_supervision"],
+        allow_modules=allow_modules,
+    )
+    load_parts(path, network.parts())
+    return network.eval(), card
 
 
 def load_parts(
@@ -144,7 +192,8 @@ def load_parts(
     wanted = [f"{prefix}{part}" for part in parts]
     tensors = _own(path, wanted) if layout is None else _published(path, layout, branch)
     reports, accepted = [], []
-    for name, (part, module) in zip(wanted, parts.items(), strict=True):
+    for name, (part, wrapped) in zip(wanted, parts.items(), strict=True):
+        module = _bare(wrapped)
         stored = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
         if not stored:
             held = _parts_of(path) if layout is None else sorted({key.partition(".")[0] for key in tensors})
@@ -161,37 +210,16 @@ def load_parts(
     return reports
 
 
-def build_network(recipe: Mapping[str, Any], *, allow_modules: Sequence[str] = ()) -> nn.Module:
-    """Build the network that a card describes: `_target_` names a class, the other entries are its keywords.
+def describe_loading(reports: Sequence[LoadReport], network: nn.Module) -> str:
+    """Two lines for users: what came from the file, and which parts of `network` start from scratch."""
+    loaded = [report.part for report in reports]
+    fresh = [part for part, _ in network.named_children() if part not in loaded]
+    lines = [f"from the file: {'; '.join(map(str, reports))}"] if reports else []
+    return "\n".join(lines + ([f"from scratch: {', '.join(fresh)}"] if fresh else []))
 
-    Raises:
-        ValueError: the class is not in a trusted or allowed package, is no network, or refuses its keywords.
-    """
-    keywords = {
-        key: build_network(value, allow_modules=allow_modules)
-        if isinstance(value, Mapping) and "_target_" in value
-        else value
-        for key, value in recipe.items()
-        if key != "_target_"
-    }
-    target = str(recipe.get("_target_"))
-    package, _, name = target.rpartition(".")
-    allowed = (*TRUSTED, *allow_modules)
-    if not any(package == root or package.startswith(f"{root}.") for root in allowed):
-        raise ValueError(
-            f"the card names the class {target}, which is outside {', '.join(allowed)}; if you trust the file, pass "
-            f"allow_modules=[{package!r}]"
-        )
-    try:
-        network = getattr(importlib.import_module(package), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the card names the class {target}, which cannot be imported: {error}") from None
-    if not (isinstance(network, type) and issubclass(network, nn.Module)):
-        raise ValueError(f"the card names {target}, which is no torch.nn.Module")
-    try:
-        return network(**keywords)
-    except TypeError as error:
-        raise ValueError(f"{target} does not take what the card gives: {error}") from None
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module.net if isinstance(module, Reoriented) else module
 
 
 def _compare(part: str, module: nn.Module, stored: dict[str, Tensor]) -> tuple[LoadReport, dict[str, Tensor]]:
@@ -212,6 +240,7 @@ def _compare(part: str, module: nn.Module, stored: dict[str, Tensor]) -> tuple[L
         unexpected=tuple(sorted(adapted.keys() - expected.keys())),
         ill_shaped=tuple(ill_shaped),
         reshaped=tuple(sorted(key for key in fitting if stored[key].shape != fitting[key].shape)),
+        left_out=tuple(sorted(stored.keys() - adapted.keys())),
     )
     return report, fitting
 

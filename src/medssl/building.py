@@ -1,0 +1,60 @@
+"""Objects from recipes: a mapping whose `_target_` names a class and whose other entries are its keywords."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+NETWORKS = ("medssl.models", "monai.networks")
+Built = TypeVar("Built")
+
+
+def trusted_class(recipe: Mapping[str, Any], packages: Sequence[str], *, base: type[Built]) -> type[Built]:
+    """The class that a recipe names.
+
+    Raises:
+        ValueError: it is not in one of the packages, cannot be imported, or is no subclass of `base`.
+    """
+    target = str(recipe.get("_target_"))
+    package, _, name = target.rpartition(".")
+    if not any(package == root or package.startswith(f"{root}.") for root in packages):
+        raise ValueError(
+            f"the recipe names the class {target}, which is outside {', '.join(packages)}; if you trust where it comes "
+            f"from, pass allow_modules=[{package!r}]"
+        )
+    try:
+        named = getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the recipe names the class {target}, which cannot be imported: {error}") from None
+    if not (isinstance(named, type) and issubclass(named, base)):
+        kind = "torch.nn.Module" if base is nn.Module else f"{base.__module__}.{base.__qualname__}"
+        raise ValueError(f"the recipe names {target}, which is no {kind}")
+    return named
+
+
+def build_trusted(recipe: Mapping[str, Any], packages: Sequence[str], base: type[Built]) -> Built:
+    """Build what a recipe describes, recipes among its keywords first; only classes of `packages` are built.
+
+    Raises:
+        ValueError: as `trusted_class`, or the class refuses its keywords.
+    """
+    keywords = {
+        key: build_trusted(value, packages, base) if isinstance(value, Mapping) and "_target_" in value else value
+        for key, value in recipe.items()
+        if key != "_target_"
+    }
+    named = trusted_class(recipe, packages, base=base)
+    try:
+        return named(**keywords)
+    except TypeError as error:
+        raise ValueError(f"{recipe['_target_']} does not take what the recipe gives: {error}") from None
+
+
+def build_network(recipe: Mapping[str, Any], *, allow_modules: Sequence[str] = ()) -> nn.Module:
+    """Build the network that a recipe describes out of `medssl.models`, `monai.networks` or an allowed package.
+
+    Raises:
+        ValueError: the class is not in a trusted or allowed package, is no network, or refuses its keywords.
+    """
+    return build_trusted(recipe, (*NETWORKS, *allow_modules), nn.Module)

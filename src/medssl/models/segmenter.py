@@ -1,0 +1,134 @@
+"""An encoder and a decoder that together label every voxel."""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from medssl.building import NETWORKS, build_trusted, trusted_class
+from medssl.models.reoriented import Reoriented
+from medssl.models.unet import halvings
+from medssl.models.vit import VisionTransformer
+from medssl.ops.patches import Triple, triple
+
+UNET, UNETR = "medssl.models.unet.UNetDecoder", "medssl.models.unetr.UNETRDecoder"
+
+
+class Segmenter(nn.Module):
+    """Encoder, decoder and one 1x1x1 convolution a supervised resolution.
+
+    Args:
+        encoder: gives maps described by its `channels` and `strides`.
+        decoder: gives decoded maps described by its `channels` and `strides`, full resolution first.
+        num_classes: background included.
+        deep_supervision: number of coarser resolutions at which `outputs` gives logits too.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, num_classes: int, *, deep_supervision: int = 0) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}; a segmenter needs the background and at least one class")
+        widths, _ = levels(decoder)
+        if not 0 <= deep_supervision < len(widths):
+            raise ValueError(f"deep_supervision is {deep_supervision}, this decoder allows 0 to {len(widths) - 1}")
+        self.encoder, self.decoder, self.num_classes = encoder, decoder, num_classes
+        self.head = nn.ModuleList(nn.Conv3d(width, num_classes, 1) for width in widths[: 1 + deep_supervision])
+        self.multiple_voxel = triple([math.lcm(*steps) for steps in zip(*levels(encoder)[1], strict=True)])
+
+    def forward(self, image: Float[Tensor, "batch channel x y z"]) -> Float[Tensor, "batch class x y z"]:
+        """Logits at full resolution.
+
+        Raises:
+            ValueError: a side is no multiple of `multiple_voxel`, or the image has another number of channels.
+        """
+        return self.head[0](self._decoded(image)[0])
+
+    def outputs(self, image: Float[Tensor, "batch channel x y z"]) -> list[Float[Tensor, "batch class i j k"]]:
+        """Logits of every supervised resolution, full resolution first."""
+        return [head(level) for head, level in zip(self.head, self._decoded(image), strict=False)]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The named networks that a file holds."""
+        return {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
+
+    def _decoded(self, image: Tensor) -> list[Tensor]:
+        size = tuple(image.shape[2:])
+        if any(side % step for side, step in zip(size, self.multiple_voxel, strict=True)):
+            fitting = tuple(-(-side // step) * step for side, step in zip(size, self.multiple_voxel, strict=True))
+            raise ValueError(
+                f"an image of {size} voxels does not fit this network: sides must be multiples of "
+                f"{self.multiple_voxel}; use crops of such a size, for instance {fitting}"
+            )
+        expected = getattr(self.encoder, "in_channels", image.shape[1])
+        if image.shape[1] != expected:
+            raise ValueError(f"the network reads {expected} channels, the image has {image.shape[1]}")
+        return self.decoder(image, self.encoder(image))
+
+
+def build_segmenter(
+    encoder_recipe: Mapping[str, Any],
+    decoder_recipe: Mapping[str, Any] | None,
+    *,
+    num_classes: int,
+    in_channels: int,
+    deep_supervision: int = 0,
+    allow_modules: Sequence[str] = (),
+) -> tuple[Segmenter, dict[str, Any]]:
+    """A segmenter with fresh weights, and the completed recipes that build the same one again.
+
+    Without a decoder recipe, an encoder whose maps share one stride gets a `UNETRDecoder`, any other a `UNetDecoder`.
+    A `VisionTransformer` is built without CLS token unless its recipe names `class_token`, and for a `UNETRDecoder`
+    with the maps that this has steps for (see `skip_depths`) unless its recipe names `feature_depths`.
+
+    Raises:
+        ValueError: a class outside the trusted packages, or networks that do not fit together.
+    """
+    packages = (*NETWORKS, *allow_modules)
+    encoder_recipe, decoder_recipe = dict(encoder_recipe), dict(decoder_recipe) if decoder_recipe else None
+    wrapped = issubclass(trusted_class(encoder_recipe, packages, base=nn.Module), Reoriented)
+    net = {**(encoder_recipe["net"] if wrapped else encoder_recipe), "in_channels": in_channels}
+    kind = trusted_class(net, packages, base=nn.Module)
+    if issubclass(kind, VisionTransformer):
+        from medssl.models.unetr import UNETRDecoder  # brings MONAI, seconds that other networks need not wait
+
+        decoder_recipe = decoder_recipe or {"_target_": UNETR}
+        net.setdefault("class_token", False)
+        for_unetr = issubclass(trusted_class(decoder_recipe, packages, base=nn.Module), UNETRDecoder)
+        if for_unetr and net.get("feature_depths") is None:
+            num_steps = len(halvings(triple(_option(net, kind, "patch_voxel"))))
+            net["feature_depths"] = skip_depths(_option(net, kind, "depth"), num_steps)
+    encoder_recipe = {**encoder_recipe, "net": net} if wrapped else net
+    encoder = build_trusted(encoder_recipe, packages, nn.Module)
+    channels, strides = levels(encoder)
+    decoder_recipe = decoder_recipe or {"_target_": UNETR if len(set(strides)) == 1 else UNET}
+    fitted = {"in_channels": in_channels, "encoder_channels": channels, "encoder_strides": strides}
+    decoder = build_trusted({**decoder_recipe, **fitted}, packages, nn.Module)
+    recipes = {"encoder": encoder_recipe, "decoder": decoder_recipe, "num_classes": num_classes}
+    network = Segmenter(encoder, decoder, num_classes, deep_supervision=deep_supervision)
+    return network, {**recipes, "deep_supervision": deep_supervision}
+
+
+def skip_depths(depth: int, num_maps: int) -> list[int]:
+    """Numbers of finished blocks of a transformer: after the first block of each later part of equal length, and all.
+
+    For 12 blocks and four maps they are 4, 7, 10 and 12, those of UNETR (arXiv:2103.10504).
+    """
+    return [depth * part // num_maps + 1 for part in range(1, num_maps)] + [depth]
+
+
+def levels(network: nn.Module) -> tuple[list[int], list[Triple]]:
+    """Channels and strides (voxels) of a network's maps. Raises: ValueError: it does not say."""
+    channels, strides = getattr(network, "channels", None), getattr(network, "strides", None)
+    if not channels or not strides or len(channels) != len(strides):
+        raise ValueError(
+            f"{type(network).__name__} cannot be part of a segmenter: it needs the attributes `channels` and `strides` "
+            "with one entry for each of its maps"
+        )
+    return [int(width) for width in channels], [triple(stride) for stride in strides]
+
+
+def _option(recipe: Mapping[str, Any], kind: type, name: str) -> Any:
+    return recipe.get(name, inspect.signature(kind).parameters[name].default)
