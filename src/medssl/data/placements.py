@@ -104,12 +104,14 @@ class RandomCrop(ViewSpec):
             voxels at `spacing_mm`.
         label_share: share of the crops whose centre is a voxel of one of the case's labels (each label equally often).
         foreground_share: share of the rest whose centre is a body voxel.
+        labels: values that count for `label_share`; None for all that the case holds.
     """
 
     within: Region = "volume"
     fraction: Sequence[float] | None = None
     label_share: float = 0.0
     foreground_share: float = 0.0
+    labels: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -148,7 +150,8 @@ class RandomCrop(ViewSpec):
         points = scene.points(self.slot)
         value = -1
         if share < self.label_share:
-            labels = scene.record(self.slot).labels
+            held = scene.record(self.slot).labels
+            labels = held if self.labels is None else [label for label in held if label in self.labels]
             value = labels[rng.integers(len(labels))] if labels else -1
         chosen = points[points[:, 3] == value]
         return chosen[rng.integers(len(chosen)), :3].astype(np.float64) if len(chosen) else None
