@@ -117,6 +117,60 @@ def test_labels_follow_the_image_by_nearest_neighbour(make_store, draw):
         np.testing.assert_array_equal(views["turned"].label[b, 0, 0].numpy(), expected)
 
 
+@pytest.mark.parametrize("spacing_mm", [[1.5, 1.5, 2.0], [0.9, 1.1, 4.0], "native"])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        [],
+        [Flip(probability=1.0), Rotate90(probability=1.0)],
+        [Flip(probability=1.0), Affine(rotation_deg=25, scale=[0.8, 1.25])],
+        [Elastic(sigma_voxel=[3, 4], rms_voxel=[1, 2]), Flip(probability=0.5)],
+    ],
+    ids=["plain", "flipped", "turned", "bent"],
+)
+def test_labels_at_another_spacing_are_those_of_the_nearest_stored_voxel(make_store, draw, spacing_mm, augment):
+    """A slow loop over the view's voxels, by the view's own map of points; crops reach beyond the volume."""
+    shape = (26, 24, 18)
+    blocks = np.random.default_rng(3).integers(0, 5, (13, 12, 9))
+    label = blocks.repeat(2, 0).repeat(2, 1).repeat(2, 2) * 30
+    store = make_store(_noise((1, *shape)), labels=[label], affine=np.diag([0.8, 1.3, 2.5, 1.0]))
+    plan = ViewPlan(
+        groups={"x": RandomCrop(size=[14] * 3, count=2, spacing_mm=spacing_mm, label=True, augment=augment)}
+    )
+    view = draw(store, plan, [Request((0,), 1)])["x"]
+    points = _coordinates(view)[0].reshape(2, 14, 14, 14, 3).numpy()
+    compared = 0
+    for index in np.ndindex(2, 14, 14, 14):
+        if np.any(np.abs(points[index] - np.floor(points[index]) - 0.5) < 1e-3):
+            continue  # halfway between two voxels either is right
+        nearest = np.floor(points[index] + 0.5).astype(int)
+        inside = np.all(nearest >= 0) and np.all(nearest < shape)
+        expected = label[tuple(nearest)] if inside else 0
+        assert view.label[0, index[0], 0][index[1:]] == expected
+        compared += 1
+    assert compared > 4000
+    assert len(view.label.unique()) == 5
+
+
+@pytest.mark.parametrize("spacing_mm", [[1.5, 1.5, 2.0], "native"])
+def test_the_label_of_a_half_space_ends_where_its_image_does(make_store, draw, spacing_mm):
+    """Image and label take different ways through drawing; here one follows from the other."""
+    ramp = np.stack(np.meshgrid(*[np.arange(n) for n in (30, 28, 24)], indexing="ij"))
+    array = (20 * ramp[0] + 12 * ramp[1] - 9 * ramp[2]).astype(np.int16)
+    label = (array > 200).astype(int)
+    store = make_store(array[None], labels=[label], affine=np.diag([0.8, 1.3, 2.5, 1.0]))
+    augment = [Flip(), Affine(rotation_deg=25, scale=[0.8, 1.0])]
+    groups = {
+        "straight": RandomCrop(size=[12] * 3, count=4, spacing_mm=spacing_mm, label=True, outside="border"),
+        "turned": Same(of="straight", size=[12] * 3, count=4, label=True, augment=augment, outside="border"),
+    }
+    for view in draw(store, ViewPlan(groups=groups), [Request((0,), 2)]).values():
+        inside = (_coordinates(view) > 0).all(-1) & (_coordinates(view) < torch.tensor([29, 27, 23])).all(-1)
+        sure = inside.reshape(view.image.shape[0], 4, 1, 12, 12, 12) & ((view.image - 200).abs() > 45)
+        assert sure.float().mean() > 0.3
+        assert torch.equal(view.label[sure], (view.image[sure] > 200).long())
+
+
 def test_large_label_values_survive_turning(make_store, draw):
     label = np.full((16, 16, 16), 2**24 + 1)
     store = make_store((np.arange(16)[:, None, None] * np.ones((1, 16, 16, 16))).astype(np.int16), labels=[label])

@@ -58,6 +58,31 @@ def test_a_spacing_sets_the_step_in_millimetres(make_store):
     np.testing.assert_allclose(frame.matrix.diagonal()[:3], [2, 1, 0.5])
 
 
+def test_a_spacing_that_is_the_files_but_for_rounding_cuts_whole_voxels(make_store):
+    array = np.random.default_rng(0).integers(0, 99, (1, 40, 40, 20)).astype(np.int16)
+    store = make_store(array, affine=np.diag([0.78125, 0.78125, 3.0, 1.0]))
+    (frame,) = _frames(store, RandomCrop(size=[8] * 3, spacing_mm=[0.7812, 0.78126, 3.0002]), samples=1)
+    assert frame.is_aligned
+    (frame,) = _frames(store, RandomCrop(size=[8] * 3, spacing_mm=[0.78, 0.78125, 3.0]), samples=1)
+    assert frame.matrix[0, 0] == pytest.approx(0.9984)
+    assert np.all(frame.matrix.diagonal()[1:3] == 1)
+
+
+def test_label_shares_can_be_kept_to_some_labels(noise_store):
+    points = noise_store.points(0)
+    found = [
+        frame.center
+        for frame in _frames(noise_store, RandomCrop(size=[1] * 3, label_share=1, labels=[2, 9]), samples=50)
+    ]
+    for center in found:
+        assert 2 in points[np.all(points[:, :3] == center, axis=1), 3]
+    bare = _frames(noise_store, RandomCrop(size=[1] * 3, label_share=1, labels=[9]), samples=20)  # the body stands in
+    assert all(-1 in points[np.all(points[:, :3] == frame.center, axis=1), 3] for frame in bare)
+    for labels in ([], [0, 1]):
+        with pytest.raises(ValueError, match=r"labels must be label values from 1 on, or null, got"):
+            RandomCrop(size=[4] * 3, labels=labels)
+
+
 def test_label_shares_centre_crops_on_every_label_equally(noise_store):
     points = noise_store.points(0)
     spec = RandomCrop(size=[1] * 3, label_share=0.6, foreground_share=0.5)

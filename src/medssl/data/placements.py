@@ -12,7 +12,7 @@ from medssl.data.augment.base import Augmentation
 from medssl.data.geometry import Frame
 from medssl.data.scene import Placement, Region, Scene
 from medssl.data.store import Record
-from medssl.data.volume import Box
+from medssl.data.volume import SAME_SPACING, Box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +74,16 @@ class ViewSpec(ABC):
         """`count` places; `placed` holds the groups stated before this one, by name."""
 
     def step_voxel(self, record: Record, scale: float = 1.0) -> Float[np.ndarray, "3"]:
-        """Stored voxels per view voxel, `scale` times the stated spacing."""
+        """Stored voxels per view voxel, `scale` times the stated spacing.
+
+        A spacing that is the volume's but for rounding in the header counts as equal: such views are cut, not
+        interpolated.
+        """
         if isinstance(self.spacing_mm, str):
             return np.full(3, float(scale))
-        return np.broadcast_to(np.asarray(self.spacing_mm, dtype=np.float64), 3) * scale / np.array(record.spacing_mm)
+        stated = np.broadcast_to(np.asarray(self.spacing_mm, dtype=np.float64), 3)
+        step = stated * scale / np.array(record.spacing_mm)
+        return np.where(np.abs(step - 1) < SAME_SPACING, 1.0, step)
 
     def frame(self, center: Float[np.ndarray, "3"], step_voxel: Float[np.ndarray, "3"]) -> Frame:
         """The frame about `center`; on whole voxels along the axes that have one view voxel per stored voxel."""
@@ -123,6 +129,8 @@ class RandomCrop(ViewSpec):
         if not (0 <= self.label_share <= 1 and 0 <= self.foreground_share <= 1):
             shares = f"{self.label_share} and {self.foreground_share}"
             raise ValueError(f"RandomCrop: label_share and foreground_share must lie in [0, 1], got {shares}")
+        if self.labels is not None and (not self.labels or min(self.labels) < 1):
+            raise ValueError(f"RandomCrop: labels must be label values from 1 on, or null, got {list(self.labels)}")
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
         """Independent crops."""

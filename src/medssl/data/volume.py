@@ -14,6 +14,8 @@ BODY_RECIPE = {"threshold_hu": -500.0, "copy_spacing_mm": 4.0, "num_body_points"
 """How the body and the points are found; part of a store's recipe."""
 
 CT_MINIMUM_HU = -200.0
+SAME_SPACING = 1e-4
+"""Spacings whose ratio is this close to one are equal but for rounding in the header."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,7 +304,7 @@ def _target_grid(
     if wanted.shape != (3,) or not (wanted > 0).all():
         raise ValueError(f"spacing_mm takes three positive numbers (x, y, z), got {list(spacing_mm)}")
     ratio = wanted / np.array(volume.spacing_mm)
-    ratio[np.abs(ratio - 1) < 1e-4] = 1.0  # the same spacing but for rounding in the header
+    ratio[np.abs(ratio - 1) < SAME_SPACING] = 1.0
     x, y, z = (max(1, round(n / r)) for n, r in zip(volume.shape, ratio, strict=True))
     first = [_positions(m, n, r)[0] for m, n, r in zip((x, y, z), volume.shape, ratio, strict=True)]
     step = np.diag([*ratio, 1.0])
