@@ -17,7 +17,7 @@ class Reoriented(nn.Module):
         if sorted(axes) != ["x", "y", "z"]:
             raise ValueError(f"axes must be an order of the letters x, y and z, got {axes!r}")
         self.net, self.axes = net, axes
-        self.channels, self.in_channels = net.channels, net.in_channels
+        self.channels, self.in_channels = net.channels, getattr(net, "in_channels", None)
         self.strides = tuple(tuple(stride[axes.index(axis)] for axis in "xyz") for stride in net.strides)  # type: ignore[union-attr]
 
     def forward(

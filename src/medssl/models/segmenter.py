@@ -62,8 +62,8 @@ class Segmenter(nn.Module):
                 f"an image of {size} voxels does not fit this network: sides must be multiples of "
                 f"{self.multiple_voxel}; use crops of such a size, for instance {fitting}"
             )
-        expected = getattr(self.encoder, "in_channels", image.shape[1])
-        if image.shape[1] != expected:
+        expected = getattr(self.encoder, "in_channels", None)
+        if expected not in (None, image.shape[1]):
             raise ValueError(f"the network reads {expected} channels, the image has {image.shape[1]}")
         return self.decoder(image, self.encoder(image))
 
