@@ -1,6 +1,7 @@
 """What every test shares: one thread, the folder of real volumes, a headless matplotlib."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,35 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("MEDSSL_TEST_DATA is unset: it names the folder with the small real volumes")
     return Path(folder)
+
+
+@pytest.fixture
+def finished_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the results of a fine-tuning run: `gain` over scores that depend on the case and class alone."""
+    import numpy as np
+
+    from medssl.evaluation.results import summarise, write_results
+    from medssl.evaluation.scores import CaseScores
+
+    def write(
+        name, *, gain=0.0, seed=0, count=4, classes=("liver", "spleen", "aorta"), num_cases=8, setting=None, **more
+    ):
+        cases = []
+        for case in range(num_cases):
+            base = np.array([0.6 + 0.02 * case + 0.03 * number for number in range(len(classes))])
+            wobble = 0.01 * np.sin(7 * case + 3 * seed + np.arange(len(classes)))
+            dice = np.clip(base + gain * (1 + 0.1 * case) + wobble * (seed > 0), 0, 1)
+            cases.append((f"case_{case:02d}", CaseScores(dice, 20 * (1 - dice), dice**0.5, 1.0)))
+        results = summarise(cases, classes) | {
+            "data": {"name": "phantoms", "store": "stores/phantoms-1"},
+            "split": {"name": "5fold-0", "hash": "0123456789ab", "evaluated_on": "validation", "num_cases": num_cases},
+            "labelled": {"requested": count, "count": count, "seed": 0, "hash": f"subset{count}"},
+            "leakage": {"checked": True, "overlap": 0, "allowed": False},
+            "report": "last",
+            "setting": {"weights": "scratch", "model": "unet", "max_steps": 300} | (setting or {}),
+            "seed": seed,
+        }
+        write_results(tmp_path / name, results | more)
+        return tmp_path / name
+
+    return write

@@ -183,7 +183,8 @@ def main(
             sys.exit(0)
         config = compose(name, line.overrides, extra_dir=line.extra_dir)
         if positional is not None:
-            config[positional] = [*config[positional], *line.words]
+            given = config[positional]
+            config[positional] = [*([given] if isinstance(given, str) else given or []), *line.words]
         if line.cfg:
             print(to_yaml(config), end="")
         else:
