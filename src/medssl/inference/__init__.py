@@ -1,0 +1,1 @@
+"""From a trained network to a segmentation on the grid of the image itself."""
