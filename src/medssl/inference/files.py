@@ -1,0 +1,154 @@
+"""Image files to predict, and NIfTI files that lie exactly where the image lies."""
+
+import contextlib
+import gzip
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from medssl.data.cases import Scan, case_names, file_name
+from medssl.data.formats import NIFTI_SUFFIXES, has_image_suffix, is_dicom, open_image, reasons_for, stem
+from medssl.data.reading import read_volume
+from medssl.data.sources import Folder
+from medssl.data.volume import Volume
+
+MIN_SIDE_VOXEL = 2
+"""Thin slabs are predicted; a single slice is no volume."""
+COMPRESSION = 4
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFile:
+    """An image as it was read, and what a segmentation of it needs to lie in its place.
+
+    Args:
+        path: file, or folder of a DICOM series.
+        volume: its voxels in canonical RAS.
+        affine: voxel index of the file -> RAS mm.
+        header: NIfTI header with the geometry of the file.
+    """
+
+    path: Path
+    volume: Volume
+    affine: Float[np.ndarray, "4 4"]
+    header: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sides as the file states them; of several channels one is left."""
+        shape = tuple(int(n) for n in self.header.get_data_shape())
+        return shape if all(n == 1 for n in shape[3:]) else shape[:3]
+
+    def in_file_order(self, array: Shaped[np.ndarray, "x y z"]) -> Shaped[np.ndarray, "x2 y2 z2"]:
+        """An array on the grid of the volume, its axes flipped and permuted to those of the file; no copy."""
+        from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+
+        canonical = [[0, 1], [1, 1], [2, 1]]
+        return apply_orientation(array, ornt_transform(canonical, io_orientation(self.affine)))
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image to predict: the name of its results, and where it lies."""
+
+    name: str
+    path: Path
+    skip_label_maps: bool = False
+
+
+def read_image(path: Path, *, channels: str | int | None = None, skip_label_maps: bool = False) -> ImageFile:
+    """The image in a file or in the DICOM series of a folder.
+
+    Raises:
+        LabelMapError: it looks like a label map.
+        ReadError: it cannot be used; the reason says why.
+    """
+    import nibabel
+
+    volume = read_volume(path, channels=channels, min_side_voxel=MIN_SIDE_VOXEL, skip_label_maps=skip_label_maps)
+    with reasons_for(path):
+        found = open_image(path)[0]
+        if path.name.lower().endswith(NIFTI_SUFFIXES) and path.is_file():
+            header = nibabel.load(path).header.copy()
+        else:
+            header = nibabel.Nifti1Header()
+            header.set_data_shape(found.shape)
+            header.set_qform(found.affine, code=1, strip_shears=True)
+            header.set_sform(found.affine, code=1)
+            header.set_xyzt_units("mm")
+    return ImageFile(path, volume, found.affine, header)
+
+
+def find_inputs(path: Path, output_dir: Path, *, include_labels: bool = False) -> tuple[list[Input], Scan]:
+    """The images that `input=PATH` means, and the scan that found them: what was skipped, what cannot be read.
+
+    What lies in `output_dir` below the folder is no input.
+
+    Raises:
+        ValueError: there is nothing to predict, or results would lie among the inputs.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        raise ValueError(f"input={path} does not exist")
+    if path.is_file():
+        if not has_image_suffix(path):
+            folder = f"; DICOM slices are given by their folder, {path.parent}" if is_dicom(path) else ""
+            raise ValueError(f"input={path} is no NIfTI, NRRD or MetaImage file by its name{folder}")
+        return [Input(file_name(stem(path)), path)], Scan()
+    if output_dir.resolve() == path.resolve():
+        raise ValueError(f"output_dir={output_dir} is the folder of the images; give the results one of their own")
+    scan = Folder(root=path, include_labels=include_labels).scan()
+    results = output_dir.resolve()
+    images = [case for case in scan.cases if results not in case.image.parents and case.image != results]
+    names = case_names([case.image.relative_to(path.resolve()) for case in images], path.resolve().name)
+    inputs = [Input(name, c.image, c.skip_label_maps) for name, c in zip(names, images, strict=True)]
+    return inputs, Scan([], [row for row in scan.skipped if results not in Path(row["file"]).parents], scan.problems)
+
+
+def write_nifti(
+    path: Path,
+    planes: Iterable[Shaped[np.ndarray, "x y"]],
+    *,
+    like: ImageFile,
+    shape: Sequence[int],
+    dtype: np.dtype[Any],
+) -> None:
+    """Write planes, x running fastest, as a compressed NIfTI file with the geometry of `like`, all or nothing.
+
+    Only the plane at hand is in memory; equal input gives equal bytes.
+    """
+    header = like.header.copy()
+    header = header if header.endianness == "<" else header.as_byteswapped("<")
+    header.set_data_dtype(dtype)
+    header.set_data_shape(shape)
+    header.set_intent("none")
+    offset = header["sizeof_hdr"] + 4  # four bytes that say that no extension follows
+    for field, value in {"scl_slope": 1, "scl_inter": 0, "cal_min": 0, "cal_max": 0, "vox_offset": offset}.items():
+        header[field] = value
+    stored = np.dtype(dtype).newbyteorder("<")
+    with _whole_or_gone(path) as raw, gzip.GzipFile("", "wb", COMPRESSION, raw, mtime=0) as file:
+        file.write(header.binaryblock + bytes(4))
+        for plane in planes:
+            file.write(plane.astype(stored, copy=False).tobytes(order="F"))
+
+
+def slices_of(array: Shaped[np.ndarray, "x y z"]) -> Iterator[Shaped[np.ndarray, "x y"]]:
+    """The planes of an array along its last axis."""
+    return (array[..., z] for z in range(array.shape[-1]))
+
+
+@contextlib.contextmanager
+def _whole_or_gone(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name once it is whole; whatever stops the writing leaves nothing behind."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

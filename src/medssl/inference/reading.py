@@ -1,0 +1,84 @@
+"""How a network wants its images: the part of a segmenter's card that inference needs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from medssl.building import build_trusted
+from medssl.data.augment.base import IntensityAugmentation
+from medssl.data.augment.normalise import LinearNormalisation, MinMax, Standardise
+from medssl.data.store import Record
+
+Normalise = Callable[[Tensor], Tensor]
+NORMALISATIONS = (LinearNormalisation, MinMax, Standardise)
+AUGMENTATIONS = ("medssl.data.augment",)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read and cut for a network.
+
+    Args:
+        spacing_mm: of the grid the network works on, along x, y, z, or "native" for the image's own.
+        crop_voxel: sides of the window, as in training.
+        outside: value beyond the volume: "minimum", "border" or a number in file units.
+        normalise: what makes network input of file units, in order.
+        channels: what is taken from files with several channels, as `read_volume` understands it.
+    """
+
+    spacing_mm: str | tuple[float, float, float]
+    crop_voxel: tuple[int, int, int]
+    outside: str | float = "minimum"
+    normalise: tuple[IntensityAugmentation, ...] = ()
+    channels: str | int | None = None
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any], *, allow_modules: Sequence[str] = ()) -> "Reading":
+        """The reading that the entry `reading` of a segmenter's card describes.
+
+        Raises:
+            ValueError: an entry is missing, or names a class that is no normalisation or is not trusted.
+        """
+        missing = [key for key in ("spacing_mm", "crop_voxel", "outside", "normalise") if key not in card]
+        if missing:
+            raise ValueError(f"the card's reading lacks {', '.join(missing)}; it holds {', '.join(sorted(card))}")
+        packages = (*AUGMENTATIONS, *allow_modules)
+        base: type[IntensityAugmentation] = IntensityAugmentation  # type: ignore[type-abstract]
+        normalise = [build_trusted(recipe, packages, base) for recipe in card["normalise"]]
+        for step in normalise:
+            if not isinstance(step, NORMALISATIONS):
+                raise ValueError(f"the card's reading normalises by {type(step).__name__}, which is no normalisation")
+        spacing = card["spacing_mm"]
+        if isinstance(spacing, str) and spacing != "native":
+            raise ValueError(f"the card's reading has spacing_mm={spacing!r}; it takes native or three numbers")
+        return cls(
+            spacing_mm=spacing if isinstance(spacing, str) else _three(spacing, float),
+            crop_voxel=_three(card["crop_voxel"], int),
+            outside=card["outside"],
+            normalise=tuple(normalise),
+            channels=card.get("channels"),
+        )
+
+    def normaliser(self, record: Record) -> Normalise:
+        """What normalises windows (b c x y z) of a case, each as one view of training; it may work in place."""
+        rng = np.random.default_rng(0)  # normalisations draw nothing
+        rows = [np.concatenate([[1.0], step.parameters(rng, record)]) for step in self.normalise]
+
+        def normalise(windows: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b c x y z"]:
+            views = windows[:, None]
+            num = len(windows)
+            for step, row in zip(self.normalise, rows, strict=True):
+                parameters = np.broadcast_to(row, (num, 1, len(row)))
+                views = step.apply(views, parameters, np.zeros((num, 1), dtype=np.int64))
+            return views[:, 0]
+
+        return normalise
+
+
+def _three(values: Any, kind: type) -> tuple[Any, Any, Any]:
+    x, y, z = (kind(v) for v in np.broadcast_to(np.asarray(values), 3))
+    return x, y, z

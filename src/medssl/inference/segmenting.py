@@ -1,0 +1,234 @@
+"""From a volume to the class of each of its voxels, on its own grid."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Float32, Int16, Shaped, UInt8
+from torch import Tensor, nn
+
+from medssl.data.store import Record, VolumeStore
+from medssl.data.volume import Volume, guess_modality, intensity_statistics
+from medssl.inference.native_grid import NativePlane, mean_plane, most_probable, planes
+from medssl.inference.reading import Reading
+from medssl.inference.sliding_window import Predict, SlidingWindow
+from medssl.inference.working_grid import Fetch, WorkingImage
+
+Classes = UInt8[np.ndarray, "x y z"] | Int16[np.ndarray, "x y z"]
+"""Class numbers; 8 bits where they suffice."""
+
+
+class Averaged:
+    """Class probabilities of windows: the mean over networks and flips of their softmax.
+
+    Args:
+        networks: each gives logits (b k x y z) for windows (b c x y z).
+        flips: axes; every combination of flips along them is averaged over.
+        dtype: to compute in, on devices with automatic mixed precision; None for float32.
+    """
+
+    def __init__(
+        self, networks: Sequence[nn.Module], *, flips: Sequence[int] = (), dtype: torch.dtype | None = None
+    ) -> None:
+        if not networks:
+            raise ValueError("give at least one network")
+        if len(set(flips)) != len(flips) or not set(flips) <= {0, 1, 2}:
+            raise ValueError(f"flips must be different ones of 0 (x), 1 (y), 2 (z), got {list(flips)}")
+        self.networks, self.dtype = list(networks), dtype
+        dims = [2 + axis for axis in flips]
+        self.flips = [some for count in range(len(dims) + 1) for some in combinations(dims, count)]
+
+    @torch.inference_mode()
+    def __call__(self, windows: Float[Tensor, "b c x y z"]) -> Float32[Tensor, "b k x y z"]:
+        """The probabilities of the windows."""
+        total = None
+        for network in self.networks:
+            for dims in self.flips:
+                with torch.autocast(windows.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                    logits = network(windows.flip(dims) if dims else windows)
+                probabilities = (logits.flip(dims) if dims else logits).float().softmax(1)
+                total = probabilities if total is None else total.add_(probabilities)
+        assert total is not None
+        return total.div_(len(self.networks) * len(self.flips))
+
+
+@dataclass(frozen=True)
+class Member:
+    """A part of an ensemble: probabilities, the reading they want, and the weight they have."""
+
+    predict: Predict
+    reading: Reading
+    weight: float = 1.0
+
+
+class _StopAskedFor(Exception):
+    pass
+
+
+def segment(
+    members: Sequence[Member],
+    fetch: Fetch,
+    record: Record,
+    *,
+    num_classes: int,
+    device: str | torch.device = "cpu",
+    overlap: float = 0.5,
+    window_batch: int = 2,
+    should_stop: Callable[[], bool] | None = None,
+    on_window: Callable[[int, int], None] | None = None,
+    probabilities: Float16[np.ndarray, "k x y z"] | None = None,
+) -> Classes | None:
+    """The most probable class of every voxel of a case, by the mean of the members; None where it was stopped.
+
+    Slice by slice: what is held besides the result does not grow with the number of slices.
+
+    Args:
+        members: networks, each with its own reading.
+        fetch: gives voxels of the case.
+        record: of the case.
+        num_classes: background included.
+        device: where images are drawn and predictions are summed.
+        overlap: share that windows have in common.
+        window_batch: windows a call of a network.
+        should_stop: asked after every batch of windows.
+        on_window: told how many windows are done, and of how many.
+        probabilities: array that receives the probabilities; written slice by slice.
+    """
+    device = torch.device(device)
+    windows = [SlidingWindow(m.reading.crop_voxel, overlap, batch_size=window_batch) for m in members]
+    images = [WorkingImage(record, member.reading, fetch, device) for member in members]
+    total = sum(w.num_windows(image.grid.frame.shape) for w, image in zip(windows, images, strict=True))
+    done = 0
+
+    def after_windows(number: int) -> None:
+        nonlocal done
+        done += number
+        if on_window is not None:
+            on_window(done, total)
+        if should_stop is not None and should_stop():
+            raise _StopAskedFor
+
+    streams = [
+        planes(
+            window.slabs(image.layer, image.grid.frame.shape, _normalised(member, record), on_window=after_windows),
+            image.grid.positions(2),
+        )
+        for member, window, image in zip(members, windows, images, strict=True)
+    ]
+    natives = [NativePlane(image.grid, device) for image in images]
+    weights = [member.weight / sum(m.weight for m in members) for member in members]
+    slices_first = (record.shape[2], *record.shape[:2])  # each slice is written in one piece
+    classes = np.empty(slices_first, np.uint8 if num_classes <= 256 else np.int16).transpose(1, 2, 0)
+    try:
+        with torch.inference_mode():
+            for z, found in enumerate(zip(*streams, strict=True)):
+                if probabilities is None:
+                    chosen = most_probable(found, natives, weights)
+                else:
+                    mean = mean_plane(found, natives, weights)
+                    chosen = mean.max(0).indices
+                    probabilities[..., z] = mean.half().cpu().numpy()
+                classes[:, :, z] = chosen.cpu().numpy()
+    except _StopAskedFor:
+        return None
+    return classes
+
+
+def segment_volume(
+    predict: Predict,
+    voxels: Shaped[np.ndarray, "c x y z"],
+    record: Record,
+    reading: Reading,
+    *,
+    num_classes: int,
+    device: str | torch.device = "cpu",
+    overlap: float = 0.5,
+    window_batch: int = 2,
+    should_stop: Callable[[], bool] | None = None,
+    on_window: Callable[[int, int], None] | None = None,
+    probabilities: Float16[np.ndarray, "k x y z"] | None = None,
+) -> Classes | None:
+    """`segment` with one network, of a volume in memory (canonical RAS); `record_of` makes its record."""
+    return segment(
+        [Member(predict, reading)],
+        fetch_from(voxels),
+        record,
+        num_classes=num_classes,
+        device=device,
+        overlap=overlap,
+        window_batch=window_batch,
+        should_stop=should_stop,
+        on_window=on_window,
+        probabilities=probabilities,
+    )
+
+
+def segment_stored(
+    predict: Predict,
+    store: VolumeStore,
+    case: int,
+    reading: Reading,
+    *,
+    num_classes: int,
+    device: str | torch.device = "cpu",
+    overlap: float = 0.5,
+    window_batch: int = 2,
+    should_stop: Callable[[], bool] | None = None,
+    on_window: Callable[[int, int], None] | None = None,
+    probabilities: Float16[np.ndarray, "k x y z"] | None = None,
+) -> Classes | None:
+    """`segment` with one network, of a case of a store, which is read slab by slab."""
+    return segment(
+        [Member(predict, reading)],
+        lambda lower, upper: store.read(case, 0, lower, upper).result(),
+        store.record(case),
+        num_classes=num_classes,
+        device=device,
+        overlap=overlap,
+        window_batch=window_batch,
+        should_stop=should_stop,
+        on_window=on_window,
+        probabilities=probabilities,
+    )
+
+
+def fetch_from(voxels: Shaped[np.ndarray, "c x y z"]) -> Fetch:
+    """What gives the voxels of an array."""
+
+    def fetch(lower: np.ndarray, upper: np.ndarray) -> Shaped[np.ndarray, "c x y z"]:
+        x, y, z = (slice(a, b) for a, b in zip(lower, upper, strict=True))
+        return voxels[:, x, y, z]
+
+    return fetch
+
+
+def record_of(volume: Volume, case: str = "", *, modality: str | None = None) -> Record:
+    """The record that the volume would have in a store, but for its body, which is all of it."""
+    channels = volume.num_channels
+    x, y, z = volume.shape
+    return Record(
+        case=case,
+        shape=volume.shape,
+        channels=channels,
+        affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
+        spacing_mm=volume.spacing_mm,
+        modality=modality or guess_modality(volume.array),
+        group="",
+        split="",
+        statistics=tuple(intensity_statistics(volume.array)),
+        body_lower=(-0.5, -0.5, -0.5),
+        body_upper=(x - 0.5, y - 0.5, z - 0.5),
+        voxel_hash="",
+        source=volume.source,
+        slope=(1.0,) * channels,
+        intercept=(0.0,) * channels,
+        level_factors=((1, 1, 1),),
+        labels=(),
+    )
+
+
+def _normalised(member: Member, record: Record) -> Predict:
+    normalise = member.reading.normaliser(record)
+    return lambda windows: member.predict(normalise(windows))

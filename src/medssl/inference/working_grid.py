@@ -1,0 +1,109 @@
+"""The grid that a network works on, and the image on it, drawn slab by slab as it is asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Shaped
+from torch import Tensor
+
+from medssl.data.augment.base import Pose
+from medssl.data.draw import box_of, draw_image
+from medssl.data.geometry import Frame
+from medssl.data.placements import Fixed
+from medssl.data.scene import Placement
+from medssl.data.store import Record
+from medssl.data.views import PlacedView
+from medssl.inference.reading import Reading
+
+Fetch = Callable[[np.ndarray, np.ndarray], Shaped[np.ndarray, "c x y z"]]
+"""Stored voxels `lower <= i < upper` of a case at level 0."""
+
+EQUAL_RATIO = 1e-4
+"""Spacings that differ by no more than this share are the same but for rounding in a header."""
+DRAWN_SLICES = 16
+"""Slices drawn at once: what they need of the image is the largest float copy of it in memory."""
+
+
+@dataclass(frozen=True)
+class WorkingGrid:
+    """Voxels of the working spacing about the centre of a volume, with a margin where it is smaller than the window.
+
+    Args:
+        frame: working voxel -> volume voxel, margin included.
+        before: voxels of the margin in front.
+        shape: voxels without the margin.
+        volume_shape: voxels of the volume.
+    """
+
+    frame: Frame
+    before: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    volume_shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, record: Record, reading: Reading) -> "WorkingGrid":
+        """The grid of a case."""
+        step = np.ones(3)
+        if not isinstance(reading.spacing_mm, str):
+            step = np.array(reading.spacing_mm) / np.array(record.spacing_mm)
+            step[np.abs(step - 1) < EQUAL_RATIO] = 1.0
+        x, y, z = (max(1, round(n / s)) for n, s in zip(record.shape, step, strict=True))
+        sides = np.maximum((x, y, z), reading.crop_voxel)
+        before = (sides - (x, y, z)) // 2
+        inner = Frame.at((np.array(record.shape) - 1) / 2, (x, y, z), step_voxel=step)
+        matrix = inner.matrix.copy()
+        matrix[:3, 3] -= before * step
+        frame = Frame((int(sides[0]), int(sides[1]), int(sides[2])), matrix)
+        return cls(frame, (int(before[0]), int(before[1]), int(before[2])), (x, y, z), record.shape)
+
+    def positions(self, axis: int) -> Float64[np.ndarray, " voxel"]:
+        """Where the volume's voxels lie along an axis of the grid; those beyond its outer voxels lie on them."""
+        step, start = self.frame.matrix[axis, axis], self.frame.matrix[axis, 3]
+        found = (np.arange(self.volume_shape[axis]) - start) / step
+        first = self.before[axis]
+        return np.clip(found, first, first + self.shape[axis] - 1)
+
+    def part(self, first: int, last: int) -> Frame:
+        """The frame of the slices from `first` to before `last`."""
+        matrix = self.frame.matrix.copy()
+        matrix[2, 3] += first * matrix[2, 2]
+        return Frame((*self.frame.shape[:2], last - first), matrix)
+
+
+class WorkingImage:
+    """A case on its working grid, in file units.
+
+    Args:
+        record: of the case.
+        reading: says the grid, and what lies beyond the volume.
+        fetch: gives voxels of the case.
+        device: where it is drawn.
+    """
+
+    def __init__(self, record: Record, reading: Reading, fetch: Fetch, device: torch.device) -> None:
+        self.record, self.fetch, self.device = record, fetch, device
+        self.grid = WorkingGrid.of(record, reading)
+        self.spec = Fixed(size=self.grid.frame.shape, outside=reading.outside)
+        self.first = self.last = 0
+        self.slices = torch.empty(record.channels, *self.grid.frame.shape[:2], 0, device=device)
+
+    def layer(self, first: int, last: int) -> Float32[Tensor, "c x y height"]:
+        """The slices from `first` to before `last`, both not below the last call's, whose slices are kept."""
+        layer = self.slices.new_empty(*self.slices.shape[:3], last - first)
+        known = min(max(self.last, first), last)
+        layer[..., : known - first] = self.slices[..., first - self.first : known - self.first]
+        self.slices, self.first, self.last = layer, first, last
+        for start in range(known, last, DRAWN_SLICES):
+            stop = min(start + DRAWN_SLICES, last)
+            self._draw(self.grid.part(start, stop), layer[..., start - first : stop - first])
+        return layer
+
+    def _draw(self, frame: Frame, out: Float32[Tensor, "c x y height"]) -> None:
+        view = PlacedView(0, self.record, Placement(0, frame), Pose(frame, None), (), ())
+        box = box_of(view, self.spec, finest=True)
+        voxels = self.fetch(box.lower, box.upper)
+        if voxels.dtype not in (np.uint8, np.int16, np.float32):
+            voxels = voxels.astype(np.float32)
+        draw_image(torch.from_numpy(voxels).to(self.device), box, view, outside=self.spec.outside, out=out)
