@@ -1,0 +1,226 @@
+"""All images of a folder to segmentations: one line an image, and what is broken does not stop the others."""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float16
+from omegaconf import DictConfig, ListConfig
+from tqdm import tqdm
+
+from medssl.data.formats import ReadError, size_text
+from medssl.data.reading import LabelMapError, check_channels
+from medssl.data.writing import write_text
+from medssl.inference.ensemble import Ensemble
+from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti
+from medssl.inference.segmenting import Classes, fetch_from, record_of, segment
+from medssl.inference.sliding_window import check_windows
+
+MODALITIES = (None, "ct", "mr")
+
+
+def predict_all(config: DictConfig) -> int:
+    """Predict what `input` names into `output_dir`; the number of images that failed.
+
+    Raises:
+        ValueError: a setting is wrong, or there is nothing to predict.
+    """
+    settings = Settings.of(config)
+    inputs, scan = find_inputs(settings.input, settings.output_dir, include_labels=config.data.include_labels)
+    if not inputs and not scan.problems:
+        raise ValueError(f"input={config.input}: none of its files is an image to predict")
+    ensemble = Ensemble.load(
+        settings.weights,
+        flips=settings.flips,
+        device=settings.device,
+        allow_modules=list(config.allow_modules),
+    )
+    number = f"{len(inputs)} image{'s' * (len(inputs) != 1)}"
+    print(f"{ensemble}, on {settings.device.type}; {number} -> {settings.output_dir}", flush=True)
+    for row in scan.skipped:
+        print(f"{row['file']}: skipped, {row['reason']}", flush=True)
+    for row in scan.problems:
+        _complain(row["file"], row["reason"])
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    counts = {"predicted": 0, "skipped": len(scan.skipped), "failed": len(scan.problems)}
+    for image in inputs:
+        counts[predict_one(image, ensemble, settings)] += 1
+    print(", ".join(f"{number} {what}" for what, number in counts.items() if number or what == "predicted"))
+    return counts["failed"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run, checked. `channels` None takes those of the card, `modality` None judges by the voxels."""
+
+    weights: tuple[Path, ...]
+    input: Path
+    output_dir: Path
+    device: torch.device
+    flips: tuple[int, ...]
+    overlap: float
+    window_batch: int
+    probabilities: bool
+    overwrite: bool
+    channels: str | int | None
+    modality: str | None
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "Settings":
+        """Raises: ValueError: one is missing or wrong."""
+        given = config.weights.path
+        paths = [] if given is None else list(given) if isinstance(given, ListConfig) else [given]
+        if not paths:
+            raise ValueError("weights is missing; give it as weights=RUN/segmenter.safetensors, several as [A,B]")
+        switches = {"overwrite": config.overwrite, "probabilities": config.probabilities}
+        for key, value in {**switches, "data.include_labels": config.data.include_labels}.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{key} must be true or false; got {value!r}")
+        if config.data.modality not in MODALITIES:
+            raise ValueError(f"data.modality={config.data.modality} is not known; it takes ct, mr or null")
+        check_channels(config.data.channels)
+        check_windows(config.overlap, config.window_batch)
+        return cls(
+            weights=tuple(Path(path).expanduser() for path in paths),
+            input=Path(config.input).expanduser(),
+            output_dir=Path(config.output_dir).expanduser(),
+            device=_device(config.device),
+            flips=_axes(config.flips),
+            overlap=config.overlap,
+            window_batch=config.window_batch,
+            probabilities=config.probabilities,
+            overwrite=config.overwrite,
+            channels=config.data.channels,
+            modality=config.data.modality,
+        )
+
+
+def predict_one(image: Input, ensemble: Ensemble, settings: Settings) -> str:
+    """Predict one image and say in a line what came of it: "predicted", "skipped" or "failed"."""
+    target = settings.output_dir / f"{image.name}.nii.gz"
+    if target.exists() and image.path.is_file() and target.samefile(image.path):
+        _complain(image.path, "the result would replace the image; give another output_dir")
+        return "failed"
+    if target.exists() and not settings.overwrite:
+        print(f"{image.name}: skipped, {target} is there already (overwrite=true makes it anew)", flush=True)
+        return "skipped"
+    start = time.monotonic()
+    try:
+        file = _read(image, ensemble, settings)
+        classes = _segmented(file, image.name, ensemble, settings)
+    except LabelMapError as error:
+        print(f"{error.path}: skipped, {error.reason}", flush=True)
+        return "skipped"
+    except ReadError as error:
+        _complain(error.path, error.reason)
+        return "failed"
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        way = "window_batch=1 needs less" if settings.window_batch > 1 else "a machine with more of it is needed"
+        _complain(image.path, f"it does not fit into the memory of the {settings.device.type}; {way}")
+        return "failed"
+    values = ensemble.label_values()
+    planes = (values[plane] for plane in slices_of(file.in_file_order(classes)))
+    write_nifti(target, planes, like=file, shape=file.shape, dtype=values.dtype)
+    found = f"{np.count_nonzero(np.bincount(classes.ravel())[1:])} of {len(values) - 1} labels found"
+    seconds = time.monotonic() - start
+    print(f"{image.name}: {size_text(file.shape)} voxels, {found}, {seconds:.1f} s -> {target}", flush=True)
+    return "predicted"
+
+
+def _read(image: Input, ensemble: Ensemble, settings: Settings) -> ImageFile:
+    chosen = ensemble.channels if settings.channels is None else settings.channels
+    file = read_image(image.path, channels=chosen, skip_label_maps=image.skip_label_maps)
+    if file.volume.num_channels != ensemble.num_channels:
+        held = f"the image has {file.volume.num_channels} channels, the network reads {ensemble.num_channels}"
+        way = "data.channels=N picks one" if ensemble.num_channels == 1 else "give 4-D files that hold all of a case"
+        raise ReadError(image.path, f"{held}; {way}")
+    return file
+
+
+def _segmented(file: ImageFile, name: str, ensemble: Ensemble, settings: Settings) -> Classes:
+    """The class numbers of an image, with a progress bar; its probabilities are written on the way, where wanted."""
+    with _Bar(name) as on_window, tempfile.TemporaryFile(dir=settings.output_dir) as scratch:
+        probabilities = None
+        if settings.probabilities:
+            x, y, z = file.volume.shape
+            slices_first = np.memmap(scratch, np.float16, "w+", shape=(z, len(ensemble.classes), x, y))
+            probabilities = slices_first.transpose(1, 2, 3, 0)
+        classes = segment(
+            ensemble.members,
+            fetch_from(file.volume.array),
+            record_of(file.volume, name, modality=settings.modality),
+            num_classes=len(ensemble.classes),
+            device=settings.device,
+            overlap=settings.overlap,
+            window_batch=settings.window_batch,
+            on_window=on_window,
+            probabilities=probabilities,
+        )
+        assert classes is not None
+        if probabilities is not None:
+            _write_probabilities(settings.output_dir / f"{name}_probabilities", probabilities, file, ensemble)
+    return classes
+
+
+def _write_probabilities(
+    target: Path, probabilities: Float16[np.ndarray, "k x y z"], file: ImageFile, ensemble: Ensemble
+) -> None:
+    """A 4-D NIfTI (float32: it knows no shorter floats), and which class each of its channels is."""
+    planes = (plane for one in probabilities for plane in slices_of(file.in_file_order(one)))
+    shape = (*file.shape[:3], len(probabilities))
+    write_nifti(target.with_name(f"{target.name}.nii.gz"), planes, like=file, shape=shape, dtype=np.dtype(np.float32))
+    write_text(target.with_name(f"{target.name}.json"), json.dumps({"classes": list(ensemble.classes)}, indent=1))
+
+
+class _Bar:
+    """A bar over the windows of an image, on stderr; rarely refreshed where that is a file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._advance
+
+    def _advance(self, done: int, total: int) -> None:
+        if self.bar is None:
+            every = 0.1 if sys.stderr.isatty() else 30
+            self.bar = tqdm(total=total, desc=self.name, unit=" windows", leave=False, mininterval=every)
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _complain(path: object, reason: str) -> None:
+    print(f"error: {path}: {reason}", file=sys.stderr, flush=True)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={name} is not known; it takes auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: PyTorch finds no CUDA device here; device=cpu does without")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _axes(flips: Any) -> tuple[int, ...]:
+    if isinstance(flips, bool):
+        return (0, 1, 2) if flips else ()
+    if isinstance(flips, ListConfig) and set(flips) <= {0, 1, 2} and len(set(flips)) == len(flips):
+        return tuple(flips)
+    raise ValueError(f"flips={flips} is not understood; it takes true, false or axes such as [0,1] (x and y)")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,37 @@
+"""Segment scans with a trained network; results lie exactly where the scans lie.
+
+Examples:
+    python -m medssl.predict weights=runs/first/segmenter.safetensors input=scan.nii.gz
+    python -m medssl.predict weights=runs/first/segmenter.safetensors input=scans output_dir=results
+    python -m medssl.predict weights=[runs/a/segmenter.safetensors,runs/b/segmenter.safetensors] input=dicom_folder
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from medssl.config import main
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def run(config: DictConfig) -> None:
+    """Predict all images; exit code 1 where some of them failed."""
+    from medssl.training.stopping import Stopped, StopSignals
+
+    with StopSignals():
+        try:
+            from medssl.inference.predicting import predict_all  # torch and all that takes seconds
+
+            num_failed = predict_all(config)
+        except Stopped as stop:
+            print(f"\nstopped by {stop}; finished results are kept, the same command goes on", file=sys.stderr)
+            sys.exit(130)
+    if num_failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main("predict", run)
