@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from monai.networks.nets.swin_unetr import BasicLayer, SwinTransformer, compute_mask, get_window_size
+from monai.networks.nets.swin_unetr import BasicLayer, SwinTransformer, WindowAttention, compute_mask, get_window_size
 from torch import Tensor
 
 from medssl.models.stem import fit_stem
@@ -58,6 +58,9 @@ class SwinEncoder(SwinTransformer):
             drop_path_rate=drop_path,
             use_checkpoint=checkpoint_activations,
         )
+        for module in self.modules():
+            if isinstance(module, WindowAttention):  # fused under no_grad: 2.6 times as fast; not in MONAI 1.6.0
+                module.use_flash_attention = True
         self.in_channels = in_channels
         self.channels = tuple(feature_size << level for level in range(5))
         self.strides = tuple(tuple(side << level for side in patch) for level in range(5))
