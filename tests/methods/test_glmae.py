@@ -8,7 +8,8 @@ from torch import nn
 
 from medssl.losses.consistency import cross_entropy_of_views
 from medssl.losses.reconstruction import patch_statistics
-from medssl.methods.glmae import view_major
+from medssl.methods.glmae import GLMAE, view_major
+from medssl.models.vit import VisionTransformer
 from medssl.ops.masking import random_mask
 from medssl.ops.patches import patchify
 from medssl.weights import load_parts, save_weights
@@ -406,6 +407,13 @@ def test_a_perfect_prediction_is_drawn_as_the_input(glmae, views, at, norm_pix):
 def test_unknown_options_are_refused(glmae, options, message):
     with pytest.raises(ValueError, match=message):
         glmae(**options)
+
+
+def test_an_encoder_without_a_class_token_is_refused(glmae):
+    method = glmae()
+    bare = VisionTransformer(size_voxel=24, patch_voxel=4, dim=24, depth=2, num_heads=4, class_token=False)
+    with pytest.raises(ValueError, match="its encoder needs class_token=true"):
+        GLMAE(encoder=bare, decoder=method.decoder, head=method.head)
 
 
 def test_what_leaves_pre_training_comes_back_strictly(glmae, views, at, tmp_path):

@@ -266,3 +266,28 @@ def test_a_table_that_is_no_cube_fits_no_other_grid():
     with pytest.raises(ValueError, match="has 7 rows, which is no cubic grid plus CLS"):
         tiny().adapt(stored)
     assert torch.equal(tiny(size_voxel=(12, 8, 4)).adapt(stored)["pos_embed"], stored["pos_embed"])
+
+
+@pytest.mark.parametrize("position", ["interpolate_from_global", "native"])
+def test_without_a_class_token_there_is_no_row_for_it(position):
+    model = tiny(class_token=False, position=position)
+    assert "cls_token" not in model.state_dict()
+    assert torch.equal(model.pos_embed, tiny().pos_embed[:, 1:])
+    assert torch.equal(model.positions((2, 3, 4)), tiny(position=position).positions((2, 3, 4))[1:])
+    image = torch.randn(1, 1, 8, 12, 16)
+    assert model.tokens(image).shape == (1, 24, 24)
+    assert model.tokens(image, torch.tensor([[3, 0, 23]])).shape == (1, 3, 24)
+    deepest = model.eval()(image)[-1]
+    assert torch.equal(deepest.flatten(2).transpose(1, 2), model.tokens(image))
+
+
+def test_a_class_token_in_a_file_is_left_out_with_its_row_where_the_network_has_none():
+    stored = tiny().state_dict()
+    adapted = tiny(class_token=False, size_voxel=(8, 16, 12)).adapt(stored)
+    assert stored.keys() - adapted.keys() == {"cls_token"}
+    assert torch.equal(adapted["pos_embed"], resize_positions(stored["pos_embed"], (3, 3, 3), (2, 4, 3))[:, 1:])
+    assert stored["pos_embed"].shape == (1, 28, 24)
+    again = tiny(class_token=False).adapt(tiny(class_token=False).state_dict())
+    assert again.keys() == tiny(class_token=False).state_dict().keys()
+    with pytest.raises(ValueError, match=r"has 6 rows, which is no cubic grid; build"):
+        tiny(class_token=False).adapt(tiny(size_voxel=(12, 8, 4)).state_dict())

@@ -82,6 +82,8 @@ class GLMAE(Method):
         _check("pairs", pairs, PAIRS)
         _check("reduction", reduction, REDUCTIONS)
         _check("centering", centering, CENTERINGS)
+        if encoder.cls_token is None:
+            raise ValueError("GL-MAE compares CLS tokens: its encoder needs class_token=true")
         if min(student_temperature, teacher_temperature, teacher_temperature_start) <= 0:
             raise ValueError("student_temperature, teacher_temperature and teacher_temperature_start must be positive")
         for name, value in (("centre_momentum", centre_momentum), ("ema_momentum", ema_momentum)):
