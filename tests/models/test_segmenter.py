@@ -49,12 +49,22 @@ def test_a_transformer_gets_a_unetr_decoder_and_loses_its_class_token():
     assert isinstance(network.decoder, UNETRDecoder)
     assert network.encoder.cls_token is None
     assert recipes["encoder"] == {**VIT, "in_channels": 1, "class_token": False, "feature_depths": [2, 3]}
+    assert recipes["decoder"] == {"_target_": "medssl.models.unetr.UNETRDecoder", "feature_size": 16}
     kept, recipes = build_segmenter(
         {**VIT, "class_token": True, "feature_depths": [1, 2, 3]}, None, num_classes=2, in_channels=1
     )
     assert kept.encoder.cls_token is not None
     assert kept.encoder.feature_depths == (1, 2, 3)
     assert recipes["encoder"]["feature_depths"] == [1, 2, 3]
+
+
+def test_the_decoder_of_a_transformer_is_a_sixteenth_as_wide_within_limits():
+    widths = {}
+    for dim in (96, 384, 768, 1152):
+        with torch.device("meta"):
+            network, _ = build_segmenter({**VIT, "dim": dim}, None, num_classes=2, in_channels=1)
+        widths[dim] = network.decoder.channels[0]
+    assert widths == {96: 16, 384: 24, 768: 48, 1152: 48}
 
 
 def test_skips_of_a_transformer_come_after_the_first_block_of_each_later_part():
@@ -124,6 +134,7 @@ def test_an_image_of_other_channels_is_refused():
     ("encoder", "decoder", "options", "message"),
     [
         (UNET, None, {"num_classes": 1}, "num_classes is 1; a segmenter needs the background"),
+        ({"_target_": "medssl.models.reoriented.Reoriented"}, None, {}, "names the class None"),
         ({"_target_": "os.system"}, None, {}, "names the class os.system, which is outside medssl.models"),
         (UNET, {"_target_": "os.system"}, {}, "names the class os.system"),
         (UNET, {"_target_": "medssl.models.unetr.UNETRDecoder"}, {}, "takes maps of one stride"),

@@ -79,9 +79,10 @@ def build_segmenter(
 ) -> tuple[Segmenter, dict[str, Any]]:
     """A segmenter with fresh weights, and the completed recipes that build the same one again.
 
-    Without a decoder recipe, an encoder whose maps share one stride gets a `UNETRDecoder`, any other a `UNetDecoder`.
-    A `VisionTransformer` is built without CLS token unless its recipe names `class_token`, and for a `UNETRDecoder`
-    with the maps that this has steps for (see `skip_depths`) unless its recipe names `feature_depths`.
+    Without a decoder recipe, an encoder whose maps share one stride gets a `UNETRDecoder` with a sixteenth of its width
+    at full resolution (16 to 48 channels, 48 for a ViT-B as in UNETR), any other a `UNetDecoder`. A `VisionTransformer`
+    is built without CLS token unless its recipe names `class_token`, and for a `UNETRDecoder` with the maps that this
+    has steps for (see `skip_depths`) unless its recipe names `feature_depths`.
 
     Raises:
         ValueError: a class outside the trusted packages, or networks that do not fit together.
@@ -89,12 +90,12 @@ def build_segmenter(
     packages = (*NETWORKS, *allow_modules)
     encoder_recipe, decoder_recipe = dict(encoder_recipe), dict(decoder_recipe) if decoder_recipe else None
     wrapped = issubclass(trusted_class(encoder_recipe, packages, base=nn.Module), Reoriented)
-    net = {**(encoder_recipe["net"] if wrapped else encoder_recipe), "in_channels": in_channels}
+    net = {**(encoder_recipe.get("net") or {} if wrapped else encoder_recipe), "in_channels": in_channels}
     kind = trusted_class(net, packages, base=nn.Module)
     if issubclass(kind, VisionTransformer):
         from medssl.models.unetr import UNETRDecoder  # brings MONAI, seconds that other networks need not wait
 
-        decoder_recipe = decoder_recipe or {"_target_": UNETR}
+        decoder_recipe = decoder_recipe or _unetr_recipe(_option(net, kind, "dim"))
         net.setdefault("class_token", False)
         for_unetr = issubclass(trusted_class(decoder_recipe, packages, base=nn.Module), UNETRDecoder)
         if for_unetr and net.get("feature_depths") is None:
@@ -103,7 +104,8 @@ def build_segmenter(
     encoder_recipe = {**encoder_recipe, "net": net} if wrapped else net
     encoder = build_trusted(encoder_recipe, packages, nn.Module)
     channels, strides = levels(encoder)
-    decoder_recipe = decoder_recipe or {"_target_": UNETR if len(set(strides)) == 1 else UNET}
+    if decoder_recipe is None:
+        decoder_recipe = _unetr_recipe(channels[-1]) if len(set(strides)) == 1 else {"_target_": UNET}
     fitted = {"in_channels": in_channels, "encoder_channels": channels, "encoder_strides": strides}
     decoder = build_trusted({**decoder_recipe, **fitted}, packages, nn.Module)
     recipes = {"encoder": encoder_recipe, "decoder": decoder_recipe, "num_classes": num_classes}
@@ -128,6 +130,10 @@ def levels(network: nn.Module) -> tuple[list[int], list[Triple]]:
             "with one entry for each of its maps"
         )
     return [int(width) for width in channels], [triple(stride) for stride in strides]
+
+
+def _unetr_recipe(width: int) -> dict[str, Any]:
+    return {"_target_": UNETR, "feature_size": min(48, max(16, width // 16))}
 
 
 def _option(recipe: Mapping[str, Any], kind: type, name: str) -> Any:
