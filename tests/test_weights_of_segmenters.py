@@ -75,6 +75,13 @@ def test_the_encoder_of_a_segmenter_can_be_taken_out_again(tmp_path):
         assert "encoder.norm.weight" in file.keys()  # noqa: SIM118  (the wrapper leaves no trace in the names)
 
 
+def test_compiling_a_wrapped_encoder_leaves_no_trace_in_the_names(tmp_path):
+    network = build_network({"_target_": "medssl.models.reoriented.Reoriented", "net": VIT, "axes": "zxy"})
+    for name, encoder in (("a", network), ("b", torch.compile(network, backend="eager"))):
+        save_weights(tmp_path / name, {"encoder": encoder}, {})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def rewritten(path, **changes):
     with safe_open(path, framework="pt") as file:
         card = json.loads(file.metadata()["card"])

@@ -182,8 +182,9 @@ def load_parts(
 ) -> list[LoadReport]:
     """Load the named parts of a file into modules of the same names, all tensors or none.
 
-    Modules with an `adapt` method may resize what they know how to resize (position tables, input channels); that is
-    reported. `partial=True` lets missing, unexpected and ill-shaped tensors pass; the report then lists them.
+    Modules with an `adapt` method may resize what they know how to resize (position tables, input channels) and leave
+    out what they have no use for (a CLS token); that is reported. A part goes into the network inside a `Reoriented`.
+    `partial=True` lets missing, unexpected and ill-shaped tensors pass; the report then lists them.
 
     Raises:
         ValueError: wrong file, a part that the file does not hold, or tensors that do not match.
@@ -219,7 +220,8 @@ def describe_loading(reports: Sequence[LoadReport], network: nn.Module) -> str:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    return module.net if isinstance(module, Reoriented) else module
+    whole: nn.Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    return whole.net if isinstance(whole, Reoriented) else whole
 
 
 def _compare(part: str, module: nn.Module, stored: dict[str, Tensor]) -> tuple[LoadReport, dict[str, Tensor]]:
