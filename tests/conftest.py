@@ -3,8 +3,14 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from medssl.data.store import VolumeStore
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run several small processes on two cores
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -49,3 +55,56 @@ def finished_run(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., "VolumeStore"]:
+    """Write arrays (c x y z) as the cases of a store; the body box leaves 2 voxels on each side."""
+    import numpy as np
+
+    from medssl.data.store import VolumeStore, write_case, write_index
+    from medssl.data.volume import Box, Volume, intensity_statistics, voxel_hash
+
+    def make(
+        *arrays: "np.ndarray",
+        labels: "list[np.ndarray] | None" = None,
+        affine: "np.ndarray | None" = None,
+        groups: tuple[str, ...] = (),
+        modality: str = "ct",
+        splits: tuple[str, ...] = (),
+    ) -> "VolumeStore":
+        root = tmp_path / "store"
+        root.mkdir(exist_ok=True)
+        records = []
+        for number, array in enumerate(arrays):
+            volume = Volume(array, np.eye(4) if affine is None else affine, "synthetic")
+            generator = np.random.default_rng(number)
+            body = Box(np.full(3, 1.5), np.array(volume.shape) - 2.5)
+            points = np.full((256, 4), -1, dtype=np.int32)
+            points[:, :3] = generator.integers(2, np.array(volume.shape) - 2, (256, 3))
+            label = None if labels is None else labels[number]
+            if label is not None:
+                for value in np.unique(label[label > 0]):
+                    found = generator.permutation(np.argwhere(label == value))[:64]
+                    points = np.concatenate([points, np.c_[found, np.full(len(found), value)].astype(np.int32)])
+            records.append(
+                write_case(
+                    root,
+                    case=f"case_{number:03d}",
+                    volume=volume,
+                    label=label,
+                    modality=modality,
+                    group=groups[number] if groups else "synthetic",
+                    split=splits[number] if splits else "",
+                    statistics=intensity_statistics(array),
+                    body=body,
+                    points=points,
+                    voxel_hash=voxel_hash(array),
+                    source="synthetic",
+                )
+            )
+        write_index(root, records)
+        (root / "store.json").write_text('{"format": 1, "recipe": {}}')
+        return VolumeStore(root)
+
+    return make

@@ -1,7 +1,6 @@
 """Small stores of synthetic volumes for the tests of the data layer."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,60 +9,10 @@ from medssl.data.draw import box_of
 from medssl.data.loading import RawView
 from medssl.data.module import view_of
 from medssl.data.scene import Scene
-from medssl.data.store import VolumeStore, write_case, write_index
+from medssl.data.store import VolumeStore
 from medssl.data.views import View, ViewPlan
-from medssl.data.volume import Box, Volume, intensity_statistics, voxel_hash
 
 StoreMaker = Callable[..., VolumeStore]
-
-
-@pytest.fixture
-def make_store(tmp_path: Path) -> StoreMaker:
-    """Write arrays (c x y z) as the cases of a store; the body box leaves 2 voxels on each side."""
-
-    def make(
-        *arrays: np.ndarray,
-        labels: list[np.ndarray] | None = None,
-        affine: np.ndarray | None = None,
-        groups: tuple[str, ...] = (),
-        modality: str = "ct",
-        splits: tuple[str, ...] = (),
-    ) -> VolumeStore:
-        root = tmp_path / "store"
-        root.mkdir(exist_ok=True)
-        records = []
-        for number, array in enumerate(arrays):
-            volume = Volume(array, np.eye(4) if affine is None else affine, "synthetic")
-            generator = np.random.default_rng(number)
-            body = Box(np.full(3, 1.5), np.array(volume.shape) - 2.5)
-            points = np.full((256, 4), -1, dtype=np.int32)
-            points[:, :3] = generator.integers(2, np.array(volume.shape) - 2, (256, 3))
-            label = None if labels is None else labels[number]
-            if label is not None:
-                for value in np.unique(label[label > 0]):
-                    found = generator.permutation(np.argwhere(label == value))[:64]
-                    points = np.concatenate([points, np.c_[found, np.full(len(found), value)].astype(np.int32)])
-            records.append(
-                write_case(
-                    root,
-                    case=f"case_{number:03d}",
-                    volume=volume,
-                    label=label,
-                    modality=modality,
-                    group=groups[number] if groups else "synthetic",
-                    split=splits[number] if splits else "",
-                    statistics=intensity_statistics(array),
-                    body=body,
-                    points=points,
-                    voxel_hash=voxel_hash(array),
-                    source="synthetic",
-                )
-            )
-        write_index(root, records)
-        (root / "store.json").write_text('{"format": 1, "recipe": {}}')
-        return VolumeStore(root)
-
-    return make
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ class ProgressBar(StepCallback):
         self.bar = tqdm(
             total=trainer.max_steps,
             initial=self.step,
-            desc="pre-training",
+            desc="training",
             unit="step",
             disable=not trainer.is_global_zero,
             mininterval=0.1 if sys.stderr.isatty() else 30,

@@ -1,0 +1,150 @@
+"""Predicting whole labelled cases with the network of a run: quickly while it trains, in full at its end."""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import nn
+from tqdm import tqdm
+
+from medssl.data.store import VolumeStore
+from medssl.evaluation.overlap import dice_by_class
+from medssl.evaluation.pictures import CasePicture, picture_case
+from medssl.evaluation.scores import CaseScores, score_case
+from medssl.inference.reading import Reading
+from medssl.inference.segmenting import Averaged, segment_stored
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class Found:
+    """What a pass over some cases found, on every rank the same."""
+
+    dice: dict[str, np.ndarray] = field(default_factory=dict)
+    scores: dict[str, CaseScores] = field(default_factory=dict)
+    pictures: list[CasePicture] = field(default_factory=list)
+
+    def mean_dice(self) -> float:
+        """Mean over cases of the mean over the classes that are there; 0 where there is none."""
+        means = [float(np.nanmean(dice)) for dice in self.dice.values() if not np.isnan(dice).all()]
+        return float(np.mean(means)) if means else 0.0
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Predicts cases of a store window by window and scores them on their own grid; ranks share the cases.
+
+    Args:
+        store: where the cases lie.
+        reading: how images are drawn for the network.
+        label_values: the label value of each class.
+        overlap: of neighbouring windows.
+        window_batch: windows predicted at once.
+        tolerance_mm: of the normalised surface Dice.
+    """
+
+    store: VolumeStore
+    reading: Reading
+    label_values: Sequence[int]
+    overlap: float
+    window_batch: int
+    tolerance_mm: float
+
+    def run(
+        self,
+        network: nn.Module,
+        cases: Sequence[int],
+        *,
+        device: torch.device,
+        full: bool,
+        title: str,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Found | None:
+        """Dice by class of each case and, with `full`, surface distances too; None where it was stopped."""
+        rank, world = _rank_and_world()
+        own, stopped = Found(), False
+        was_training = network.training
+        network.eval()
+        for case in self._with_bar(cases[rank::world], title, shown=rank == 0):
+            prediction = segment_stored(
+                Averaged([network]),
+                self.store,
+                case,
+                self.reading,
+                num_classes=len(self.label_values),
+                device=device,
+                overlap=self.overlap,
+                window_batch=self.window_batch,
+                should_stop=should_stop,
+            )
+            if prediction is None:
+                stopped = True
+                break
+            self._score(own, case, prediction, full=full)
+        network.train(was_training)
+        parts = _gathered((own, stopped))
+        if any(part_stopped for _, part_stopped in parts):
+            return None
+        found = Found()
+        for part, _ in parts:
+            found.dice |= part.dice
+            found.scores |= part.scores
+            found.pictures += part.pictures
+        found.pictures = _worst_and_best(found.pictures)
+        return found
+
+    def truth(self, case: int) -> Int[np.ndarray, "x y z"]:
+        """The classes of a case on its own grid."""
+        record = self.store.record(case)
+        label = self.store.read_label(case, (0, 0, 0), record.shape).result()[0]
+        values = np.array(self.label_values)
+        place = np.searchsorted(values, label).clip(max=len(values) - 1)
+        return np.where(values[place] == label, place, 0).astype(np.int16)
+
+    def _score(self, own: Found, case: int, prediction: np.ndarray, *, full: bool) -> None:
+        record, truth = self.store.record(case), self.truth(case)
+        num_classes = len(self.label_values)
+        if full:
+            scores = score_case(
+                prediction,
+                truth,
+                num_classes=num_classes,
+                spacing_mm=record.spacing_mm,
+                tolerance_mm=self.tolerance_mm,
+            )
+            own.scores[record.case] = scores
+            own.dice[record.case] = scores.dice
+        else:
+            own.dice[record.case] = dice_by_class(prediction, truth, num_classes=num_classes)
+        dice = own.dice[record.case]
+        mean = 0.0 if np.isnan(dice).all() else float(np.nanmean(dice))
+        own.pictures = _worst_and_best([*own.pictures, picture_case(self.store, case, prediction, truth, dice=mean)])
+
+    @staticmethod
+    def _with_bar(cases: Sequence[int], title: str, *, shown: bool) -> Iterable[int]:
+        interval = 0.1 if sys.stderr.isatty() else 30
+        return tqdm(cases, desc=title, unit="case", disable=not shown, leave=False, mininterval=interval)
+
+
+def _worst_and_best(pictures: Sequence[CasePicture]) -> list[CasePicture]:
+    ordered = sorted(pictures, key=lambda picture: (picture.dice, picture.case))
+    return ordered if len(ordered) < 3 else [ordered[0], ordered[-1]]
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _gathered(item: Item) -> list[Item]:
+    if not torch.distributed.is_initialized():
+        return [item]
+    items: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(items, item)
+    return items

@@ -1,0 +1,84 @@
+"""Where the network of a segmentation run comes from: a preset or a file's card, with or without the file's weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from medssl.config import config_dir
+from medssl.models.segmenter import Segmenter
+from medssl.weights import describe_loading, encoder_recipe, load_parts, read_card
+
+BRANCHES = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The file that a run starts from.
+
+    Args:
+        path: the file; None from scratch.
+        card: its card.
+        layout: of a published file.
+        branch: student or teacher.
+    """
+
+    path: Path | None
+    card: dict[str, Any] | None
+    layout: str | None
+    branch: str
+
+    @property
+    def name(self) -> str:
+        """What stands for the file in tables: method, length and data of its training, or `scratch`."""
+        if self.card is None:
+            return "scratch"
+        method = self.layout or str(self.card.get("method", "?")).rpartition(".")[2].lower()
+        data, step = self.card.get("data", {}), self.card.get("step")
+        details = [f"{step} steps"] if step is not None else []
+        details += [f"{data['num_cases']} volumes of {data['name']}"] if "num_cases" in data else []
+        details += [self.branch] if self.branch != "student" else []
+        return f"{method} ({', '.join(details)})" if details else method
+
+
+def find_initial(config: DictConfig) -> Initial:
+    """Read the cards that the settings name, and write the network they describe into `config.model`.
+
+    A network that is neither stated nor described by a file is the preset `unet`.
+
+    Raises: ValueError: a file cannot be read, or a choice does not exist.
+    """
+    if config.weights.branch not in BRANCHES:
+        raise ValueError(f"weights.branch={config.weights.branch}: give one of {', '.join(BRANCHES)}")
+    layout, branch = config.weights.layout, config.weights.branch
+    path = None if config.weights.path is None else Path(config.weights.path).expanduser()
+    card = None if path is None else read_card(path) if layout is None else {"method": layout}
+    if config.model.get("encoder") is None:
+        if config.model.get("like") is None:
+            config.model = OmegaConf.load(config_dir() / "model" / "unet.yaml")
+        else:
+            _take_network(config, Path(config.model.like).expanduser(), layout=layout, branch=branch)
+    return Initial(path, card, layout, branch)
+
+
+def _take_network(config: DictConfig, like: Path, *, layout: str | None, branch: str) -> None:
+    config.model.encoder = encoder_recipe(like, layout=layout, branch=branch)
+    if layout is None and config.model.get("decoder") is None and (card := read_card(like)).get("kind") == "segmenter":
+        config.model.decoder = card["decoder"]
+
+
+def load_initial(initial: Initial, segmenter: Segmenter) -> list[str]:
+    """Load the parts that the file has for this network, all of their tensors; lines that say what came of it.
+
+    The encoder always, and the decoder of a segmenter's file; the head starts anew.
+
+    Raises: ValueError: tensors do not match; nothing was loaded.
+    """
+    if initial.path is None or initial.card is None:
+        return ["weights: none, the network starts from scratch"]
+    parts = {"encoder": segmenter.encoder}
+    if initial.card.get("kind") == "segmenter":
+        parts["decoder"] = segmenter.decoder
+    reports = load_parts(initial.path, parts, layout=initial.layout, branch=initial.branch)
+    return [f"weights: {initial.path}", describe_loading(reports, segmenter)]

@@ -1,0 +1,165 @@
+"""The end of a segmentation run: its weights chosen, its cases predicted, its numbers written and printed."""
+
+import csv
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from medssl.data.splits import CaseSplit, LabelledSubset
+from medssl.evaluation.results import summarise, write_results
+from medssl.methods.segmentation import Segmentation
+from medssl.training.evaluating import Evaluator
+from medssl.training.run_folder import RunFolder
+from medssl.training.validation import write_pictures
+from medssl.weights import load_parts, save_weights
+
+PACKAGES = ("medssl", "torch", "monai", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a number is to be read with.
+
+    Args:
+        split: the cases.
+        subset: the training cases whose labels were used.
+        leakage: the comparison of the evaluation cases with those of pre-training.
+        class_names: of the foreground.
+        setting: what tells this run from others, but for its seed.
+        choice: `best` or `last`: the weights that are evaluated.
+    """
+
+    split: CaseSplit
+    subset: LabelledSubset
+    leakage: dict[str, Any]
+    class_names: Sequence[str]
+    setting: dict[str, Any]
+    choice: str
+
+
+def report_run(
+    trainer: L.Trainer,
+    method: Segmentation,
+    evaluator: Evaluator,
+    folder: RunFolder,
+    *,
+    protocol: Protocol,
+    card: dict[str, Any],
+    values: dict[str, Any],
+) -> None:
+    """Write `segmenter.safetensors` and the numbers of its predictions on the evaluation cases; rank 0 prints them."""
+    device, step = trainer.strategy.root_device, trainer.global_step
+    if trainer.is_global_zero:
+        save_weights(folder.last_segmenter, method.parts(), {**card, "step": step})
+        chosen = folder.best_segmenter if protocol.choice == "best" else folder.last_segmenter
+        shutil.copyfile(chosen, folder.segmenter)
+        load_parts(chosen, method.parts())
+    method.to(device)
+    if trainer.world_size > 1:
+        for tensor in method.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+    where, cases = protocol.split.evaluation
+    begin = time.perf_counter()
+    with trainer.precision_plugin.forward_context():
+        found = evaluator.run(method.segmenter, cases, device=device, full=True, title="evaluating")
+    assert found is not None
+    if not trainer.is_global_zero:
+        return
+    results = summarise(sorted(found.scores.items()), list(protocol.class_names))
+    seconds = {"training": round(training_seconds(folder.metrics, values["batch_size"]), 1)}
+    seconds["evaluation"] = round(time.perf_counter() - begin, 1)
+    subset = protocol.subset
+    results |= {
+        "data": {"name": values["data"]["name"], "store": str(evaluator.store.root)},
+        "split": {
+            "name": protocol.split.name,
+            "hash": protocol.split.hash,
+            "evaluated_on": where,
+            "num_cases": len(cases),
+        },
+        "labelled": {
+            "requested": subset.requested,
+            "count": len(subset.cases),
+            "seed": subset.seed,
+            "hash": subset.hash,
+            "cases": [evaluator.store.record(case).case for case in subset.cases],
+        },
+        "leakage": protocol.leakage,
+        "report": protocol.choice,
+        "selected_on_evaluation": protocol.choice == "best" and where == "validation",
+        "setting": protocol.setting,
+        "seed": values["seed"],
+        "step": step,
+        "versions": {package: version(package) for package in PACKAGES},
+        "wall_s": sum(seconds.values()),
+        "seconds": seconds,
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+    write_results(folder.root, results)
+    pictures = write_pictures(
+        found.pictures, folder.figures, name=where, step=step, num_classes=len(evaluator.label_values)
+    )
+    print(results_in_words(results, folder, pictures))
+
+
+def training_seconds(metrics: Path, batch_size: int) -> float:
+    """Time of all steps of a run, over all its parts, without validation."""
+    with metrics.open(newline="") as file:
+        return sum(batch_size / float(row["samples_per_s"]) for row in csv.DictReader(file))
+
+
+def peak_memory_mb(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process, and of the GPU where there is one."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes there, kilobytes elsewhere
+    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    if device.type == "cuda":
+        peak["gpu"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return peak
+
+
+def results_in_words(results: dict[str, Any], folder: RunFolder, pictures: Sequence[Path]) -> str:
+    """The table of a run, and where everything lies."""
+    split, labelled = results["split"], results["labelled"]
+    heading = (
+        f"{split['num_cases']} {split['evaluated_on']} cases of split {split['name']} [{split['hash']}],"
+        f" {labelled['count']} labelled [{labelled['hash']}], {results['report']} weights, seed {results['seed']}"
+    )
+    columns = [results[metric] for metric in ("dice", "hd95_mm", "nsd")]
+    rows = [["", "Dice", "HD95 mm", f"NSD {results['tolerance_mm']:g} mm"]]
+    for name in results["dice"]["per_class"]:
+        rows.append([name, *(_number(column["per_class"][name]) for column in columns)])
+    rows.append(["mean", *(_number(column["mean"]) for column in columns)])
+    width = max(len(row[0]) for row in rows)
+    table = [f"{row[0]:<{width}}" + "".join(f"  {cell:>8}" for cell in row[1:]) for row in rows]
+    marks = []
+    if results["leakage"]["overlap"]:
+        marks.append(f"LEAKAGE: {results['leakage']['overlap']} of these cases were seen in pre-training")
+    if results["selected_on_evaluation"]:
+        marks.append("the weights were selected on the very cases they are evaluated on: the numbers flatter")
+    if "phantom" in results["data"]["name"]:
+        marks.append("synthetic data")
+    return "\n".join(
+        [
+            heading,
+            *table,
+            *(f"note     {mark}" for mark in marks),
+            f"results  {folder.results}",
+            *(f"picture  {path}" for path in pictures),
+            f"network  {folder.segmenter}",
+            "",
+            f"    python -m medssl.predict weights={folder.segmenter} input=SCAN output_dir=predictions",
+        ]
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
