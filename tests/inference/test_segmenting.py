@@ -133,6 +133,22 @@ def test_mixed_precision_gives_float32_close_to_full_precision():
     torch.testing.assert_close(found, Averaged([network])(windows), atol=0.02, rtol=0)
 
 
+def test_mixed_precision_of_the_caller_is_for_the_network_alone():
+    array, how, seen = smooth((24, 20, 18)), reading((1.5, 1.5, 2.0), (8, 8, 8)), []
+
+    def predict(windows):
+        seen.append((windows.dtype, (torch.ones(2, 2) @ torch.ones(2, 2)).dtype))
+        return classes_of_grey()(windows)
+
+    found = [np.empty((3, 24, 20, 18), np.float16) for _ in range(2)]
+    _segmented(array, how, predict, probabilities=found[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        _segmented(array, how, predict, probabilities=found[1])
+        assert Averaged([nn.Conv3d(1, 3, 1)])(torch.rand(1, 1, 2, 2, 2)).dtype == torch.float32
+    assert set(seen) == {(torch.float32, torch.float32), (torch.float32, torch.bfloat16)}
+    np.testing.assert_array_equal(*found)
+
+
 def test_members_with_readings_of_their_own_are_averaged_on_the_grid_of_the_image():
     array = smooth((26, 22, 20))
     record = record_of(Volume(array, AFFINE, ""))
@@ -149,6 +165,20 @@ def test_members_with_readings_of_their_own_are_averaged_on_the_grid_of_the_imag
     np.testing.assert_allclose(together, expected, atol=1e-3)
     assert (classes == expected.argmax(0)).mean() > 0.99  # float16 makes ties
     assert np.array_equal(classes, segment(members, fetch_from(array), record, num_classes=3))
+
+
+@pytest.mark.gpu
+def test_cpu_and_gpu_give_the_same():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    array, how = smooth((40, 30, 26)), reading((1.5, 1.5, 2.0))
+    network, found = _context_network(), []
+    for device in ("cpu", "cuda"):
+        probabilities = np.empty((3, 40, 30, 26), np.float16)
+        classes = _segmented(array, how, Averaged([network.to(device)]), device=device, probabilities=probabilities)
+        found.append((classes, probabilities))
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=2e-3)
+    assert (found[0][0] == found[1][0]).mean() > 0.999
 
 
 def test_a_card_gives_the_reading():

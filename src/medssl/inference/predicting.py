@@ -4,7 +4,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,11 +128,17 @@ def predict_one(image: Input, ensemble: Ensemble, settings: Settings) -> str:
         _complain(image.path, f"it does not fit into the memory of the {settings.device.type}; {way}")
         return "failed"
     values = ensemble.label_values()
-    planes = (values[plane] for plane in slices_of(file.in_file_order(classes)))
-    write_nifti(target, planes, like=file, shape=file.shape, dtype=values.dtype)
-    found = f"{np.count_nonzero(np.bincount(classes.ravel())[1:])} of {len(values) - 1} labels found"
+    found = np.zeros(len(values), dtype=bool)
+
+    def planes() -> Iterator[np.ndarray]:
+        for plane in slices_of(file.in_file_order(classes)):
+            found[plane] = True
+            yield values[plane]
+
+    write_nifti(target, planes(), like=file, shape=file.shape, dtype=values.dtype)
+    labels = f"{found[1:].sum()} of {len(values) - 1} labels found"
     seconds = time.monotonic() - start
-    print(f"{image.name}: {size_text(file.shape)} voxels, {found}, {seconds:.1f} s -> {target}", flush=True)
+    print(f"{image.name}: {size_text(file.shape)} voxels, {labels}, {seconds:.1f} s -> {target}", flush=True)
     return "predicted"
 
 

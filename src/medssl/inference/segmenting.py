@@ -1,6 +1,7 @@
 """From a volume to the class of each of its voxels, on its own grid."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -26,7 +27,7 @@ class Averaged:
     Args:
         networks: each gives logits (b k x y z) for windows (b c x y z).
         flips: axes; every combination of flips along them is averaged over.
-        dtype: to compute in, on devices with automatic mixed precision; None for float32.
+        dtype: of automatic mixed precision; None leaves that to the surroundings.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class Averaged:
     @torch.inference_mode()
     def __call__(self, windows: Float[Tensor, "b c x y z"]) -> Float32[Tensor, "b k x y z"]:
         """The probabilities of the windows."""
-        total = None
+        total, own = None, self.dtype is not None
         for network in self.networks:
             for dims in self.flips:
-                with torch.autocast(windows.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                with torch.autocast(windows.device.type, dtype=self.dtype) if own else nullcontext():
                     logits = network(windows.flip(dims) if dims else windows)
                 probabilities = (logits.flip(dims) if dims else logits).float().softmax(1)
                 total = probabilities if total is None else total.add_(probabilities)
@@ -112,7 +113,9 @@ def segment(
 
     streams = [
         planes(
-            window.slabs(image.layer, image.grid.frame.shape, _normalised(member, record), on_window=after_windows),
+            window.slabs(
+                image.layer, image.grid.frame.shape, _normalised(member, record, device), on_window=after_windows
+            ),
             image.grid.positions(2),
         )
         for member, window, image in zip(members, windows, images, strict=True)
@@ -122,7 +125,7 @@ def segment(
     slices_first = (record.shape[2], *record.shape[:2])  # each slice is written in one piece
     classes = np.empty(slices_first, np.uint8 if num_classes <= 256 else np.int16).transpose(1, 2, 0)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             for z, found in enumerate(zip(*streams, strict=True)):
                 if probabilities is None:
                     chosen = most_probable(found, natives, weights)
@@ -229,6 +232,14 @@ def record_of(volume: Volume, case: str = "", *, modality: str | None = None) ->
     )
 
 
-def _normalised(member: Member, record: Record) -> Predict:
+def _normalised(member: Member, record: Record, device: torch.device) -> Predict:
+    """The member's network behind its normalisation; mixed precision, where the caller is in it, for that alone."""
     normalise = member.reading.normaliser(record)
-    return lambda windows: member.predict(normalise(windows))
+    mixed, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def predict(windows: Tensor) -> Tensor:
+        windows = normalise(windows)
+        with torch.autocast(device.type, dtype=dtype, enabled=mixed):
+            return member.predict(windows)
+
+    return predict

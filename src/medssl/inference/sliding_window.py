@@ -96,6 +96,7 @@ class SlidingWindow:
                     raise ValueError(f"the network must give maps (b k x y z) of the window's sides, got {shapes}")
                 for (x, y), prediction in zip(places, predictions, strict=True):
                     sums.add(prediction.float(), importance, (x, y, z))
+                del windows, predictions, prediction  # or they would lie beside the next batch
                 if on_window is not None:
                     on_window(len(places))
             yield from sums.finished(z, following)
