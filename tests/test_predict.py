@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -249,16 +250,17 @@ def test_a_result_never_replaces_its_image(tmp_path, save, scan, capsys):
     assert "would replace the image" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_finished_results_and_no_half_ones(tmp_path, save, scan, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_finished_results_and_no_half_ones(tmp_path, save, scan, monkeypatch, capsys, number):
     scan("a.nii.gz")
     scan("b.nii.gz", seed=1)
     written, write = [], predicting.write_nifti
 
     def interrupted(path, planes, **options):
         def cut():
-            for number, plane in enumerate(planes):
-                if written and number == 3:
-                    raise KeyboardInterrupt
+            for z, plane in enumerate(planes):
+                if written and z == 3:
+                    signal.raise_signal(number)
                 yield plane
 
         write(path, cut(), **options)
@@ -267,6 +269,7 @@ def test_ctrl_c_leaves_finished_results_and_no_half_ones(tmp_path, save, scan, m
     monkeypatch.setattr(predicting, "write_nifti", interrupted)
     assert predict(weights=save(), input=tmp_path / "scans", output_dir=tmp_path / "o") == 130
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["a.nii.gz"]
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_an_image_too_large_for_the_memory_is_reported_and_the_rest_is_done(tmp_path, save, scan, monkeypatch, capsys):
