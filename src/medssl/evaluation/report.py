@@ -63,7 +63,8 @@ def sections(comparison: Comparison, *, pictures: bool) -> list[Section]:
             f"{metric}, {better} is better: group minus reference, paired by case, each case the mean over seeds. "
             "Wilcoxon signed-rank test, two-sided; Holm's correction for "
             f"{_counted(len(comparison.pairs), 'comparison')}. "
-            "Wins, ties and losses count cases in which the group is better, equal, worse."
+            "Wins, ties and losses count cases in which the group is better, equal, worse. The test takes the trained "
+            "networks as they are; the interval also asks what other seeds would change."
         )
         plot = difference_plot(comparison) if pictures else ""
         parts.append(Section("Paired differences", text, table=_pair_table(comparison), picture=plot))
