@@ -119,7 +119,7 @@ def _notes(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
             f"{LEAKED} Leakage: evaluation cases were seen in pre-training and allowed: {', '.join(leaked)} of "
             f"{len(runs[0].cases)} cases. These numbers flatter."
         )
-    if unchecked := [str(run.path) for run in runs if not run.results.get("leakage", {}).get("checked", True)]:
+    if unchecked := [str(run.path) for run in runs if not run.leakage.get("checked", True)]:
         notes.append(f"Whether evaluation cases were seen in pre-training is not known: {', '.join(unchecked)}.")
     if flattered := [str(run.path) for run in runs if run.results.get("selected_on_evaluation")]:
         notes.append(

@@ -44,9 +44,14 @@ class Run:
         return self.results["labelled"]["count"]
 
     @property
+    def leakage(self) -> dict[str, Any]:
+        """What is known about evaluation cases in pre-training."""
+        return self.results.get("leakage") or {}
+
+    @property
     def leaked(self) -> int:
         """Number of evaluation cases that were seen in pre-training."""
-        return int(self.results.get("leakage", {}).get("overlap", 0))
+        return self.leakage.get("overlap") or 0
 
     @cached_property
     def cases(self) -> list[str]:

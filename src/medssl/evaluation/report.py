@@ -25,7 +25,7 @@ th, td { padding: 0.3rem 0.8rem 0.3rem 0; border-bottom: 1px solid #ddd; text-al
   font-variant-numeric: tabular-nums; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
-svg { width: 100%; height: auto; } p.small, ul.small { font-size: 0.88rem; color: #444; }
+svg { width: 100%; height: auto; }
 """
 
 
