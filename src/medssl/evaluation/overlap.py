@@ -1,11 +1,11 @@
 """Dice alone, fast: for validation while a network trains."""
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Float64, Integer
 
 
 def dice_by_class(
-    prediction: Int[np.ndarray, "x y z"], truth: Int[np.ndarray, "x y z"], *, num_classes: int
+    prediction: Integer[np.ndarray, "x y z"], truth: Integer[np.ndarray, "x y z"], *, num_classes: int
 ) -> Float64[np.ndarray, " foreground"]:
     """Dice of the classes 1 to `num_classes` - 1; NaN where a class is in neither, 0 where it is in one.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from medssl.data.store import VolumeStore
 
@@ -38,8 +38,8 @@ class CasePicture:
 def picture_case(
     store: VolumeStore,
     case: int,
-    prediction: Int[np.ndarray, "x y z"],
-    truth: Int[np.ndarray, "x y z"],
+    prediction: Integer[np.ndarray, "x y z"],
+    truth: Integer[np.ndarray, "x y z"],
     *,
     dice: float,
 ) -> CasePicture:

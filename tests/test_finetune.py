@@ -1,0 +1,283 @@
+"""The command from labels to a segmenter: its numbers, its files, every way of starting, stopping and going on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import medssl
+from medssl.config import main
+from medssl.data.store import VolumeStore
+from medssl.finetune import run
+from medssl.weights import read_card, save_weights
+
+STEPS = 6
+VIT = {
+    "_target_": "medssl.models.vit.VisionTransformer",
+    **{"size_voxel": 16, "patch_voxel": 8, "in_channels": 1, "dim": 24, "depth": 2, "num_heads": 2},
+}
+PROBE = """
+import os, signal, time
+from pathlib import Path
+from monai.losses import DiceCELoss
+
+class Probe(DiceCELoss):
+    '''The usual loss, which ends or delays the process where it is asked to.'''
+    calls = 0
+
+    def forward(self, input, target):
+        self.calls += 1
+        if self.calls == int(os.environ.get("PROBE_KILL", 0)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("PROBE_WAIT"):
+            Path(os.environ["PROBE_WAIT"]).touch()
+            time.sleep(0.3)
+        return super().forward(input, target)
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder for runs that share one store, and an encoder file that was trained on other volumes."""
+    root = tmp_path_factory.mktemp("finetune")
+    (root / "conf").mkdir()
+    (root / "conf" / "probe.py").write_text(PROBE)
+    torch.manual_seed(0)
+    encoder = medssl.VisionTransformer(**{key: value for key, value in VIT.items() if key != "_target_"})
+    data = {"name": "others", "num_cases": 1, "voxel_hashes": ["0123456789abcdef"]}
+    card = {"encoder": VIT, "method": "medssl.methods.glmae.GLMAE", "data": data, "step": 7}
+    save_weights(root / "encoder.safetensors", {"encoder": encoder}, card)
+    return root
+
+
+def arguments(root, name, **settings):
+    fixed = {
+        "model": "unet",
+        "model.encoder.widths": "[4,8]",
+        "model.encoder.strides": "[1,2]",
+        "data": "phantoms",
+        "data.num_cases": 6,
+        "data.size_voxel": 32,
+        "data.phantom_spacing_mm": 12,
+        "data.labelled": 3,
+        "crop_voxel": "[16,16,16]",
+        "store": root / "store",
+        "output_dir": root / name,
+        "checkpoint_every": 4,
+        "validate_every": 2,
+        "trainer.max_steps": STEPS,
+    }
+    chosen = {**fixed, **settings}
+    if "model" in settings:
+        chosen = {key: value for key, value in chosen.items() if not key.startswith("model.encoder.")}
+    return ["--config-dir", str(root / "conf"), *(f"{key}={value}" for key, value in chosen.items())]
+
+
+def finetune(root, name, **settings):
+    """Run the command in this process and give back the run folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        main("finetune", run, arguments=arguments(root, name, **settings))
+    return root / name
+
+
+def start(root, name, *, variables, **settings):
+    return subprocess.Popen(
+        [sys.executable, "-m", "medssl.finetune", *arguments(root, name, **settings)],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def refused(root, name, capsys, **settings):
+    """The one line that a refused command says."""
+    with pytest.raises(SystemExit) as stop:
+        finetune(root, name, **settings)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.fixture(scope="module")
+def straight(workplace):
+    return finetune(workplace, "straight")
+
+
+def test_a_run_leaves_numbers_a_network_and_pictures(straight):
+    results = json.loads((straight / "metrics.json").read_text())
+    assert results["split"] | {"hash": ""} == {
+        "name": "5fold-0",
+        "hash": "",
+        "evaluated_on": "validation",
+        "num_cases": len(results["cases"]),
+    }
+    assert results["labelled"]["count"] == 3 == len(results["labelled"]["cases"])
+    assert results["leakage"] == {"checked": True, "overlap": 0, "allowed": False}
+    assert results["setting"]["weights"] == "scratch"
+    assert (results["report"], results["selected_on_evaluation"], results["seed"]) == ("last", False, 0)
+    means = [np.nanmean([v for v in case["dice"]["per_class"].values() if v is not None]) for case in results["cases"]]
+    assert results["dice"]["mean"] == pytest.approx(np.mean(means))
+    assert results["wall_s"] > 0
+    assert results["peak_memory_mb"]["process"] > 0
+    assert len(list(straight.glob("figures/validation-*.png"))) >= 2
+    assert (straight / "split.json").is_file()
+    assert (straight / "cases.csv").is_file()
+
+
+def test_the_table_of_the_run_has_the_validation_dice_where_it_was_measured(straight):
+    with (straight / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["validation_dice"]) for row in rows] == [False, True] * 3
+    best = read_card(straight / "segmenter-best.safetensors")
+    assert best["validation_dice"] == pytest.approx(max(float(r["validation_dice"]) for r in rows[1::2]), abs=1e-6)
+
+
+def test_the_saved_segmenter_predicts_what_the_run_scored(straight):
+    network, card = medssl.load_segmenter(straight / "segmenter.safetensors")
+    assert [c["value"] for c in card["classes"]] == list(range(12))
+    assert card["classes"][7]["name"] == "liver"
+    assert card["reading"]["crop_voxel"] == [16, 16, 16]
+    assert card["step"] == STEPS
+    assert network(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 12, 16, 16, 16)
+
+
+def test_a_killed_and_resumed_run_ends_bitwise_like_a_straight_one(workplace, straight):
+    probe = {"loss._target_": "probe.Probe"}
+    process = start(workplace, "killed", variables={"PROBE_KILL": "6"}, **probe)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    resumed = finetune(workplace, "killed", resume=workplace / "killed", **probe)
+    for name in ("segmenter.safetensors", "segmenter-best.safetensors"):
+        files = [medssl.load_segmenter(folder / name)[0].state_dict() for folder in (straight, resumed)]
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    tables = []
+    for folder in (straight, resumed):
+        with (folder / "metrics.csv").open() as file:
+            tables.append([(r["step"], r["loss"], r["validation_dice"]) for r in csv.DictReader(file)])
+    assert tables[0] == tables[1]
+    scores = [json.loads((folder / "metrics.json").read_text())["cases"] for folder in (straight, resumed)]
+    assert scores[0] == scores[1]
+
+
+def test_a_stop_signal_saves_and_says_how_to_go_on(workplace):
+    mark = workplace / "waiting"
+    process = start(workplace, "stopped", variables={"PROBE_WAIT": str(mark)}, **{"loss._target_": "probe.Probe"})
+    deadline = time.monotonic() + 90
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=90)[0]
+    assert f"resume={workplace / 'stopped'}" in said
+    assert (workplace / "stopped" / "checkpoints" / "last.ckpt").is_file()
+    assert not (workplace / "stopped" / "metrics.json").exists()
+
+
+def test_a_finished_run_without_its_numbers_is_evaluated_again(workplace, straight, capsys):
+    before = json.loads((straight / "metrics.json").read_text())["cases"]
+    (straight / "metrics.json").unlink()
+    finetune(workplace, "straight", resume=straight)
+    assert json.loads((straight / "metrics.json").read_text())["cases"] == before
+    assert "raise trainer.max_steps" in refused(workplace, "straight", capsys, resume=straight)
+
+
+def test_an_encoder_file_brings_its_network_and_its_twin_starts_from_scratch(workplace, capsys):
+    weights, like = workplace / "encoder.safetensors", {"model": "auto", "trainer.max_steps": 1}
+    tuned = finetune(workplace, "tuned", weights=weights, **like)
+    said = capsys.readouterr().out
+    assert "matched" in said
+    assert "cls_token" in said
+    scratch = finetune(workplace, "scratch", **like, **{"model.like": weights})
+    assert "from scratch" in capsys.readouterr().out
+    settings = [json.loads((folder / "metrics.json").read_text())["setting"] for folder in (tuned, scratch)]
+    assert settings[0]["weights"] == "glmae (7 steps, 1 volumes of others)"
+    assert settings[1] == settings[0] | {"weights": "scratch"}
+    stored = yaml.safe_load((tuned / "config.yaml").read_text())["model"]["encoder"]
+    assert stored["dim"] == VIT["dim"]
+    hashes = read_card(tuned / "segmenter.safetensors")["data"]["voxel_hashes"]
+    assert "0123456789abcdef" in hashes
+    assert len(hashes) == 4
+
+
+def test_a_segmenter_file_gives_its_decoder_too(workplace, straight, capsys):
+    finetune(
+        workplace,
+        "continued",
+        **{"model": "auto", "weights": straight / "segmenter.safetensors", "data.classes": "[7,8]"},
+        **{"trainer.max_steps": 1, "allow_leakage": "true"},
+    )
+    said = capsys.readouterr().out
+    assert "decoder: " in said
+    assert "classes: 2 (liver, spleen)" in said
+
+
+def test_evaluation_on_volumes_that_pre_training_saw_is_refused_or_marked(workplace, straight, capsys):
+    store = VolumeStore(workplace / "store")
+    card = read_card(workplace / "encoder.safetensors")
+    card["data"]["voxel_hashes"] = [record.voxel_hash[:16] for record in store.records()]
+    encoder = medssl.load_encoder(workplace / "encoder.safetensors")
+    save_weights(workplace / "leaky.safetensors", {"encoder": encoder}, card)
+    leaky = {"model": "auto", "weights": workplace / "leaky.safetensors", "trainer.max_steps": 1}
+    assert "were seen in the pre-training" in refused(workplace, "leaky", capsys, **leaky)
+    folder = finetune(workplace, "leaky", **leaky, allow_leakage="true")
+    assert json.loads((folder / "metrics.json").read_text())["leakage"]["overlap"] == 2
+    assert "LEAKAGE" in capsys.readouterr().out
+
+
+def test_more_channels_than_pre_trained_repeat_the_stem_aloud(workplace, capsys, make_store):
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-1000, 1000, (2, 24, 24, 24)).astype(np.int16) for _ in range(3)]
+    store = make_store(*arrays, labels=[(a[0] > 300).astype(int) for a in arrays], splits=("train", "train", "test"))
+    chosen = {"data": "store", "store": store.root, "data.labelled": 2, "model": "auto", "trainer.max_steps": 1}
+    drop = ("data.num_cases", "data.size_voxel", "data.phantom_spacing_mm")
+    line = [a for a in arguments(workplace, "two", **chosen) if a.partition("=")[0] not in drop]
+    main("finetune", run, arguments=[*line, f"weights={workplace / 'encoder.safetensors'}"])
+    assert "patch_embed.proj.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.labelled": 40}, "give a count from 1 to"),
+        ({"data.split": "btcv_24_6"}, "btcv_24_6"),
+        ({"data.fold": 7}, "data.fold=7"),
+        ({"freeze": "decoder"}, "freeze='decoder' is not known"),
+        ({"crop_voxel": "[15,16,16]"}, "crop_voxel=[15, 16, 16] does not fit"),
+        ({"report": "first"}, "auto, best, last"),
+        ({"report": "best", "validate_every": "null"}, "report=best needs validation cases"),
+        ({"weights": "nowhere.safetensors"}, "there is no weight file nowhere.safetensors"),
+        ({"weights.branch": "pupil"}, "student, teacher"),
+        ({"data.classes": "[99]"}, "value 99 is in no label"),
+        ({"model": "nothing"}, "unet"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_is_allowed(workplace, straight, capsys, settings, message):
+    assert message in refused(workplace, "mistake", capsys, **settings)
+    assert not (workplace / "mistake" / "metrics.csv").exists()
+
+
+def test_truncated_weights_are_refused(workplace, capsys):
+    whole = (workplace / "encoder.safetensors").read_bytes()
+    (workplace / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    cut = {"model": "auto", "weights": workplace / "cut.safetensors"}
+    assert "not a whole safetensors file" in refused(workplace, "cut", capsys, **cut)
+
+
+def test_frozen_encoders_keep_their_weights(workplace):
+    weights = workplace / "encoder.safetensors"
+    folder = finetune(workplace, "frozen", model="auto", weights=weights, freeze="encoder", **{"trainer.max_steps": 2})
+    before = medssl.load_encoder(weights).state_dict()
+    after = medssl.load_segmenter(folder / "segmenter.safetensors")[0].encoder.state_dict()
+    shared = [key for key in after if key.startswith("blocks.")]
+    assert shared
+    assert all(torch.equal(before[key], after[key]) for key in shared)
