@@ -90,6 +90,8 @@ def test_few_cases_are_said_to_be_too_few_for_a_test(finished_run):
 
     assert "With 5 cases the signed-rank test cannot give a p below 0.062" in notes(5, 2)[0]
     assert "With 6 cases and 2 comparisons the signed-rank test cannot give a p below 0.062" in notes(6, 3)[0]
+    assert "With one case the" in notes(1, 2)[0]
+    assert "there is no interval" in notes(1, 2)[0]
     assert not notes(6, 2)
 
 

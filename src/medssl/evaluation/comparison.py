@@ -148,9 +148,10 @@ def _notes(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
         )
     num_cases = min((len(pair.cases) for pair in pairs), default=len(groups[0].cases))
     if pairs and (p := smallest_p(num_cases, len(pairs))) > SIGNIFICANT:
+        cases = "one case" if num_cases == 1 else f"{num_cases} cases"
         comparisons = f"and {len(pairs)} comparisons " if len(pairs) > 1 else ""
         notes.append(
-            f"With {num_cases} cases {comparisons}the signed-rank test cannot give a p below {p:.2g}, however large "
-            "the differences are, and intervals are too narrow."
+            f"With {cases} {comparisons}the signed-rank test cannot give a p below {p:.2g}, however large "
+            f"the differences are, and {'there is no interval' if num_cases == 1 else 'intervals are too narrow'}."
         )
     return notes

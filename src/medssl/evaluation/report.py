@@ -93,7 +93,7 @@ def _facts(comparison: Comparison) -> list[str]:
     runs = [run for group in comparison.groups for run in group.runs]
     facts = [
         f"data: {', '.join(dict.fromkeys(data_name(run.results.get('data')) for run in runs))}",
-        f"split: {split['name']} [{split['hash']}], {len(runs[0].cases)} {split['evaluated_on']} cases",
+        f"split: {split['name']} [{split['hash']}], {_counted(len(runs[0].cases), split['evaluated_on'] + ' case')}",
         f"classes: {len(comparison.groups[0].classes)}; tolerance of NSD: {results['tolerance_mm']:g} mm",
         f"runs: {len(runs)} in {_counted(len(comparison.groups), 'group')}; reference: {comparison.groups[0].label}",
     ]
