@@ -209,6 +209,15 @@ def test_an_encoder_file_brings_its_network_and_its_twin_starts_from_scratch(wor
     assert len(hashes) == 4
 
 
+def test_a_scratch_twin_differs_in_nothing_but_the_weights(workplace, capsys):
+    weights = workplace / "encoder.safetensors"
+    folder = finetune(workplace, "pair", model="auto", weights=weights, scratch_twin="true", **{"trainer.max_steps": 1})
+    assert "medssl.compare" in capsys.readouterr().out
+    ours, twin = (json.loads((path / "metrics.json").read_text()) for path in (folder, workplace / "pair-scratch"))
+    assert twin["setting"] == ours["setting"] | {"weights": "scratch"}
+    assert (twin["labelled"], twin["split"], twin["seed"]) == (ours["labelled"], ours["split"], ours["seed"])
+
+
 def test_a_segmenter_file_gives_its_decoder_too(workplace, straight, capsys):
     finetune(
         workplace,
@@ -259,6 +268,7 @@ def test_more_channels_than_pre_trained_repeat_the_stem_aloud(workplace, capsys,
         ({"weights.branch": "pupil"}, "student, teacher"),
         ({"data.classes": "[99]"}, "value 99 is in no label"),
         ({"model": "nothing"}, "unet"),
+        ({"scratch_twin": "true"}, "give weights=FILE"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_is_allowed(workplace, straight, capsys, settings, message):

@@ -2,7 +2,8 @@
 
 Examples:
     python -m medssl.finetune weights=runs/pretrain/encoder.safetensors data.labelled=4 output_dir=runs/tuned
-    python -m medssl.finetune model.like=runs/pretrain/encoder.safetensors data.labelled=4 output_dir=runs/scratch
+    python -m medssl.finetune weights=runs/pretrain/encoder.safetensors scratch_twin=true output_dir=runs/tuned
+    python -m medssl.finetune model.like=runs/pretrain/encoder.safetensors output_dir=runs/scratch
     python -m medssl.finetune data=btcv data.root=/data/BTCV weights=encoder.safetensors trainer=gpu
     python -m medssl.finetune data=amos data.root=/data/amos22 data.modality=ct model=unet trainer=gpu
     python -m medssl.finetune resume=runs/tuned
@@ -10,6 +11,8 @@ Examples:
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medssl.config import main
@@ -21,10 +24,36 @@ if TYPE_CHECKING:
 
 
 def run(config: DictConfig) -> None:
-    """Claim the run folder, then train in it."""
+    """Claim the run folder, then train in it; then the same from scratch, where that is asked for."""
+    from medssl.training.run_folder import RunFolder
     from medssl.training.starting import start
 
+    twin = scratch_twin(config) if config.scratch_twin else None
     start(config, train, command="finetune")
+    if twin is not None and RunFolder(Path(config.output_dir).expanduser()).results.is_file():
+        print(f"\nthe same from scratch -> {twin.output_dir}", flush=True)
+        start(twin, train, command="finetune")
+        print(f"\n    python -m medssl.compare {twin.output_dir} {config.output_dir}")
+
+
+def scratch_twin(config: DictConfig) -> DictConfig:
+    """The settings of the same run without the weights: same network, plan, budget and seed; OUTPUT_DIR-scratch.
+
+    Raises: ValueError: there are no weights to leave out, or several processes train.
+    """
+    if config.weights.path is None:
+        raise ValueError("scratch_twin=true repeats a run without its weights; give weights=FILE")
+    if "strategy" in config.trainer:
+        raise ValueError(
+            "scratch_twin=true works in one process; with several, start a second run with model.like=FILE instead of"
+            " weights=FILE"
+        )
+    twin = copy.deepcopy(config)
+    twin.update({"scratch_twin": False, "output_dir": f"{config.output_dir or 'runs/finetune'}-scratch"})
+    if "like" in twin.model:
+        twin.model.like = config.weights.path
+    twin.weights.path = None
+    return twin
 
 
 def train(begin: Start) -> None:

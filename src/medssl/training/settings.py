@@ -12,7 +12,7 @@ from medssl.config import to_yaml
 
 LEAST = {"seed": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1, "trainer.max_steps": 1}
 RATES = tuple(f"optimizer.{name}" for name in ("lr", "weight_decay", "warmup_steps", "final_fraction", "clip_norm"))
-SWITCHES = ("overwrite", "compile", "checkpoint_activations", "logger.offline")
+SWITCHES = ("overwrite", "compile", "checkpoint_activations", "logger.offline", "allow_leakage", "scratch_twin")
 INTERVALS = ("export_every", "figures_every", "validate_every")
 MAY_CHANGE = {"output_dir", "overwrite", "resume", "store", "data", "logger", "max_rejected_fraction"}
 MAY_CHANGE |= {"checkpoint_every", "export_every", "figures_every"}

@@ -1,0 +1,81 @@
+"""Does pre-training pay with few labels? The hippocampus protocol: 100 volumes train, few of them with labels; 60 test.
+
+Pre-trains a method on the 100 training volumes, fine-tunes the encoder on `--labelled` of them, trains the same network
+and a U-Net from scratch on the very same, with three seeds each, and compares all runs on the 60 test volumes.
+
+    python scripts/label_efficiency.py --root /data/Task04_Hippocampus --output runs/label-efficiency
+    python scripts/label_efficiency.py --root ... --output ... --arms unet --labelled 60 --steps 1000 --seeds 0
+
+Finished runs are kept, so that a second start goes on with what is missing.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+NUM_TRAINING, NUM_TEST = 100, 60
+ARMS = ("pretrained", "scratch", "unet")
+
+
+def write_split(root: Path, path: Path) -> None:
+    """The first 100 cases in the order of the SHA-256 of their names train, the next 60 test."""
+    listed = json.loads((root / "dataset.json").read_text())["training"]
+    names = [Path(entry["image"]).name.removesuffix(".nii.gz") for entry in listed]
+    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    test = order[NUM_TRAINING : NUM_TRAINING + NUM_TEST]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"train": sorted(order[:NUM_TRAINING]), "validation": [], "test": sorted(test)}))
+
+
+def command(name: str, *settings: str) -> None:
+    """Run one command of medssl and show it."""
+    line = [sys.executable, "-m", f"medssl.{name}", *settings]
+    print("$", " ".join(["python", *line[1:]]), flush=True)
+    subprocess.run(line, check=True)
+
+
+def main() -> None:
+    """Run what is missing, then compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="folder with the dataset.json of Task04_Hippocampus")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--method", default="glmae_tiny")
+    parser.add_argument("--labelled", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300, help="of every training")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--pretrain", nargs="*", default=[], help="further KEY=VALUE of medssl.pretrain")
+    parser.add_argument("--finetune", nargs="*", default=[], help="further KEY=VALUE of medssl.finetune")
+    options = parser.parse_args()
+    split = options.output / "split.json"
+    write_split(options.root, split)
+    data = ["data=decathlon", f"data.root={options.root}", f"data.split={split}", f"store={options.output / 'store'}"]
+    runs: dict[str, list[Path]] = {arm: [] for arm in options.arms}
+    for seed in options.seeds:
+        for arm in options.arms:
+            encoder = options.output / f"{options.method}-seed{seed}" / "encoder.safetensors"
+            if arm != "unet" and not encoder.is_file():
+                budget = [f"trainer.max_steps={options.steps}", f"seed={seed}", "overwrite=true", *options.pretrain]
+                where = [f"method={options.method}", f"output_dir={encoder.parent}", "validate_every=null"]
+                command("pretrain", *where, *data, *budget)
+            run = options.output / f"{arm}-{options.labelled}labels-{options.steps}steps-seed{seed}"
+            runs[arm].append(run)
+            if (run / "metrics.json").is_file():
+                continue
+            network = {
+                "pretrained": [f"weights={encoder}"],
+                "scratch": [f"model.like={encoder}"],
+                "unet": ["model=unet"],
+            }[arm]
+            budget = [f"data.labelled={options.labelled}", f"trainer.max_steps={options.steps}", f"seed={seed}"]
+            command("finetune", *network, *data, *budget, f"output_dir={run}", "overwrite=true", *options.finetune)
+    every = [str(run) for arm in runs.values() for run in arm]
+    if len(runs) > 1:
+        command("compare", *every, f"output_dir={options.output / 'comparison'}", "overwrite=true")
+
+
+if __name__ == "__main__":
+    main()
