@@ -1,5 +1,6 @@
 """Two processes on the CPU that train together: what they see, what they share, what they write."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 
 from medssl.config import main
 from medssl.pretrain import run
+from medssl.weights import read_card
 
 STEPS = 3
 PROBE = """
@@ -138,6 +140,28 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     rows = (tmp_path / "together" / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == [str(step) for step in range(1, STEPS + 1)]
     assert len(list((tmp_path / "together" / "figures").iterdir())) == 2 * STEPS
+
+
+@pytest.mark.ddp
+def test_two_processes_fine_tune_and_share_the_cases_to_evaluate(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "medssl.finetune", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"),
+            *("model=unet", "model.encoder.widths=[4,8]", "model.encoder.strides=[1,2]", "crop_voxel=[16,16,16]"),
+            *("data=phantoms", "data.num_cases=7", "data.size_voxel=32", "data.phantom_spacing_mm=12"),
+            *(f"store={tmp_path / 'store'}", f"output_dir={tmp_path / 'run'}", "validate_every=2"),
+            "trainer.max_steps=2",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("classes: 11") == 1
+    results = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(results["cases"]) == results["split"]["num_cases"] == 2  # one a process
+    best = read_card(tmp_path / "run" / "segmenter-best.safetensors")["validation_dice"]
+    assert best == pytest.approx(results["dice"]["mean"])  # the validation cases after the last step, by another way
 
 
 def eval_cases(log, step):

@@ -20,6 +20,7 @@ from medssl.data.reading import LabelMapError, check_channels
 from medssl.data.writing import write_text
 from medssl.inference.ensemble import Ensemble
 from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti
+from medssl.inference.phantom_input import drawn_phantom
 from medssl.inference.segmenting import Classes, fetch_from, record_of, segment
 from medssl.inference.sliding_window import check_windows
 
@@ -33,7 +34,8 @@ def predict_all(config: DictConfig) -> int:
         ValueError: a setting is wrong, or there is nothing to predict.
     """
     settings = Settings.of(config)
-    inputs, scan = find_inputs(settings.input, settings.output_dir, include_labels=config.data.include_labels)
+    source = drawn_phantom(settings.input, settings.output_dir)
+    inputs, scan = find_inputs(source, settings.output_dir, include_labels=config.data.include_labels)
     if not inputs and not scan.problems:
         raise ValueError(f"input={config.input}: none of its files is an image to predict")
     ensemble = Ensemble.load(

@@ -1,6 +1,7 @@
 """The end of a segmentation run: its weights chosen, its cases predicted, its numbers written and printed."""
 
 import csv
+import math
 import resource
 import shutil
 import sys
@@ -161,5 +162,5 @@ def results_in_words(results: dict[str, Any], folder: RunFolder, pictures: Seque
     )
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}" if value < 10 else f"{value:.1f}"
