@@ -57,8 +57,36 @@ def glmae(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
     return parts
 
 
+def sam(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
+    """The encoder of a published SAM file: backbone, fine and coarse neck, without the organ branch `semantic_head`.
+
+    The state dict lies under `state_dict` or is the file itself. All other tensors belong to the encoder, so that a
+    file of another network does not load.
+
+    Raises:
+        ValueError: there is no such branch or no encoder.
+    """
+    if branch != "student":
+        raise ValueError(f"branch is {branch!r}, files of the layout `sam` hold one network only; leave it out")
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
+    tensors = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    if "backbone.conv1.conv.weight" not in tensors:
+        shown = ", ".join(list(map(str, state))[:4]) or type(checkpoint).__name__
+        raise ValueError(f"{source} holds no encoder of the layout `sam`; its first entries are {shown}")
+    return {f"encoder.{key}": tensor for key, tensor in tensors.items() if not key.startswith("semantic_head.")}
+
+
 def infer_card(tensors: Mapping[str, Tensor], *, source: str, layout: str) -> dict[str, Any]:
     """The card of a published encoder, read off the shapes of its tensors.
+
+    Raises:
+        ValueError: the architecture cannot be read off them.
+    """
+    return {"method": layout, "encoder": RECIPES[layout](tensors, source), "input_axes": INPUT_AXES[layout]}
+
+
+def glmae_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """The transformer in a GL-MAE file.
 
     Raises:
         ValueError: the position table belongs to no cubic grid, or the number of heads of this width is not known.
@@ -73,7 +101,7 @@ def infer_card(tensors: Mapping[str, Tensor], *, source: str, layout: str) -> di
             f"{source} has an encoder of width {dim} whose number of heads is not known; build the VisionTransformer "
             "yourself and use medssl.weights.load_parts"
         )
-    encoder = {
+    return {
         "_target_": "medssl.models.vit.VisionTransformer",
         "size_voxel": [side * step for step in patch],
         "patch_voxel": patch,
@@ -82,7 +110,20 @@ def infer_card(tensors: Mapping[str, Tensor], *, source: str, layout: str) -> di
         "depth": len({key.split(".")[2] for key in tensors if key.startswith("encoder.blocks.")}),
         "num_heads": HEADS_BY_WIDTH[dim],
     }
-    return {"method": layout, "encoder": encoder, "input_axes": INPUT_AXES[layout]}
+
+
+def sam_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """The embedding network in a SAM file.
+
+    Raises:
+        ValueError: it has no fine neck, whose width is that of the embeddings.
+    """
+    neck = tensors.get("encoder.neck.fpn_convs.0.conv.weight")
+    if neck is None:
+        raise ValueError(f"{source} has a backbone without the fine neck `neck.*`; it is no whole embedding network")
+    base_channels, in_channels = tensors["encoder.backbone.conv1.conv.weight"].shape[:2]
+    sizes = {"base_channels": base_channels, "emb_dim": len(neck), "in_channels": in_channels}
+    return {"_target_": "medssl.models.sam_resnet.SamResNet", **sizes}
 
 
 def get(layout: str) -> Callable[..., dict[str, Tensor]]:
@@ -96,5 +137,6 @@ def get(layout: str) -> Callable[..., dict[str, Tensor]]:
     return LAYOUTS[layout]
 
 
-LAYOUTS: dict[str, Callable[..., dict[str, Tensor]]] = {"glmae": glmae}
-INPUT_AXES = {"glmae": "xyz"}  # read as RAS without transposing: inferred from the author's loaders
+LAYOUTS: dict[str, Callable[..., dict[str, Tensor]]] = {"glmae": glmae, "sam": sam}
+RECIPES: dict[str, Callable[[Mapping[str, Tensor], str], dict[str, Any]]] = {"glmae": glmae_recipe, "sam": sam_recipe}
+INPUT_AXES = {"glmae": "xyz", "sam": "SPL"}  # glmae is read as RAS: inferred from the author's loaders

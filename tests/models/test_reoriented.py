@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 import torch
+from torch import nn
 
 from medssl.models.reoriented import Reoriented
 from medssl.models.vit import VisionTransformer
@@ -18,6 +21,45 @@ def test_a_reoriented_network_sees_its_own_order_and_answers_in_ours(axes):
     assert wrapped.channels == net.channels
 
 
-def test_an_order_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="got 'xxz'"):
-        Reoriented(VisionTransformer(size_voxel=16, dim=12, depth=1, num_heads=2), axes="xxz")
+class Kept(nn.Module):
+    """Keeps the image that it was given, and gives it back, whole and halved along its first axis, as a tuple."""
+
+    channels, strides = (1, 1), ((1, 1, 1), (2, 1, 1))
+
+    def forward(self, image, location=None):
+        self.image = image
+        return image, image[:, :, ::2]
+
+
+ORDERS = [
+    "".join(order) for letters in itertools.product("RL", "AP", "SI") for order in itertools.permutations(letters)
+]
+
+
+@pytest.mark.parametrize("axes", ORDERS)
+def test_directions_say_where_the_indices_of_the_network_grow(axes):
+    image = torch.arange(2.0 * 4 * 6).reshape(1, 1, 2, 4, 6)  # a voxel's value tells its place
+    wrapped = Reoriented(net := Kept(), axes=axes)
+    same, halved = wrapped(image)
+    seen = net.image[0, 0]
+    for axis, letter in enumerate(axes):
+        step = (seen.select(axis, 1) - seen.select(axis, 0)).flatten()[0].item()
+        assert step == {"R": 24, "L": -24, "A": 6, "P": -6, "S": 1, "I": -1}[letter]
+    assert torch.equal(same, image)
+    first = "RAS".find(axes[0]) if axes[0] in "RAS" else "LPI".find(axes[0])
+    start = 0 if axes[0] in "RAS" else 1  # of an even side, the kept voxels are those counted from the other end
+    expected = image.index_select(2 + first, torch.arange(start, image.shape[2 + first], 2))
+    assert torch.equal(halved, expected)
+    assert wrapped.strides[1] == tuple(2 if axis == first else 1 for axis in range(3))
+
+
+def test_ras_is_our_own_order():
+    image = torch.randn(1, 1, 2, 4, 6)
+    Reoriented(net := Kept(), axes="RAS")(image)
+    assert torch.equal(net.image, image)
+
+
+@pytest.mark.parametrize("axes", ["xxz", "SPS", "RLA", "xyS", "ras", "zy", ""])
+def test_an_order_that_is_none_is_refused(axes):
+    with pytest.raises(ValueError, match=f"three directions.*got '{axes}'"):
+        Reoriented(VisionTransformer(size_voxel=16, dim=12, depth=1, num_heads=2), axes=axes)
