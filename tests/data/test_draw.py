@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.ndimage import map_coordinates
 
 from medssl.data import augment as A
@@ -181,8 +180,8 @@ def test_large_label_values_survive_turning(make_store, draw):
 
 def test_a_view_costs_one_interpolation_and_an_aligned_one_none(noise_store, draw, monkeypatch):
     calls = []
-    sampler, filters = F.grid_sample, draw_module.apply_axis_matrices
-    monkeypatch.setattr(draw_module.F, "grid_sample", lambda *a, **k: calls.append("sample") or sampler(*a, **k))
+    sampler, filters = draw_module.linear_at, draw_module.apply_axis_matrices
+    monkeypatch.setattr(draw_module, "linear_at", lambda *a, **k: calls.append("sample") or sampler(*a, **k))
     monkeypatch.setattr(draw_module, "apply_axis_matrices", lambda *a: calls.append("matrix") or filters(*a))
     spatial = [Flip(), Rotate90(), Affine(rotation_deg=20, scale=[0.8, 1.1])]
     for augment, expected in (([Flip(), Rotate90()], []), (spatial, ["sample"])):

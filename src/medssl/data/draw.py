@@ -10,6 +10,7 @@ from torch import Tensor
 
 from medssl.data.augment.filters import apply_axis_matrices
 from medssl.data.geometry import Frame
+from medssl.data.interpolation import Places, linear_at, nearest_at
 from medssl.data.placements import ViewSpec
 from medssl.data.resampling import SINC_RATIO, resampling_matrix, support_voxel
 from medssl.data.views import PlacedView
@@ -107,9 +108,22 @@ def draw_image(
     if np.any(ratios > 1):
         low_pass = [_low_pass(n, ratio).to(values.device) for n, ratio in zip(values.shape[1:], ratios, strict=True)]
         values = apply_axis_matrices(values[None], low_pass)[0]
+    if values.device.type == "cpu":
+        linear_at(values, places_of(box, view, values.device), fill=fill, out=out)
+    else:
+        grid_sampled(values, sampling_grid(box, view, values.device), fill=fill, out=out)
+
+
+def grid_sampled(
+    values: Float32[Tensor, "channel bx by bz"],
+    grid: Float32[Tensor, "one x y z 3"],
+    *,
+    fill: Float32[Tensor, "channel 1 1 1"] | None,
+    out: Float32[Tensor, "channel x y z"],
+) -> None:
+    """As `linear_at`, in one kernel: the fastest on a GPU, and on a CPU half as fast. Works on `values` in place."""
     if fill is not None:
         values.sub_(fill)  # beyond the box the sampler sees zeros
-    grid = sampling_grid(box, view, voxels.device)
     padding = "border" if fill is None else "zeros"
     out.copy_(F.grid_sample(values[None], grid, mode="bilinear", padding_mode=padding, align_corners=False)[0])
     if fill is not None:
@@ -130,16 +144,17 @@ def _scale(values: Tensor, view: PlacedView) -> None:
         values.mul_(factor).add_(shift)
 
 
-def draw_label(voxels: Integer[Tensor, "one bx by bz"], box: ReadBox, view: PlacedView) -> Int64[Tensor, "one x y z"]:
-    """The view's labels, nearest neighbour, 0 outside; `voxels` are of level 0."""
-    if view.pose.displacement is None and box.frame.is_aligned and _covers(box):
-        return _turned(voxels, box.frame).long()
-    sides = torch.as_tensor(box.upper - box.lower, device=voxels.device)
-    grid = sampling_grid(box, view, voxels.device)[0].flip(-1)
-    nearest = (((grid + 1) * sides - 1) / 2).round().long()  # (x y z 3), in voxels of the box
-    inside = ((nearest >= 0) & (nearest < sides)).all(-1)
-    x, y, z = nearest.clamp_min(0).minimum(sides - 1).unbind(-1)
-    return torch.where(inside, voxels[:, x, y, z].long(), 0)
+def draw_label(
+    voxels: Integer[Tensor, "one bx by bz"], box: ReadBox, view: PlacedView, *, out: Int64[Tensor, "one x y z"]
+) -> None:
+    """Draw the view's labels into `out`: nearest neighbour, 0 outside; `voxels` are of level 0."""
+    frame = box.frame
+    if view.pose.displacement is None and frame.is_aligned and _covers(box):
+        out.copy_(_turned(voxels, frame))
+    elif view.pose.displacement is None and frame.axes is not None:
+        out.copy_(_picked_by_axis(voxels, frame))
+    else:
+        nearest_at(voxels, places_of(box, view, voxels.device), out=out)
 
 
 def draw_valid(view: PlacedView, device: torch.device) -> Bool[Tensor, "one x y z"]:
@@ -147,6 +162,14 @@ def draw_valid(view: PlacedView, device: torch.device) -> Bool[Tensor, "one x y 
     whole = ReadBox(0, np.zeros(3, dtype=int), np.array(view.record.shape), view.pose.frame)
     grid = sampling_grid(whole, view, device)[0]
     return torch.all(grid.abs() <= 1, dim=-1)[None]
+
+
+def places_of(box: ReadBox, view: PlacedView, device: torch.device) -> Places:
+    """Where the view's voxels lie in the box, displacement included."""
+    displacement = view.pose.displacement
+    if displacement is None:
+        return Places(box.frame)
+    return Places(box.frame, displacement_field(view, device), displacement.bound_voxel)
 
 
 def displacement_field(view: PlacedView, device: torch.device) -> Float32[Tensor, "3 x y z"]:
@@ -211,6 +234,20 @@ def _drawn_by_axis(
         x, y, z = (torch.from_numpy(c).to(values.device) for c in covered)
         drawn += fill * (1 - x[:, None, None] * y[None, :, None] * z[None, None, :])
     return drawn if axes == (0, 1, 2) else drawn.permute(0, *(1 + axis for axis in axes))
+
+
+def _picked_by_axis(voxels: Integer[Tensor, "one bx by bz"], frame: Frame) -> Integer[Tensor, "one x y z"]:
+    """The nearest voxels of an axis-parallel view, 0 outside the box."""
+    axes = frame.axes
+    assert axes is not None
+    for view_axis, axis in enumerate(axes):
+        nearest = np.rint(frame.matrix[axis, 3] + frame.linear[axis, view_axis] * np.arange(frame.shape[view_axis]))
+        inside = (nearest >= 0) & (nearest < voxels.shape[1 + axis])
+        number = torch.from_numpy(np.where(inside, nearest, 0).astype(np.int64)).to(voxels.device)
+        voxels = voxels.index_select(1 + axis, number)
+        if not inside.all():
+            voxels.index_fill_(1 + axis, torch.from_numpy(np.flatnonzero(~inside)).to(voxels.device), 0)
+    return voxels if axes == (0, 1, 2) else voxels.permute(0, *(1 + axis for axis in axes))
 
 
 def _low_pass(side: int, ratio: float) -> Float[Tensor, "side side"]:

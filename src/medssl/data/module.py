@@ -172,9 +172,13 @@ def view_of(
     def table(rows: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return grouped(torch.as_tensor(np.array(rows), dtype=dtype).to(device, non_blocking=True))
 
-    image = torch.empty((len(raws), channels.pop(), *placed[0].pose.frame.shape), device=device)
+    shape = placed[0].pose.frame.shape
+    image = torch.empty((len(raws), channels.pop(), *shape), device=device)
+    label = torch.empty((len(raws), 1, *shape), dtype=torch.int64, device=device) if spec.label else None
     for number, raw in enumerate(raws):
         draw_image(raw.voxels, raw.box, raw.placed, outside=spec.outside, out=image[number])
+        if label is not None:
+            draw_label(raw.label, raw.label_box or raw.box, raw.placed, out=label[number])
     image = grouped(image)
     intensity = [augmentation for augmentation in spec.augment if isinstance(augmentation, IntensityAugmentation)]
     for order, augmentation in enumerate(intensity):
@@ -199,9 +203,8 @@ def view_of(
         view.displacement = grouped(torch.stack([displacement_field(p, device) for p in placed]))
     if spec.valid:
         view.valid = grouped(torch.stack([draw_valid(p, device) for p in placed]))
-    if spec.label:
-        labels = [draw_label(raw.label, raw.label_box or raw.box, raw.placed) for raw in raws]
-        view.label = grouped(torch.stack(labels))
+    if label is not None:
+        view.label = grouped(label)
     if spec.points is not None:
         tables = [store.derived(spec.points, p.case) for p in placed]
         view.points = table([t["points_voxel"] for t in tables], torch.float64)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 Key = int | str
 
+CACHED_NUMBERS = 65_536
+"""Numbers a row that are made at once on a CPU: what they pass through stays in its cache, in half the time."""
+
 
 def counter_key(*key: Key) -> int:
     """A 63-bit number that depends on every entry of `key` and on their order."""
@@ -35,11 +38,17 @@ def hash_normal(num: int, key: Int64[Tensor, " row"]) -> Float32[Tensor, "row {n
         key: one 63-bit key a row, on the device where the numbers are wanted.
     """
     half = -(-num // 2)
-    counter = torch.arange(half, dtype=torch.int32, device=key.device)
     low, high = (_int32(key & 0xFFFFFFFF)[:, None], _int32(key >> 32)[:, None])
-    radius = _uniform(_mix((counter + low) ^ high)).log_().mul_(-2).sqrt_()
-    angle = _uniform(_mix((counter ^ ~low) + high)).mul_(2 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin_()], dim=1)[:, :num]
+    numbers = torch.empty((len(key), 2 * half), device=key.device)
+    part = CACHED_NUMBERS if key.device.type == "cpu" else half
+    for start in range(0, half, part):
+        stop = min(start + part, half)
+        counter = torch.arange(start, stop, dtype=torch.int32, device=key.device)
+        radius = _uniform(_mix((counter + low).bitwise_xor_(high))).log_().mul_(-2).sqrt_()
+        angle = _uniform(_mix((counter ^ ~low).add_(high))).mul_(2 * math.pi)
+        torch.mul(radius, angle.cos(), out=numbers[:, start:stop])
+        torch.mul(radius, angle.sin_(), out=numbers[:, half + start : half + stop])
+    return numbers[:, :num]
 
 
 def _int32(value: Int64[Tensor, " row"]) -> Tensor:
@@ -48,8 +57,10 @@ def _int32(value: Int64[Tensor, " row"]) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """An avalanche over 32 bits, in place; integer products wrap alike on all devices."""
+    shifted = torch.empty_like(x)  # fresh memory costs more than the arithmetic
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, None)):
-        x ^= (x >> shift) & ((1 << (32 - shift)) - 1)
+        torch.bitwise_right_shift(x, shift, out=shifted)
+        x ^= shifted.bitwise_and_((1 << (32 - shift)) - 1)
         if factor is not None:
             x *= factor
     return x
@@ -57,4 +68,4 @@ def _mix(x: Tensor) -> Tensor:
 
 def _uniform(x: Tensor) -> Float32[Tensor, "row half"]:
     """Bits to (0, 1): the upper 23 and a half, so that the logarithm is finite."""
-    return ((x >> 9) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
+    return x.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
