@@ -70,3 +70,72 @@ def test_a_restored_optimiser_goes_on_with_the_settings_of_now():
     schedule.step()
     assert group["lr"] == 0.4 * warmup_cosine(3, total_steps=8)
     assert before.param_groups[0]["lr"] == 0.2 * warmup_cosine(2, total_steps=4)
+
+
+DECAYING = {"_target_": "torch.optim.AdamW", "lr": 0.1, "weight_decay": 0.04, "weight_decay_end": 0.4}
+
+
+def decaying(*, total_steps=4, **settings):
+    """The optimiser over a weight, a bias without decay and a weight, and its schedule."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(2)) for _ in range(3)]
+    groups = [{"params": [p]} for p in parameters]
+    groups[1]["weight_decay"] = 0.0
+    return build_optimizer({**DECAYING, **settings}, groups, total_steps=total_steps)
+
+
+def decays_of(optimizer, schedule, *, steps):
+    found = []
+    for _ in range(steps):
+        found.append([group["weight_decay"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_the_weight_decay_follows_half_a_cosine_where_a_group_states_none():
+    expected = [0.4 - 0.18 * (1 + math.cos(math.pi * step / 4)) for step in range(6)]
+    expected[5] = 0.4
+    found = decays_of(*decaying(), steps=6)
+    assert [row[0] for row in found] == pytest.approx(expected)
+    assert [row[2] for row in found] == pytest.approx(expected)
+    assert [row[1] for row in found] == [0.0] * 6
+    assert found[0][0] == pytest.approx(0.04)
+
+
+def test_a_moving_decay_is_the_one_that_acts():
+    """With a gradient of zero a step of AdamW is the decay alone: the weight shrinks by rate times decay."""
+    optimizer, schedule = decaying()
+    weight = optimizer.param_groups[0]["params"][0]
+    for step in range(3):
+        before, rate = weight.detach().clone(), optimizer.param_groups[0]["lr"]
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        schedule.step()
+        decay = 0.4 - 0.18 * (1 + math.cos(math.pi * step / 4))
+        assert torch.allclose(weight, before * (1 - rate * decay), atol=1e-7)
+
+
+def test_a_restored_run_goes_on_with_the_decay_of_its_settings(tmp_path):
+    straight = decaying()
+    rest = decays_of(*straight, steps=4)[2:]
+    optimizer, schedule = decaying()
+    decays_of(optimizer, schedule, steps=2)
+    torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    for settings, length in (({}, 4), ({"weight_decay_end": 0.2}, 4), ({}, 8)):
+        after, resumed = decaying(total_steps=length, **settings)
+        after.load_state_dict(state["optimizer"])
+        resumed.load_state_dict(state["schedule"])
+        restate(after, resumed, settings=decaying(total_steps=length, **settings)[0])
+        found = decays_of(after, resumed, steps=2)
+        end = settings.get("weight_decay_end", 0.4)
+        expected = [end - 0.5 * (end - 0.04) * (1 + math.cos(math.pi * step / length)) for step in (2, 3)]
+        assert [row[0] for row in found] == pytest.approx(expected)
+        if not settings and length == 4:
+            assert found == rest
+
+
+def test_an_end_of_the_decay_without_a_beginning_is_refused():
+    with pytest.raises(ValueError, match=r"weight_decay_end=0\.4 .* starts at optimizer\.weight_decay=None"):
+        decaying(weight_decay=None)

@@ -1,12 +1,14 @@
 """The optimiser and its schedule, both from the `optimizer` part of a configuration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hydra.utils import instantiate
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from medssl.ops import schedules
 
 
 def warmup_cosine(step: int, *, total_steps: int, warmup_steps: float = 0, final_fraction: float = 0.0) -> float:
@@ -20,6 +22,39 @@ def warmup_cosine(step: int, *, total_steps: int, warmup_steps: float = 0, final
     return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+class RateAndDecay(LambdaLR):
+    """A schedule of the learning rate that moves the weight decay of some groups along.
+
+    Neither is part of its state: a restored run goes on with the schedules of its new settings.
+
+    Args:
+        optimizer: whose groups are scheduled.
+        rate: share of each group's learning rate, by step.
+        decay: weight decay by step.
+        decayed: numbers of the groups that have this weight decay.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, rate: Callable[[int], float], *, decay: Callable[[int], float], decayed: list[int]
+    ) -> None:
+        self.decay, self.decayed = decay, decayed
+        super().__init__(optimizer, rate)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Move rates and decays on by one step."""
+        super().step(epoch)
+        self.set_decay()
+
+    def set_decay(self) -> None:
+        """Give the groups the weight decay of the step that the schedule stands at."""
+        for number in self.decayed:
+            self.optimizer.param_groups[number]["weight_decay"] = self.decay(self.last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands."""
+        return {key: value for key, value in super().state_dict().items() if key not in ("decay", "decayed")}
+
+
 def build_optimizer(
     settings: dict[str, Any], groups: Sequence[dict[str, Any]], *, total_steps: int
 ) -> tuple[Optimizer, LambdaLR]:
@@ -27,14 +62,16 @@ def build_optimizer(
 
     Args:
         settings: `_target_` and arguments of a torch optimiser, with `warmup_steps`, `final_fraction` and `clip_norm`
-            beside them (clipping is done by the trainer).
+            beside them (clipping is done by the trainer). `weight_decay_end` lets `weight_decay` follow half a cosine
+            that ends there; without it the decay is constant.
         groups: parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`, and its `lr_scale`
             is a share of the learning rate there.
         total_steps: length of the run, where the cosine ends.
 
-    Raises: ValueError: the warm-up is as long as the run, or the optimiser does not know a key.
+    Raises: ValueError: the warm-up is as long as the run, the optimiser does not know a key, or a decay is to move
+        and has no beginning.
     """
-    ours = ("warmup_steps", "final_fraction", "clip_norm")
+    ours = ("warmup_steps", "final_fraction", "clip_norm", "weight_decay_end")
     arguments = {key: value for key, value in settings.items() if key not in ours}
     warmup_steps, final_fraction = settings.get("warmup_steps", 0), settings.get("final_fraction", 0.0)
     if warmup_steps and warmup_steps >= total_steps:
@@ -42,6 +79,12 @@ def build_optimizer(
             f"optimizer.warmup_steps={warmup_steps} leaves nothing of trainer.max_steps={total_steps};"
             " lower the first or raise the second"
         )
+    start, end = settings.get("weight_decay"), settings.get("weight_decay_end")
+    if end is not None and (start is None or end < 0):
+        raise ValueError(
+            f"optimizer.weight_decay_end={end} must be 0 or more and starts at optimizer.weight_decay={start}"
+        )
+    decayed = [number for number, group in enumerate(groups) if "weight_decay" not in group]
     build = instantiate(arguments, _partial_=True)
     scaled = [
         {**{k: v for k, v in group.items() if k != "lr_scale"}, "lr": settings["lr"] * group["lr_scale"]}
@@ -59,7 +102,13 @@ def build_optimizer(
     def share(step: int) -> float:
         return warmup_cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
 
-    return optimizer, LambdaLR(optimizer, share)
+    if end is None or start is None:
+        return optimizer, LambdaLR(optimizer, share)
+
+    def decay(step: int) -> float:
+        return schedules.cosine(step, total_steps, start=start, end=end)
+
+    return optimizer, RateAndDecay(optimizer, share, decay=decay, decayed=decayed)
 
 
 def restate(optimizer: Optimizer, schedule: LambdaLR, *, settings: Optimizer) -> None:
@@ -73,3 +122,5 @@ def restate(optimizer: Optimizer, schedule: LambdaLR, *, settings: Optimizer) ->
         optimizer.param_groups, settings.param_groups, schedule.base_lrs, shares, strict=True
     ):
         group.update({key: value for key, value in new.items() if key != "params"}, lr=base * factor)
+    if isinstance(schedule, RateAndDecay):
+        schedule.set_decay()
