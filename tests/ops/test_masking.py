@@ -1,10 +1,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from medssl.ops.masking import num_kept, random_mask
+from medssl.ops.masking import block_mask, num_blocks, num_kept, random_mask
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "glmae.json").read_text())
 
@@ -44,3 +45,35 @@ def test_a_ratio_of_zero_keeps_all_tokens():
 def test_a_ratio_that_leaves_nothing_to_see_or_predict_is_refused(tokens, ratio):
     with pytest.raises(ValueError, match=f"a mask ratio of {ratio} keeps"):
         num_kept(tokens, ratio)
+
+
+@pytest.mark.parity
+def test_columns_are_those_of_the_card_for_the_same_permutation():
+    """The released code masks the first blocks of a permutation: here those with the largest noise."""
+    shuffled = np.random.RandomState(0).permutation(16)  # the card's own generator
+    noise = torch.empty(1, 16)
+    noise[0, torch.from_numpy(shuffled)] = -torch.arange(16.0)
+    mask = block_mask(noise, grid=(4, 4, 4), ratio=0.75)
+    expected = json.loads((Path(__file__).parents[1] / "golden" / "alice.json").read_text())["blocks"]
+    assert mask[0, 0, :, :, 0].flatten().int().tolist() == expected
+    assert mask.float().mean().item() == 0.75
+    assert all(torch.equal(mask[..., 0], mask[..., k]) for k in range(4))
+
+
+def test_cubes_are_masked_one_by_one_and_rounded_up_in_number():
+    noise = torch.rand(3, 4 * 3 * 2, generator=torch.Generator().manual_seed(0))
+    mask = block_mask(noise, grid=(4, 3, 2), ratio=0.7, shape="cube")
+    assert mask.shape == (3, 1, 4, 3, 2)
+    assert mask.flatten(1).sum(1).tolist() == [17] * 3  # 16.8 of 24
+    for row, values in zip(mask[:, 0], noise.unflatten(1, (4, 3, 2)), strict=True):
+        assert values[row].min() > values[~row].max()
+    assert block_mask(torch.rand(1, 9), grid=(3, 3, 3), ratio=0.75).sum() == 7 * 3
+    assert block_mask(torch.rand(1, 64), grid=(4, 4, 4), ratio=0.75, shape="cube").sum() == 48
+
+
+def test_a_mask_of_another_shape_or_size_is_refused():
+    assert (num_blocks((4, 3, 2), shape="column"), num_blocks((4, 3, 2), shape="cube")) == (12, 24)
+    with pytest.raises(ValueError, match="the shape of a mask is 'ball', allowed are column, cube"):
+        num_blocks((4, 3, 2), shape="ball")
+    with pytest.raises(ValueError, match=r"a column mask over \(4, 3, 2\) has 12 blocks, the noise is for 24"):
+        block_mask(torch.rand(1, 24), grid=(4, 3, 2), ratio=0.5)

@@ -21,6 +21,14 @@ def test_the_cosine_after_a_warm_up_has_the_card_s_values():
         assert found == pytest.approx(value, rel=1e-6, abs=1e-18)
 
 
+@pytest.mark.parity
+def test_the_cosine_of_a_short_run_has_the_card_s_values():
+    expected = json.loads((Path(__file__).parents[1] / "golden" / "alice.json").read_text())["rate_schedule"]
+    found = [cosine(step, 12, start=1.0, end=0.1, warmup_steps=3) for step in range(12)]
+    assert found == pytest.approx(expected, abs=1e-8)
+    assert cosine(50, 100, start=0.996, end=1.0) == pytest.approx(0.998, abs=1e-12)
+
+
 def test_the_cosine_stays_at_its_end():
     assert cosine(50, 50, start=0.9, end=1.0) == 1.0
     assert cosine(70, 50, start=0.9, end=1.0) == 1.0

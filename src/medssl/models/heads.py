@@ -58,6 +58,10 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch prototype"]:
         """Logits, one a prototype."""
+        return self.last_layer(self.embed(features))
+
+    def embed(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch bottleneck"]:
+        """Vectors of unit length, which the prototypes are compared with."""
         bottleneck = self.mlp(features)
         eps = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12  # 1e-12 is zero in half precision
-        return self.last_layer(F.normalize(bottleneck, dim=1, eps=eps))
+        return F.normalize(bottleneck, dim=1, eps=eps)

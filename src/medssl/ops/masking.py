@@ -1,10 +1,14 @@
-"""Random subsets of a token sequence."""
+"""Random subsets of a token sequence, and of the blocks of a volume."""
 
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from medssl.ops.patches import Triple
+
+BLOCK_SHAPES = ("column", "cube")
 
 
 class TokenMask(NamedTuple):
@@ -46,3 +50,31 @@ def random_mask(noise: Float[Tensor, "batch token"], *, ratio: float) -> TokenMa
     keep = shuffle[:, :kept]
     masked = torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)
     return TokenMask(keep, masked, shuffle.argsort(dim=1))
+
+
+def num_blocks(grid: Triple, *, shape: str) -> int:
+    """How many blocks a mask over `grid` is drawn from: one a cell (`cube`), or one a row along z (`column`).
+
+    Raises:
+        ValueError: the shape is not known.
+    """
+    if shape not in BLOCK_SHAPES:
+        raise ValueError(f"the shape of a mask is {shape!r}, allowed are {', '.join(BLOCK_SHAPES)}")
+    return grid[0] * grid[1] * (grid[2] if shape == "cube" else 1)
+
+
+def block_mask(
+    noise: Float[Tensor, "batch block"], *, grid: Triple, ratio: float, shape: str = "column"
+) -> Bool[Tensor, "batch 1 i j k"]:
+    """True where a cell of `grid` is masked: per sample, the blocks with the largest noise, rounded up in number.
+
+    The caller draws `noise` for the `num_blocks` of this shape. A masked column covers all cells along z.
+
+    Source: repository alibaba-damo-academy/alice, utils.py (columns).
+    """
+    expected = num_blocks(grid, shape=shape)
+    if noise.shape[1] != expected:
+        raise ValueError(f"a {shape} mask over {grid} has {expected} blocks, the noise is for {noise.shape[1]}")
+    masked = random_mask(noise, ratio=ratio).masked
+    cells = masked.unflatten(1, grid) if shape == "cube" else masked.unflatten(1, (*grid[:2], 1))
+    return cells[:, None].expand(-1, -1, -1, -1, grid[2])
