@@ -1,0 +1,284 @@
+"""Alice: one anatomy in two volumes, matched crops against a momentum teacher, and aligned tokens."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from medssl.data.views import View
+from medssl.losses.alignment import halved_mse, inter_volume_loss, intra_volume_loss
+from medssl.losses.consistency import centred_softmax, mean_entropy
+from medssl.methods.base import Method, Progress, StepOutput
+from medssl.models.alice_head import AliceHead
+from medssl.models.cafa import CAFA
+from medssl.ops import schedules
+from medssl.ops.ema import frozen_copy, update_ema
+from medssl.ops.gather import sum_over_ranks
+from medssl.ops.masking import block_mask, num_blocks
+from medssl.ops.patches import patch_grid, triple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEACHER_TOKENS = ("decoder", "encoder")
+
+
+class Alice(Method):
+    """Anatomical invariance between volumes and semantic alignment within a crop.
+
+    The view group `pair` holds two crops about corresponding points of two volumes: query and key. The student sees
+    both with most of their content masked, the teacher sees them whole. The student's vector of one crop is drawn to
+    the teacher's of the other; its bottleneck tokens, rewritten in terms of its own and of the teacher's decoder
+    tokens, are drawn together; and it reconstructs the crops. An optional group `student` (the same places) is what
+    the student sees instead, for instance with noise; teacher and reconstruction keep to `pair`.
+
+    Args:
+        backbone: student network; gives a `BackboneOutput`, and applies the mask.
+        head: of the student.
+        cafa: the cross attention that aligns tokens.
+        mask_ratio: share of masked blocks.
+        mask_patch_voxel: side of a block.
+        mask_shape: `column` masks blocks through all of z, `cube` single ones.
+        mask_per_sample: a mask for each crop; otherwise one for all queries and one for all keys.
+        weight_inter_volume: of the crop vectors' cross-entropy.
+        weight_intra_volume: of the aligned tokens' cross-entropy.
+        weight_reconstruction: of half the squared error.
+        student_temperature: of both cross-entropies.
+        teacher_temperature: likewise, at the end of its ramp.
+        teacher_temperature_start: where the ramp starts.
+        teacher_temperature_epochs: its length.
+        centre_momentum: of both centres.
+        ema_momentum: of the teacher at the start.
+        ema_momentum_end: at the end of the run.
+        freeze_last_layer_epochs: epochs in which the prototypes stay as they are.
+        clip_per_parameter: largest norm of each gradient tensor of backbone and head; null for no clipping.
+        teacher_shared_head: the teacher has one set of prototypes for crops and tokens.
+        teacher_tokens: of the teacher, the `decoder` or `encoder` tokens are the context of its aligned tokens.
+        cafa_ema: the teacher's side of the alignment is a moving average (but for the query layer, which is shared)
+            without dropout; otherwise one module serves both sides.
+        teacher_drop_path: the teacher drops paths like the student.
+
+    Source: arXiv:2302.05615; repository alibaba-damo-academy/alice.
+    """
+
+    centre: Tensor
+    token_centre: Tensor
+    logit_sum: Tensor
+    token_sum: Tensor
+    num_rows: Tensor
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        head: AliceHead,
+        cafa: CAFA,
+        mask_ratio: float = 0.75,
+        mask_patch_voxel: int = 16,
+        mask_shape: str = "column",
+        mask_per_sample: bool = True,
+        weight_inter_volume: float = 1.0,
+        weight_intra_volume: float = 1.0,
+        weight_reconstruction: float = 10.0,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.01,
+        teacher_temperature_start: float = 0.008,
+        teacher_temperature_epochs: float = 30.0,
+        centre_momentum: float = 0.9,
+        ema_momentum: float = 0.996,
+        ema_momentum_end: float = 1.0,
+        freeze_last_layer_epochs: float = 1.0,
+        clip_per_parameter: float | None = 3.0,
+        teacher_shared_head: bool = True,
+        teacher_tokens: str = "decoder",
+        cafa_ema: bool = False,
+        teacher_drop_path: bool = False,
+    ) -> None:
+        super().__init__()
+        if teacher_tokens not in TEACHER_TOKENS:
+            raise ValueError(f"teacher_tokens is {teacher_tokens!r}, allowed are {', '.join(TEACHER_TOKENS)}")
+        if min(student_temperature, teacher_temperature, teacher_temperature_start) <= 0:
+            raise ValueError("student_temperature, teacher_temperature and teacher_temperature_start must be positive")
+        momenta = {"centre_momentum": centre_momentum, "ema_momentum": ema_momentum}
+        for name, value in {**momenta, "ema_momentum_end": ema_momentum_end}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        num_blocks((1, 1, 1), shape=mask_shape)  # refuses an unknown shape now, not in the first step
+        self.backbone, self.head, self.cafa = backbone, head, cafa
+        self.teacher_backbone, self.teacher_head = frozen_copy(backbone), head.teacher(shared=teacher_shared_head)
+        self.teacher_cafa = frozen_copy(cafa) if cafa_ema else None
+        num_prototypes = len(head.projector.last_layer.weight_v)
+        for name in ("centre", "token_centre", "logit_sum", "token_sum"):
+            self.register_buffer(name, torch.zeros(1, num_prototypes))
+        self.register_buffer("num_rows", torch.zeros(()))  # crops that the sums hold since the last step
+        self.mask_ratio, self.mask_patch_voxel = mask_ratio, triple(mask_patch_voxel)
+        self.mask_shape, self.mask_per_sample = mask_shape, mask_per_sample
+        self.weights = {"inter_volume": weight_inter_volume, "intra_volume": weight_intra_volume}
+        self.weights["reconstruction"] = weight_reconstruction
+        self.student_temperature = student_temperature
+        self.temperature_ramp = teacher_temperature_start, teacher_temperature, teacher_temperature_epochs
+        self.centre_momentum, self.ema_range = centre_momentum, (ema_momentum, ema_momentum_end)
+        self.freeze_last_layer_epochs, self.clip_per_parameter = freeze_last_layer_epochs, clip_per_parameter
+        self.teacher_tokens, self.teacher_drop_path = teacher_tokens, teacher_drop_path
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        """The student's encoder."""
+        encoder = self.backbone.encoder
+        assert isinstance(encoder, nn.Module)
+        return encoder
+
+    def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
+        """Weighted sum of the three losses."""
+        image, seen = self._rows(batch)
+        with torch.no_grad():
+            whole = self.teacher_backbone(image)
+            target = self.teacher_head(whole.pooled, whole.bottleneck, whole.decoded)
+        hidden = self.backbone(seen, self._mask(seen, progress))
+        student = self.head(hidden.pooled, hidden.bottleneck, hidden.decoded)
+        aligned = self.cafa(student.bottleneck, student.decoded).float()
+        with torch.no_grad():  # the queries are the student's on this side too
+            context = target.decoded if self.teacher_tokens == "decoder" else target.bottleneck
+            cafa = self.cafa if self.teacher_cafa is None else self.teacher_cafa
+            aligned_target = cafa(student.bottleneck.detach(), context).float()
+
+        temperature = self._teacher_temperature(progress)
+        temperatures = {"student_temperature": self.student_temperature, "teacher_temperature": temperature}
+        crops, anchors = (logits.float().unflatten(0, (2, -1)) for logits in (student.pooled, target.pooled))
+        terms = {
+            "inter_volume": inter_volume_loss(crops, anchors, self.centre, **temperatures),
+            "intra_volume": intra_volume_loss(aligned, aligned_target, self.token_centre, **temperatures),
+            "reconstruction": halved_mse(hidden.reconstruction, image),
+        }
+        if self.training:
+            self.logit_sum += anchors.sum((0, 1))
+            self.token_sum += aligned_target.mean(1).sum(0)
+            self.num_rows += len(image)
+        loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
+        logs = {name: term.detach() for name, term in terms.items()}
+        logs |= self._health(crops.detach(), anchors, whole.pooled.float(), temperature)
+        logs["ema_momentum"] = torch.full_like(logs["accuracy"], self._ema_momentum(progress))
+        logs["teacher_temperature"] = torch.full_like(logs["accuracy"], temperature)
+        return StepOutput(loss, logs)
+
+    @torch.no_grad()
+    def after_backward(self, progress: Progress) -> None:
+        """Clip each gradient of the student on its own, then drop those of the prototypes while they are frozen."""
+        if self.clip_per_parameter is not None:
+            student = [*self.backbone.parameters(), *self.head.parameters()]
+            gradients = [parameter.grad for parameter in student if parameter.grad is not None]
+            for gradient, norm in zip(gradients, torch._foreach_norm(gradients), strict=True):
+                gradient.mul_((self.clip_per_parameter / (norm + 1e-6)).clamp(max=1.0))
+        if progress.epoch < self.freeze_last_layer_epochs:
+            for layer in self.head.last_layers():
+                for parameter in layer.parameters():
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """Move the teacher towards the student, and the centres by the mean of all micro-batches and ranks."""
+        momentum = self._ema_momentum(progress)
+        update_ema(self.teacher_backbone, self.backbone, momentum=momentum)
+        self.teacher_head.follow(self.head, momentum=momentum)
+        if self.teacher_cafa is not None:
+            update_ema(self.teacher_cafa, self.cafa, momentum=momentum)
+            self.teacher_cafa.query.load_state_dict(self.cafa.query.state_dict())
+        num_rows = sum_over_ranks(self.num_rows).clamp(min=1)
+        for centre, total in ((self.centre, self.logit_sum), (self.token_centre, self.token_sum)):
+            centre.lerp_(sum_over_ranks(total) / num_rows, 1 - self.centre_momentum)
+            total.zero_()
+        self.num_rows.zero_()
+
+    def train(self, mode: bool = True) -> "Alice":
+        """Switch the student; the teacher stays in evaluation mode, unless it is to drop paths."""
+        super().train(mode)
+        self.teacher_backbone.train(mode and self.teacher_drop_path)
+        for module in (self.teacher_head, self.teacher_cafa):
+            if module is not None:
+                module.eval()
+        return self
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Student networks, and the teacher's for those who prefer them; backbones as encoder and decoder."""
+        parts: dict[str, nn.Module] = {"head": self.head, "cafa": self.cafa}
+        for prefix, backbone in (("", self.backbone), ("teacher_", self.teacher_backbone)):
+            named = dict(backbone.named_children())
+            parts |= {f"{prefix}{name}": named[name] for name in ("encoder", "decoder") if name in named}
+        return parts
+
+    @torch.no_grad()
+    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+        """The first pair: query and key whole, as the student sees them, and as it reconstructs them."""
+        from medssl.methods.panels import orthogonal_slices
+
+        first = {name: batch[name].image[:1] for name in ("pair", "student") if name in batch}
+        was_training = self.training
+        self.eval()
+        image, seen = (first[name][0] for name in ("pair", "student" if "student" in first else "pair"))
+        mask = self._mask(seen, progress)
+        reconstruction = self.backbone(seen, mask).reconstruction.to(image)
+        self.train(was_training)
+        hidden = seen.masked_fill(_upsampled(mask, seen), float("nan"))
+        panels: dict[str, Tensor] = {}
+        for title, volumes in (("", image), ("masked ", hidden), ("rebuilt ", reconstruction)):
+            panels |= {f"{title}{name}": volume[0] for name, volume in zip(("query", "key"), volumes, strict=True)}
+        return {"pair": orthogonal_slices(panels, title=f"one anatomy in two volumes, step {progress.step}")}
+
+    def _rows(self, batch: Mapping[str, View]) -> tuple[Tensor, Tensor]:
+        """What teacher and student see: all queries, then all keys."""
+        found = {name: tuple(view.image.shape[1:]) for name, view in batch.items()}
+        if "pair" not in batch or found["pair"][0] != 2:
+            raise ValueError(f"Alice needs a view group called `pair` with two views; the batch has {found}")
+        if found.get("student", found["pair"]) != found["pair"]:
+            raise ValueError(
+                f"the view groups `pair` and `student` must agree in count and size; the batch has {found}"
+            )
+        image, seen = (
+            batch[name].image.transpose(0, 1) for name in ("pair", "student" if "student" in batch else "pair")
+        )
+        return image.flatten(0, 1), seen.flatten(0, 1)
+
+    def _mask(self, image: Tensor, progress: Progress) -> Bool[Tensor, "row 1 i j k"]:
+        grid = patch_grid(image.shape[2:], self.mask_patch_voxel)
+        num_masks = len(image) if self.mask_per_sample else 2
+        generator = progress.generator("mask", image.device)
+        size = num_masks, num_blocks(grid, shape=self.mask_shape)
+        noise = torch.rand(size, generator=generator, device=image.device)
+        mask = block_mask(noise, grid=grid, ratio=self.mask_ratio, shape=self.mask_shape)
+        return mask.repeat_interleave(len(image) // num_masks, dim=0)
+
+    @torch.no_grad()
+    def _health(
+        self,
+        crops: Float[Tensor, "2 batch prototype"],
+        anchors: Float[Tensor, "2 batch prototype"],
+        features: Float[Tensor, "row channel"],
+        temperature: float,
+    ) -> dict[str, Tensor]:
+        """What tells a collapse: entropies of the teacher, spread of its features, agreement of the two networks."""
+        probabilities = centred_softmax(anchors, self.centre, temperature=temperature).flatten(0, 1)
+        directions = nn.functional.normalize(features, dim=1)
+        return {
+            "entropy_teacher": mean_entropy(probabilities),
+            "entropy_teacher_mean": mean_entropy(probabilities.mean(0)),
+            "feature_std": directions.std(0, correction=0).mean() * directions.shape[1] ** 0.5,
+            "accuracy": (anchors[0].argmax(1) == crops[1].argmax(1)).float().mean(),
+        }
+
+    def _ema_momentum(self, progress: Progress) -> float:
+        start, end = self.ema_range
+        return schedules.cosine(progress.step, progress.total_steps, start=start, end=end)
+
+    def _teacher_temperature(self, progress: Progress) -> float:
+        start, end, epochs = self.temperature_ramp
+        return schedules.linear_ramp(progress.epoch, epochs, start=start, end=end)
+
+
+def _upsampled(
+    mask: Bool[Tensor, "row 1 i j k"], image: Float[Tensor, "row channel x y z"]
+) -> Bool[Tensor, "row 1 x y z"]:
+    for axis, side in enumerate(image.shape[2:], start=2):
+        mask = mask.repeat_interleave(side // mask.shape[axis], dim=axis)
+    return mask
