@@ -142,7 +142,7 @@ def training_step(device: torch.device) -> Callable[[Pair], None]:
 def seconds_each(
     pipelines: dict[str, Pipeline], use: Callable[[Pair], None], *, count: int, rounds: int, device: torch.device
 ) -> dict[str, np.ndarray]:
-    """Seconds a batch on the clock and of the processor (rounds, 2), of each pipeline; they take turns in every round."""
+    """Seconds a batch on the clock and of the processor (rounds, 2); the pipelines take turns in every round."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
     for number in range(rounds + 1):
         for name, pipeline in pipelines.items():
