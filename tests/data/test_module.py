@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from medssl.data.augment import Flip, GaussianNoise
+from medssl.data.matching import Matched
 from medssl.data.module import VolumeDataModule
 from medssl.data.placements import GridCrop, RandomCrop
-from medssl.data.sampling import Shuffled
+from medssl.data.sampling import Pairs, Shuffled
 from medssl.data.views import ViewPlan
 
 PLAN = ViewPlan(groups={"x": RandomCrop(size=[8] * 3, augment=[Flip(), GaussianNoise()])})
@@ -29,6 +30,14 @@ def test_validation_draws_the_same_crops_each_time_whatever_the_seed(noise_store
     assert sorted(batches[0].cases) == ["case_002", "case_003"]
     first, second = (_module(noise_store).draw(batch).views["x"].image for batch in batches)
     assert torch.equal(first, second)
+
+
+def test_validation_pairs_held_out_cases_with_each_other(noise_store):
+    plan = ViewPlan(groups={"pair": Matched(size=[8] * 3)})
+    module = _module(noise_store, views=plan, sampler=Pairs(), training_cases=[0], validation_cases=[1, 2, 3])
+    requests = [request for batch in module.val_dataloader() for request in batch.requests]
+    assert sorted(request.cases[0] for request in requests[:3]) == [1, 2, 3]
+    assert all(len(set(request.cases)) == 2 and 0 not in request.cases for request in requests)
 
 
 def test_reading_ahead_changes_nothing_and_waiting_is_counted(noise_store):

@@ -14,7 +14,7 @@ from medssl.data.augment.base import IntensityAugmentation
 from medssl.data.draw import displacement_field, draw_image, draw_label, draw_valid
 from medssl.data.loading import MicroBatches, PrefetchingLoader, RawBatch, RawView, Timers
 from medssl.data.placements import ViewSpec
-from medssl.data.sampling import CaseSampler, Shuffled
+from medssl.data.sampling import CaseSampler
 from medssl.data.store import VolumeStore
 from medssl.data.views import View, ViewPlan
 
@@ -85,13 +85,13 @@ class VolumeDataModule(lightning.LightningDataModule):
         return self.loader(self.sampler, self.training_cases, steps=steps, seed=self.seed, accumulate=self.accumulate)
 
     def val_dataloader(self) -> PrefetchingLoader | list[Any]:
-        """Each held-out case about once, the same crops every time."""
+        """Each held-out case about once (paired, if at all, with other held-out ones), the same crops every time."""
         world = self.trainer.world_size if self.trainer else 1
         size = max(world, self.batch_size // self.accumulate // world * world)
         if not self.validation_cases:
             return []
         steps = range(-(-len(self.validation_cases) // size))
-        return self.loader(Shuffled(), self.validation_cases, steps=steps, seed=VALIDATION_SEED, batch_size=size)
+        return self.loader(self.sampler, self.validation_cases, steps=steps, seed=VALIDATION_SEED, batch_size=size)
 
     def loader(
         self,

@@ -20,7 +20,8 @@ def build_card(config: Mapping[str, Any], store: VolumeStore, cases: Sequence[in
     The fingerprint of the data holds the volumes that are trained on, `cases`, and no held-out ones.
     """
     method, data = config["method"], config["data"]
-    networks = {part: method[part] for part in ("encoder", "decoder") if isinstance(method.get(part), Mapping)}
+    stated = method.get("backbone", method)  # where the recipes of encoder and decoder lie
+    networks = {part: stated[part] for part in ("encoder", "decoder") if isinstance(stated.get(part), Mapping)}
     return {
         **networks,
         "method": method["_target_"],
