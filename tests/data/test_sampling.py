@@ -4,9 +4,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from medssl.data.sampling import Anchored, Pairs, SameLocation, Shuffled
+from medssl.data.sampling import Anchored, Pairs, SameLocation, Shuffled, linked_cases
 
-SAMPLERS = [Shuffled(), Pairs(), Pairs(partner="previous"), SameLocation(num_locations=5), Anchored()]
+SAMPLERS = [
+    Shuffled(),
+    Pairs(),
+    Pairs(partner="previous"),
+    Pairs(partner="linked"),
+    SameLocation(num_locations=5),
+    Anchored(),
+]
 
 
 def _global(sampler, step, *, world=1, index=range(10), batch_size=4, seed=1):
@@ -50,6 +57,22 @@ def test_pairs_are_of_two_cases_and_a_single_case_pairs_with_itself():
     assert all(later[1] == earlier[0] for earlier, later in pairwise(previous))
 
 
+def test_linked_partners_are_powers_of_two_apart_and_never_held_out():
+    assert linked_cases(5, 4) == [1, 3, 4, 6, 7, 9, 13]
+    assert linked_cases(0, 2) == [1, 2]
+    for first in range(40):
+        assert all(first in linked_cases(second) for second in linked_cases(first)), "who has a partner is one"
+    index = [n for n in range(30) if n not in (4, 11, 20)]
+    pairs = [r.cases for step in range(300) for r in _global(Pairs(partner="linked"), step, index=index)]
+    assert all(b in linked_cases(a) and b in index for a, b in pairs)
+    assert {b for a, b in pairs if a == 12} == {8, 10, 13, 14, 16, 28}
+    few = [r.cases for step in range(30) for r in _global(Pairs(partner="linked", num_links=1), step, index=index)]
+    assert {abs(a - b) for a, b in few} == {1}
+    alone = _global(Pairs(partner="linked", num_links=1), 0, index=[0, 7])
+    assert all(a == b for a, b in (r.cases for r in alone)), "without a partner a case is paired with itself"
+    assert all(a == b for a, b in (r.cases for r in _global(Pairs(partner="self"), 3)))
+
+
 def test_a_batch_has_one_location_and_a_round_has_all():
     sampler = SameLocation(num_locations=5)  # 10 cases, batches of 4: two batches a visit
     batches = [_global(sampler, step) for step in range(10)]
@@ -88,7 +111,8 @@ def test_an_anchor_shows_different_cases_and_stays_on_one_rank():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Pairs(partner="best"), "partner must be random or previous, got 'best'"),
+        (lambda: Pairs(num_links=0), "num_links must be at least 1, got 0"),
+        (lambda: Pairs(partner="best"), "partner must be random, previous, linked or self, got 'best'"),
         (lambda: SameLocation(num_locations=0), "num_locations must be at least 1"),
         (lambda: SameLocation(num_locations=2, order="odd"), "order must be shuffled or sequential"),
         (lambda: Anchored(margin_body=0.6), "margin_body=0.6"),

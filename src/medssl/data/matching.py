@@ -38,9 +38,59 @@ class BodyCoordinateMatcher:
         return in_mm[0], in_mm[1], float(1 / (1 + distance / self.scale_mm))
 
 
+class SelfMatcher:
+    """Gives a random body point of a case as its own counterpart, with score 1: for two crops of one place.
+
+    It wants requests of a case and itself: sampler `Pairs(partner="self")`.
+    """
+
+    def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
+        """See `Matcher`."""
+        if len(set(scene.request.cases)) != 1:
+            raise ValueError("SelfMatcher matches a case with itself; use sampler Pairs with partner=self")
+        points = scene.points()
+        bodies = points[points[:, 3] == -1, :3].astype(np.float64)
+        to_mm = scene.record(0).volume_to_mm
+        point_mm = to_mm[:3, :3] @ bodies[rng.integers(len(bodies))] + to_mm[:3, 3]
+        return point_mm, point_mm, 1.0
+
+
+class TableMatcher:
+    """Draws from the pairs of points that `python -m medssl.derive what=pairs` found, for two cases that it matched.
+
+    It wants the partners that the table knows: sampler `Pairs(partner="linked")` with the `num_links` of the table. A
+    case that has no partner is matched with itself.
+
+    Args:
+        table: name of the derived table: `partner` (p) names of cases, `first` (p + 1) the row where each begins,
+            `query_mm`, `key_mm` (row, 3) and `score` (row).
+    """
+
+    def __init__(self, *, table: str = "pairs") -> None:
+        self.table = table
+
+    def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
+        """See `Matcher`."""
+        query, key = scene.record(0).case, scene.record(1).case
+        if query == key:
+            return SelfMatcher().propose(scene, rng)
+        table = scene.derived(self.table)
+        found = np.flatnonzero(table["partner"] == key)
+        if not len(found):
+            raise ValueError(
+                f"the table {self.table!r} of {query} knows no pairs with {key}; use sampler Pairs with partner=linked "
+                f"and the table's num_links, and derive what={self.table} again where the store has changed"
+            )
+        first, last = table["first"][found[0] : found[0] + 2]
+        row = rng.integers(first, last)
+        return table["query_mm"][row], table["key_mm"][row], float(table["score"][row])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matched(ViewSpec):
     """Two crops about corresponding points of two cases: the query, then the key (`count` is 2).
+
+    Along axes at native spacing the voxel nearest to the point is number `size // 2` of the crop.
 
     Args:
         matcher: proposes pairs of points.
@@ -78,6 +128,8 @@ class Matched(ViewSpec):
         placements = []
         for slot, point_mm in enumerate(chosen[:2]):
             record = scene.record(slot)
+            step, sides = self.step_voxel(record), np.array(self.size)
             center = record.mm_to_volume[:3, :3] @ point_mm + record.mm_to_volume[:3, 3]
-            placements.append(Placement(slot, self.frame(center, self.step_voxel(record))))
+            center = center - np.where((step == 1) & (sides % 2 == 0), 0.5, 0.0)
+            placements.append(Placement(slot, self.frame(center, step)))
         return placements

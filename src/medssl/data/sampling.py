@@ -9,6 +9,10 @@ import numpy as np
 
 from medssl.data.randomness import counter_generator
 
+PARTNERS = ("random", "previous", "linked", "self")
+NUM_LINKS = 8
+"""Links of a case in tables of pairs: up to 16 partners, of which a store of 30 cases has about 7."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -80,26 +84,36 @@ class Shuffled:
 
 
 class Pairs:
-    """Every case once an epoch, each with a partner case.
+    """Every case once an epoch, each with a partner case; a case without any is paired with itself.
 
     Args:
-        partner: "random": any other case, uniformly; "previous": the case one sample before.
+        partner: "random": any other case, uniformly; "previous": the case one sample before; "linked": one of the
+            cases that a table of pairs knows (`linked_cases`), uniformly; "self": the case itself.
+        num_links: of the table, for "linked".
     """
 
-    def __init__(self, *, partner: str = "random") -> None:
-        if partner not in ("random", "previous"):
-            raise ValueError(f"Pairs: partner must be random or previous, got {partner!r}")
-        self.partner = partner
+    def __init__(self, *, partner: str = "random", num_links: int = NUM_LINKS) -> None:
+        if partner not in PARTNERS:
+            raise ValueError(f"Pairs: partner must be {', '.join(PARTNERS[:-1])} or {PARTNERS[-1]}, got {partner!r}")
+        if num_links < 1:
+            raise ValueError(f"Pairs: num_links must be at least 1, got {num_links}")
+        self.partner, self.num_links = partner, num_links
 
     def batch(
         self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> list[Request]:
         """See `CaseSampler`."""
         requests = []
+        known = frozenset(index) if self.partner == "linked" else frozenset()
         for n in range(step * batch_size, (step + 1) * batch_size):
             first = _nth(index, n, seed)
-            if self.partner == "previous":
+            if self.partner == "self":
+                second = first
+            elif self.partner == "previous":
                 second = _nth(index, max(n - 1, 0), seed)
+            elif self.partner == "linked":
+                linked = [case for case in linked_cases(first, self.num_links) if case in known] or [first]
+                second = linked[int(counter_generator("partner", seed, n).integers(len(linked)))]
             else:
                 others = [case for case in index if case != first] if len(index) < 64 else index
                 generator = counter_generator("partner", seed, n)
@@ -108,6 +122,16 @@ class Pairs:
                     second = int(others[int(generator.integers(len(others)))])
             requests.append(Request((first, second), n))
         return _of_rank(requests, rank, world)
+
+
+def linked_cases(case: int, num_links: int = NUM_LINKS) -> list[int]:
+    """The partners of a case in tables of pairs: the cases 1, 2, 4, ... 2^(num_links - 1) places before or after it.
+
+    Places are numbers in the store; those above 0 may exceed its last. The relation is symmetric and needs to know
+    neither the size of the store nor who is held out, so that a sampler and a table agree on any part of a store.
+    """
+    steps = [2**link for link in range(num_links)]
+    return [other for other in [case - step for step in reversed(steps)] if other >= 0] + [case + s for s in steps]
 
 
 class SameLocation:
