@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import nibabel
 import numpy as np
 import pytest
 
-from medssl.data.derived import Body, Derivation, derive
+from medssl.data import derived as derived_module
+from medssl.data.derived import Body, Derivation, derive, table_of
 from medssl.data.phantoms import LABELS
 from medssl.data.prepare import prepare_store
 from medssl.data.sources import Folder, Phantoms
@@ -164,3 +166,43 @@ def test_the_table_of_a_case_that_was_made_anew_is_made_anew(tmp_path):
     assert new == 1
     shutil.rmtree(tmp_path / "s")
     assert derived()[1] == tables
+
+
+@dataclass(frozen=True)
+class Twice:
+    """Twice the fill of the body, which another table holds, and the name of the case before."""
+
+    factor: float = 2.0
+    name = "twice"
+
+    def recipe(self):
+        return {"factor": self.factor}
+
+    def needs(self):
+        return [Body()]
+
+    def rests_on(self, store, case):
+        return [case - 1] if case else []
+
+    def __call__(self, store, case):
+        before = store.record(case - 1).voxel_hash if case else ""
+        return {"fill": self.factor * table_of(store, Body(), case)["fill"], "before": np.array(before)}
+
+    def quality(self, table):
+        return {"fill": float(table["fill"])}
+
+
+def test_what_a_derivation_needs_is_derived_first_and_a_table_falls_with_the_cases_that_it_rests_on(make_store):
+    arrays = [np.random.default_rng(n).integers(-900, 900, (1, 16, 16, 16)).astype(np.int16) for n in range(4)]
+    root = make_store(*arrays).root
+    summary = derive(root, Twice(), num_workers=0, progress=False)
+    assert summary.num_new == 4
+    store = VolumeStore(root)
+    assert float(store.derived("twice", 3)["fill"]) == 2 * float(store.derived("body", 3)["fill"])
+    assert derive(root, Twice(), num_workers=0, progress=False).num_new == 0
+    arrays[1] = arrays[1][:, ::-1].copy()
+    make_store(*arrays)
+    derived_module._opened.cache_clear()  # as a new process
+    again = derive(root, Twice(), num_workers=0, progress=False)
+    assert again.num_new == 2, "the case and the one after it"
+    assert str(VolumeStore(root).derived("twice", 2)["before"]) == VolumeStore(root).record(1).voxel_hash

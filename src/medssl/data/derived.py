@@ -6,29 +6,35 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from medssl.data.prepare import read_fingerprint
 from medssl.data.recipes import recipe_hash
-from medssl.data.store import Record, VolumeStore
+from medssl.data.store import VolumeStore
 from medssl.data.volume import Volume, find_body
 from medssl.data.workers import check_num_workers, run_all
 from medssl.data.writing import alone_in, clear_partial, write_text
 
 Table = Mapping[str, np.ndarray]
+Read = TypeVar("Read")
 DAMAGED = b"damaged"
 """Stands for the origin of a file that is no archive: it is not made anew over, a person should look at it."""
 
 
 @runtime_checkable
 class Derivation(Protocol):
-    """What can be derived: a picklable object, usually a frozen dataclass named by `_target_` in a file of `what/`."""
+    """What can be derived: a picklable object, usually a frozen dataclass named by `_target_` in a file of `what/`.
+
+    It may have two more methods: `needs()` gives derivations whose tables are made first, for `table_of` to read, and
+    `rests_on(store, case)` the numbers of further cases that a table is made from: it holds as long as all of them do.
+    """
 
     @property
     def name(self) -> str:
@@ -66,6 +72,7 @@ class Job:
     folder: Path
     derivation: Derivation
     case: int
+    origin: bytes
 
 
 def derive(
@@ -84,17 +91,17 @@ def derive(
     """
     check_num_workers(num_workers)
     opened = VolumeStore(store)
-    recipe = derivation.recipe()
-    folder = opened.root / "derived" / f"{derivation.name}-{recipe_hash(recipe)}"
+    for needed in derivation.needs() if hasattr(derivation, "needs") else ():
+        derive(store, needed, num_workers=num_workers, progress=progress)
+    folder = folder_of(opened.root, derivation)
     folder.mkdir(parents=True, exist_ok=True)
-    records = list(opened.records())
-    cases = [record.case for record in records]
+    cases = [record.case for record in opened.records()]
     with alone_in(folder):
         clear_partial(folder)
         jobs = [
-            Job(opened.root, folder, derivation, number)
-            for number, record in enumerate(records)
-            if _origin_of(folder / f"{record.case}.npz") not in (_origin(opened.root, record), DAMAGED)
+            Job(opened.root, folder, derivation, number, origin)
+            for number, origin in enumerate(_origins(opened, derivation))
+            if _origin_of(folder / f"{cases[number]}.npz") not in (origin, DAMAGED)
         ]
         run = run_all(
             derive_case,
@@ -105,9 +112,9 @@ def derive(
             num_done=len(cases) - len(jobs),
         )
         collections.deque(run, maxlen=0)  # to its end
-        quality = {case: derivation.quality(_load(folder / f"{case}.npz")) for case in cases}
+        quality = {case: _quality(derivation, folder / f"{case}.npz") for case in cases}
         _write_quality(folder / "quality.csv", quality)
-        pointer = json.dumps({"folder": folder.name, "recipe": recipe}, indent=1, sort_keys=True)
+        pointer = json.dumps({"folder": folder.name, "recipe": derivation.recipe()}, indent=1, sort_keys=True)
         write_text(folder.parent / f"{derivation.name}.json", pointer)
     means = {name: float(np.mean([row[name] for row in quality.values()])) for name in next(iter(quality.values()))}
     return DeriveSummary(folder, len(cases), len(jobs), means)
@@ -122,13 +129,33 @@ def derive_case(job: Job) -> None:
     with partial.open("wb") as stream:
         np.savez(stream, **{name: np.asarray(array) for name, array in table.items()})  # type: ignore[arg-type]
     with zipfile.ZipFile(partial, "a") as archive:
-        archive.comment = _origin(job.root, store.record(job.case))
+        archive.comment = job.origin
     partial.replace(job.folder / f"{case}.npz")
 
 
-def _origin(root: Path, record: Record) -> bytes:
-    """What a table was made from, kept as the comment of its archive: hash of the voxels, fingerprint of the files."""
-    return f"{record.voxel_hash} {read_fingerprint(root / f'{record.case}.zarr')}".encode()
+def folder_of(root: Path, derivation: Derivation) -> Path:
+    """Where the tables of a derivation lie in the store at `root`."""
+    return root / "derived" / f"{derivation.name}-{recipe_hash(derivation.recipe())}"
+
+
+def table_of(store: VolumeStore, derivation: Derivation, case: int) -> Table:
+    """The table of a case that exactly this derivation made."""
+    return _load(folder_of(store.root, derivation) / f"{store.record(case).case}.npz")
+
+
+def _origins(store: VolumeStore, derivation: Derivation) -> list[bytes]:
+    """What each table is made from, kept as the comment of its archive.
+
+    The hash of the voxels and the fingerprint of the files, and a digest of those of all cases that it rests on.
+    """
+    own = [
+        f"{record.voxel_hash} {read_fingerprint(store.root / f'{record.case}.zarr')}".encode()
+        for record in store.records()
+    ]
+    if not hasattr(derivation, "rests_on"):
+        return own
+    others = [b"\n".join(own[other] for other in derivation.rests_on(store, case)) for case in range(len(own))]
+    return [b"%s %s" % (mine, sha256(rest).hexdigest().encode()) for mine, rest in zip(own, others, strict=True)]
 
 
 def _origin_of(path: Path) -> bytes | None:
@@ -198,9 +225,17 @@ def _opened(root: Path) -> VolumeStore:
 
 
 def _load(path: Path) -> Table:
+    return _read(path, dict)
+
+
+def _quality(derivation: Derivation, path: Path) -> dict[str, float]:
+    return _read(path, derivation.quality)  # of large tables it reads what it looks at
+
+
+def _read(path: Path, what: Callable[[Table], Read]) -> Read:
     try:
         with np.load(path) as arrays:
-            return dict(arrays)
+            return what(arrays)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and derive again") from error
 
