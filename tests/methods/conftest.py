@@ -1,5 +1,8 @@
 """Small views and a small GL-MAE whose every mechanism is alive."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,8 @@ from medssl.methods.base import Progress
 from medssl.methods.glmae import GLMAE
 from medssl.models.heads import ProjectionHead
 from medssl.models.vit import MaskedDecoder, VisionTransformer
+
+sys.path.append(str(Path(__file__).parent))  # test files share pairs_of_views.py
 
 
 def view_of(image):

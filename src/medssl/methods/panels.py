@@ -1,7 +1,7 @@
 """Pictures of volumes."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -34,5 +34,51 @@ def orthogonal_slices(volumes: Mapping[str, Float[Tensor, "x y z"]], *, title: s
             panel.set(xticks=[], yticks=[])
             if column == 0:
                 panel.set_ylabel(plane)
+    figure.suptitle(title)
+    return figure
+
+
+class PointMatch(NamedTuple):
+    """A point of one volume and its place in another, in voxels of the volumes.
+
+    `similarity` lies on the other's coarser grid; it is largest at `found`, while the point really is at `truth`.
+    """
+
+    similarity: Float[Tensor, "i j k"]
+    query: tuple[float, ...]
+    found: tuple[float, ...]
+    truth: tuple[float, ...]
+    error_mm: float
+
+
+def point_matches(
+    first: Float[Tensor, "x y z"], second: Float[Tensor, "x y z"], matches: Sequence[PointMatch], *, title: str = ""
+) -> "Figure":
+    """One row a match: the axial slice of the point, that of its match with the truth, and the similarity there.
+
+    Anterior points up. The cross is what was searched or found, the ring the truth, drawn into the slice of the match.
+    """
+    from matplotlib.figure import Figure
+
+    volumes = [volume.detach().float().cpu() for volume in (first, second)]
+    low, high = torch.cat([volume.flatten() for volume in volumes]).aminmax()
+    figure = Figure(figsize=(7.6, 2.6 * len(matches)), layout="constrained")
+    axes = figure.subplots(len(matches), 3, squeeze=False)
+    for name, panel in zip(("point", "match (x), truth (o)", "similarity"), axes[0], strict=True):
+        panel.set_title(name)
+    for row, match in zip(axes, matches, strict=True):
+        similarity = match.similarity.detach().float().cpu()
+        level = min(int((match.found[2] + 0.5) * similarity.shape[2] / second.shape[2]), similarity.shape[2] - 1)
+        for panel, volume, place in zip(row, (*volumes, None), (match.query, match.found, match.found), strict=True):
+            x, y = (volumes[0] if panel is row[0] else volumes[1]).shape[:2]
+            shown = similarity[..., level] if volume is None else volume[..., round(place[2])]
+            style = {"cmap": "viridis"} if volume is None else {"cmap": "gray", "vmin": float(low), "vmax": float(high)}
+            extent = (-0.5, x - 0.5, -0.5, y - 0.5)
+            panel.imshow(shown.T.numpy(), origin="lower", extent=extent, interpolation="nearest", **style)
+            panel.plot(*place[:2], "x", color="orange", markersize=9)
+            if panel is not row[0]:
+                panel.plot(*match.truth[:2], "o", color="deepskyblue", markersize=9, fillstyle="none")
+            panel.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:])
+        row[1].set_xlabel(f"{match.error_mm:.1f} mm off")
     figure.suptitle(title)
     return figure
