@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -291,3 +292,30 @@ def test_frozen_encoders_keep_their_weights(workplace):
     shared = [key for key in after if key.startswith("blocks.")]
     assert shared
     assert all(torch.equal(before[key], after[key]) for key in shared)
+
+
+def test_labels_up_to_117_with_gaps_are_learnt_and_predicted_with_their_own_values(real_data, tmp_path):
+    folder = real_data / "ct_abdomen"
+    image, label = folder / "ct_slab_3mm.nii.gz", folder / "ct_slab_3mm_organs.nii.gz"
+    rows = [f"{case},{image},{label},{split}" for case, split in (("a", "train"), ("b", "test"))]
+    (tmp_path / "slabs.csv").write_text("\n".join(["case,image,label,split", *rows]))
+    given = {
+        **{"model": "unet", "model.encoder.widths": "[4,8]", "model.encoder.strides": "[1,2]"},
+        **{"data": "csv", "data.root": tmp_path / "slabs.csv", "crop_voxel": "[64,64,32]", "overlap": 0},
+        **{"store": tmp_path / "store", "output_dir": tmp_path / "run", "trainer.max_steps": 2},
+    }
+    main("finetune", run, arguments=[f"{key}={value}" for key, value in given.items()])
+    results = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(results["classes"]) == 41
+    values = np.unique(np.asanyarray(nibabel.load(label).dataobj))
+    weights = tmp_path / "run" / "segmenter.safetensors"
+    assert [c["value"] for c in read_card(weights)["classes"]] == values.tolist()
+
+    from medssl.predict import run as predict
+
+    place = f"output_dir={tmp_path / 'out'}"
+    main("predict", predict, arguments=[f"weights={weights}", f"input={image}", place, "overlap=0"])
+    truth, found = nibabel.load(image), nibabel.load(tmp_path / "out" / "ct_slab_3mm.nii.gz")
+    assert found.shape == truth.shape
+    assert np.array_equal(found.affine, truth.affine)
+    assert set(np.unique(np.asanyarray(found.dataobj))) <= set(values.tolist())
