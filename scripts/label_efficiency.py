@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 NUM_TRAINING, NUM_TEST = 100, 60
-ARMS = ("pretrained", "scratch", "unet")
+ARMS = ("scratch", "pretrained", "unet")  # the first is the reference of the comparison
 
 
 def write_split(root: Path, path: Path) -> None:
