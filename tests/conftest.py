@@ -108,3 +108,27 @@ def make_store(tmp_path: Path) -> Callable[..., "VolumeStore"]:
         return VolumeStore(root)
 
     return make
+
+
+@pytest.fixture
+def embedding_weights(tmp_path: Path) -> Path:
+    """A file of an untrained anatomical embedding of minimal width, as a run with method=sam_embed exports it."""
+    import torch
+
+    from medssl.building import build_network
+    from medssl.weights import save_weights
+
+    torch.manual_seed(0)
+    network = {"_target_": "medssl.models.sam_resnet.SamResNet", "base_channels": 2, "emb_dim": 8}
+    encoder = {"_target_": "medssl.models.reoriented.Reoriented", "net": network, "axes": "SPL"}
+    window = {"_target_": "medssl.data.augment.ByModality", "window_hu": [-1024, 3071], "out": [-50, 205]}
+    noise = {"_target_": "medssl.data.augment.GaussianNoise", "std": [0, 0.1]}
+    view = {"size": [32, 32, 16], "spacing_mm": 2.0, "outside": -1024, "augment": [window, noise]}
+    card = {
+        "method": "medssl.methods.sam_embed.SamEmbed",
+        "encoder": encoder,
+        "reading": {"channels": None, "views": {"groups": {"pair": view}}},
+    }
+    path = tmp_path / "sam.safetensors"
+    save_weights(path, {"encoder": build_network(encoder)}, card)
+    return path

@@ -1,4 +1,8 @@
-"""Derive tables from a prepared store: python -m medssl.derive what=body store=STORE.
+"""Derive tables from a prepared store.
+
+Examples:
+    python -m medssl.derive what=body store=STORE
+    python -m medssl.derive what=pairs weights=runs/sam/encoder.safetensors store=STORE
 
 `what` is a file of the group `what`, also from --config-dir: it names the class that makes the table of a case.
 It may be stopped or killed at any moment and started again; finished tables are not made twice.

@@ -214,3 +214,20 @@ def test_images_with_other_channels_are_refused():
     record = record_of(Volume(array, np.eye(4), "two.nii.gz"))
     with pytest.raises(ValueError, match=r"two.nii.gz has 2 channels, the embedding reads 1"):
         embedder().of_array(array, record)
+
+
+def test_tiles_along_z_change_nothing(embedding_weights):
+    array = smooth((16, 24, 110))
+    record = record_of(Volume(array, np.diag([2.0, 2.0, 2.0, 1.0]), "synthetic"))
+    whole, tiled = (Embedder.load(embedding_weights, tile_voxel=tile).of_array(array, record) for tile in (None, 18))
+    assert whole.fine.shape == (8, 8, 16, 56)
+    assert torch.allclose(tiled.fine, whole.fine, atol=1e-5)
+    assert torch.allclose(tiled.coarse, whole.coarse, atol=1e-5)
+
+
+def test_the_card_says_how_images_are_read_without_their_augmentations(embedding_weights):
+    reading = Embedder.load(embedding_weights).reading
+    assert reading.spacing_mm == (2.0, 2.0, 2.0)
+    assert reading.outside == -1024
+    (normalise,) = reading.normalise
+    assert normalise.window_hu == [-1024, 3071]

@@ -61,6 +61,8 @@ class Embedder:
 
         Raises: ValueError: a file that cannot be loaded, or one of another kind of encoder.
         """
+        if tile_voxel is not None and not (isinstance(tile_voxel, int) and tile_voxel > 0):
+            raise ValueError(f"tile_voxel must be a number of slices above 0, or null; got {tile_voxel!r}")
         if layout is None:
             card = read_card(path)
             reading = reading_of(card, source=str(path), allow_modules=allow_modules)
@@ -138,7 +140,7 @@ def embed_volume(
     for level, step in ((fine, fine_step), (coarse, coarse_step)):
         if tuple(level.shape[1:]) != tuple(whole // step):
             raise ValueError(f"the network gives a map of {tuple(level.shape[1:])} cells for {tuple(whole)} voxels")
-        if (level.float().norm(dim=0) - 1).abs().max() > NORM_TOLERANCE:
+        if abs(level.float().norm(dim=0).max() - 1) > NORM_TOLERANCE:  # narrow networks give zeros in plain air
             raise ValueError(f"the network does not give unit vectors; {_WANTED}")
     cell_to_voxel = np.diag([*fine_step, 1.0])
     cell_to_voxel[:3, 3] = (fine_step - 1) / 2
