@@ -93,7 +93,7 @@ class Settings:
             weights=tuple(Path(path).expanduser() for path in paths),
             input=Path(config.input).expanduser(),
             output_dir=Path(config.output_dir).expanduser(),
-            device=_device(config.device),
+            device=find_device(config.device),
             flips=_axes(config.flips),
             overlap=config.overlap,
             window_batch=config.window_batch,
@@ -214,7 +214,8 @@ def _complain(path: object, reason: str) -> None:
     print(f"error: {path}: {reason}", file=sys.stderr, flush=True)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` means here. Raises: ValueError: it is not known, or there is none."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={name} is not known; it takes auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():

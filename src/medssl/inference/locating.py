@@ -1,0 +1,171 @@
+"""The match command: read two scans, embed them, say and draw where points of one lie in the other."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Float64
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from medssl.data.reading import check_channels
+from medssl.data.store import Record
+from medssl.data.volume import find_body
+from medssl.inference.embedder import Embedder
+from medssl.inference.embedding import Embedding, contains, match_points
+from medssl.inference.files import ImageFile, read_image
+from medssl.inference.predicting import MODALITIES, find_device
+from medssl.inference.segmenting import record_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PLANES = ("sagittal", "coronal", "axial")
+WINDOW_HU = (-200.0, 300.0)
+GRID_SHARES = (0.3, 0.5, 0.7), (0.5,), (0.75, 0.5, 0.25)
+"""Of the body box along x, y and z."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan to match: as it was read, its record, its embedding."""
+
+    file: ImageFile
+    record: Record
+    embedding: Embedding
+
+    def voxel_of_file(self, point_mm: Float[np.ndarray, "3"]) -> list[int]:
+        """The nearest voxel to a point, as the file counts them."""
+        matrix = np.linalg.inv(self.file.affine)
+        x, y, z = np.rint(matrix[:3, :3] @ point_mm + matrix[:3, 3]).astype(int).tolist()
+        return [x, y, z]
+
+
+def locate(config: DictConfig) -> None:
+    """Match what the configuration says, print a line a point, and write the picture.
+
+    Raises: ValueError: a setting, a file or the weights are wrong, or a point lies outside of its scan.
+    """
+    points_mm = _points(config.point_mm)
+    if not isinstance(config.grid, bool) or (points_mm is None) != config.grid:
+        raise ValueError("say which points: either point_mm=[x,y,z] in RAS millimetres, or grid=true")
+    if config.weights.path is None:
+        raise ValueError("weights is missing; give it as weights=RUN/encoder.safetensors of method=sam_embed")
+    if config.data.modality not in MODALITIES:
+        raise ValueError(f"data.modality={config.data.modality} is not known; it takes ct, mr or null")
+    check_channels(config.data.channels)
+    output = Path(config.output).expanduser()
+    if output.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"output={output} is no picture; give a name that ends in .png, .pdf or .svg")
+    embedder = Embedder.load(
+        Path(config.weights.path).expanduser(),
+        layout=config.weights.layout,
+        device=find_device(config.device),
+        tile_voxel=config.tile_voxel,
+        allow_modules=list(config.allow_modules),
+    )
+    query_file, query_record = _read(config.query, config, embedder)
+    if points_mm is None:
+        points_mm = grid_points(query_file, query_record)
+    inside = contains(query_record, points_mm)
+    if not inside.all():
+        outside = _text(points_mm[~inside][0])
+        raise ValueError(f"point_mm={outside} lies outside of {config.query}, {_extent(query_record)}")
+    start = time.monotonic()
+    query = Scan(query_file, query_record, embedder.of_array(query_file.volume.array, query_record))
+    reference_file, reference_record = _read(config.reference, config, embedder)
+    found = embedder.of_array(reference_file.volume.array, reference_record)
+    reference = Scan(reference_file, reference_record, found)
+    matches_mm, scores = match_points(query.embedding, points_mm, reference.embedding)
+    seconds = time.monotonic() - start
+    for point_mm, match_mm, score in zip(points_mm, matches_mm, scores, strict=True):
+        voxel = reference.voxel_of_file(match_mm)
+        print(f"{_text(point_mm)} mm -> {_text(match_mm)} mm, voxel {voxel}, score {score:.3f}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    match_figure(query, reference, points_mm, matches_mm, scores).savefig(output, dpi=100)
+    number = f"{len(points_mm)} point{'s' * (len(points_mm) != 1)}"
+    print(f"{number} of {config.query} in {config.reference}, {seconds:.1f} s -> {output}")
+
+
+def grid_points(file: ImageFile, record: Record) -> Float64[np.ndarray, "n 3"]:
+    """Nine points (RAS mm) spread over the middle coronal plane of the body, from the upper left of a picture on."""
+    box, _, _ = find_body(file.volume, modality=record.modality)
+    x, y, z = GRID_SHARES
+    shares = np.array([(a, b, c) for c in z for b in y for a in x])
+    voxels = np.rint(box.to_volume(shares))
+    return voxels @ record.volume_to_mm[:3, :3].T + record.volume_to_mm[:3, 3]
+
+
+def match_figure(
+    query: Scan,
+    reference: Scan,
+    points_mm: Float[np.ndarray, "n 3"],
+    matches_mm: Float[np.ndarray, "n 3"],
+    scores: Float[np.ndarray, " n"],
+) -> "Figure":
+    """A row a point: three planes of the query through it, then three of the reference through its match.
+
+    Anterior and superior point up, the patient's left is on the left as arrays run.
+    """
+    from matplotlib.figure import Figure
+
+    height = 2.8 * len(points_mm)
+    figure = Figure(figsize=(15, height))
+    axes = figure.subplots(len(points_mm), 6, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.2 / height, top=1 - 0.5 / height, wspace=0.05, hspace=0.25)
+    for row, (point, match, score) in enumerate(zip(points_mm, matches_mm, scores, strict=True)):
+        for scan, place, first in ((query, point, 0), (reference, match, 3)):
+            for axis, panel in enumerate(axes[row, first : first + 3]):
+                _draw_slice(panel, scan, place, axis)
+                panel.set_title(PLANES[axis] if axis else f"{scan.file.path.name}\n{_text(place)} mm", fontsize=8)
+        axes[row, 5].set_title(f"{PLANES[2]}\nscore {score:.3f}", fontsize=8)
+    return figure
+
+
+def _draw_slice(panel: "Axes", scan: Scan, point_mm: Float[np.ndarray, "3"], axis: int) -> None:
+    record = scan.record
+    place = record.mm_to_volume[:3, :3] @ point_mm + record.mm_to_volume[:3, 3]
+    number = int(np.clip(np.rint(place[axis]), 0, record.shape[axis] - 1))
+    values = scan.file.volume.array[0].take(number, axis=axis).astype(np.float32)
+    a, b = (other for other in range(3) if other != axis)
+    kept = record.statistics[0]
+    low, high = WINDOW_HU if record.modality == "ct" else (kept["p0_5"], kept["p99_5"])
+    aspect = record.spacing_mm[b] / record.spacing_mm[a]
+    panel.imshow(np.flipud(values.T), cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
+    panel.plot(place[a], record.shape[b] - 1 - place[b], "+", color="red", markersize=14, markeredgewidth=1.5)
+
+
+def _read(path: str, config: DictConfig, embedder: Embedder) -> tuple[ImageFile, Record]:
+    given = config.data.channels
+    source = Path(path).expanduser()
+    if not source.exists():
+        raise ValueError(f"there is no image {source}")
+    file = read_image(source, channels=embedder.reading.channels if given is None else given)
+    return file, record_of(file.volume, source.name, modality=config.data.modality)
+
+
+def _points(given: object) -> Float64[np.ndarray, "n 3"] | None:
+    if given is None:
+        return None
+    values = OmegaConf.to_container(given) if isinstance(given, ListConfig) else given
+    try:
+        points = np.array(values, dtype=np.float64)
+    except (ValueError, TypeError):
+        points = np.empty(0)
+    points = points[None] if points.ndim == 1 else points
+    if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
+        raise ValueError(f"point_mm={values}: give [x,y,z] in RAS millimetres, or several as [[x,y,z],[x,y,z]]")
+    return points
+
+
+def _extent(record: Record) -> str:
+    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * np.array(record.shape) - 0.5
+    in_mm = corners @ record.volume_to_mm[:3, :3].T + record.volume_to_mm[:3, 3]
+    ranges = [f"{name} {a:.0f} to {b:.0f}" for name, a, b in zip("xyz", in_mm.min(0), in_mm.max(0), strict=True)]
+    return f"which covers {', '.join(ranges)} mm (RAS)"
+
+
+def _text(point_mm: Float[np.ndarray, "3"]) -> str:
+    return f"[{', '.join(f'{value:.1f}' for value in point_mm)}]"
