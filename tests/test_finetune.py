@@ -270,9 +270,11 @@ def test_more_channels_than_pre_trained_repeat_the_stem_aloud(workplace, capsys,
         ({"data.classes": "[99]"}, "value 99 is in no label"),
         ({"model": "nothing"}, "unet"),
         ({"scratch_twin": "true"}, "give weights=FILE"),
+        ({"data.spacing_mm": "[24,24,24]", "store": "null"}, "give working_spacing_mm"),
     ],
 )
-def test_a_mistake_is_one_line_that_says_what_is_allowed(workplace, straight, capsys, settings, message):
+def test_a_mistake_is_one_line_that_says_what_is_allowed(workplace, straight, capsys, monkeypatch, settings, message):
+    monkeypatch.chdir(workplace)
     assert message in refused(workplace, "mistake", capsys, **settings)
     assert not (workplace / "mistake" / "metrics.csv").exists()
 

@@ -22,7 +22,7 @@ from medssl.training.checkpoints import LastCheckpoint
 from medssl.training.evaluating import Evaluator
 from medssl.training.initialising import Initial, find_initial, load_initial
 from medssl.training.metrics import Metrics
-from medssl.training.planning import find_classes, find_crop, find_overlap, find_spacing
+from medssl.training.planning import check_grid, find_classes, find_crop, find_overlap, find_spacing
 from medssl.training.reporting import Protocol, report_run
 from medssl.training.run_folder import process_rank
 from medssl.training.running import build_module, check_trainer, fit, open_store, quiet, resolved
@@ -42,6 +42,7 @@ def finetune(begin: Start) -> None:
     check_trainer(config)
     initial = find_initial(config)  # the file before the store: a slip need not cost an hour of preparing
     store = open_store(config, is_resumed=begin.checkpoint is not None)
+    check_grid(store)
     split = resolve_split(store, split=config.data.split, fold=config.data.fold)
     subset = few_labels(store, split.training, labelled=config.data.labelled, seed=config.data.labelled_seed)
     leakage = find_overlap(initial.card, store, split, path=initial.path, allowed=config.allow_leakage)

@@ -71,6 +71,15 @@ def find_crop(
     return [int(side) for side in np.minimum(steps * CROP_STEP_VOXEL, LARGEST_CROP_VOXEL)]
 
 
+def check_grid(store: VolumeStore) -> None:
+    """Raises: ValueError: the volumes of the store were resampled, so that their own grid is lost."""
+    if (spacing_mm := store.recipe.get("spacing_mm")) is not None:
+        raise ValueError(
+            f"{store.root} was resampled to {spacing_mm} mm while it was prepared, but numbers are those of the files'"
+            " own grid; prepare with data.spacing_mm=null and give working_spacing_mm"
+        )
+
+
 def find_overlap(
     card: Mapping[str, Any] | None, store: VolumeStore, split: CaseSplit, *, path: Path | None, allowed: bool
 ) -> dict[str, Any]:
