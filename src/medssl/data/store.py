@@ -306,15 +306,18 @@ class VolumeStore:
         return self._open(case, "points").read().result()
 
     def _derived(self, name: str, case: int) -> dict[str, np.ndarray]:
-        """The derived table `name` of a case, as `medssl.derive` made it."""
+        with np.load(self.derived_file(name, case)) as table:
+            return dict(table)
+
+    def derived_file(self, name: str, case: int) -> Path:
+        """The derived table `name` of a case, as `medssl.derive` made it; `derived` gives its arrays and keeps them."""
         pointer = self.root / "derived" / f"{name}.json"
         if not pointer.is_file():
             raise ValueError(
                 f"{self.root} has no derived data {name!r}; run `python -m medssl.derive what={name} store={self.root}`"
             )
         folder = self.root / "derived" / json.loads(pointer.read_text())["folder"]
-        with np.load(folder / f"{self.record(case).case}.npz") as table:
-            return dict(table)
+        return folder / f"{self.record(case).case}.npz"
 
 
 def _to_int16(

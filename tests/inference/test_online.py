@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+
+from medssl.data.derived import derive
+from medssl.data.matching import Matched, Matcher
+from medssl.data.sampling import Request
+from medssl.data.scene import Scene
+from medssl.data.store import VolumeStore
+from medssl.inference.embedder import Embedder
+from medssl.inference.embedding import match_points
+from medssl.inference.online import Embeddings, OnlineMatcher
+from medssl.inference.pairs import PairPoints
+
+from .conftest import smooth
+
+
+@pytest.fixture
+def store(make_store, embedding_weights):
+    """Three volumes with their embeddings, the second the first but for a shift along y."""
+    large = smooth((36, 40, 20), seed=6).astype(np.int16)
+    cuts = [large[:, :, :32].copy(), large[:, :, 8:].copy(), smooth((36, 32, 20), seed=7).astype(np.int16)]
+    made = make_store(*cuts, affine=np.diag([2.0, 2.0, 2.0, 1.0]))
+    points = PairPoints(weights=str(embedding_weights), num_candidates=32, low_hu=-900.0)
+    derive(made.root, Embeddings(points=points), num_workers=0, progress=False)
+    return VolumeStore(made.root)
+
+
+def test_a_proposal_is_the_match_of_a_body_point_in_the_other_case(store, embedding_weights):
+    matcher = OnlineMatcher()
+    assert isinstance(matcher, Matcher)
+    embedder = Embedder.load(embedding_weights)
+    query, key = (embedder.of_case(store, case) for case in (0, 2))
+    known = store.derived("embeddings", 0)["points_mm"]
+    for seed in range(5):
+        point, found, score = matcher.propose(Scene(store, Request((0, 2), 0)), np.random.default_rng(seed))
+        assert (known == point).all(1).any()
+        expected, best = match_points(query, point[None], key)
+        assert score == pytest.approx(best[0], abs=3e-3)  # half precision
+        if np.abs(found - expected[0]).max() > 1e-6:
+            assert best[0] - score < 3e-3
+    point, found, score = matcher.propose(Scene(store, Request((1, 1), 0)), np.random.default_rng(0))
+    assert score == pytest.approx(1, abs=2e-3)
+    assert np.abs(found - point).max() <= 2
+
+
+def test_embeddings_are_kept_in_memory_up_to_a_number(store):
+    matcher = OnlineMatcher(num_cached=2)
+    for cases in ((0, 1), (0, 1), (1, 0), (1, 2)):
+        matcher.propose(Scene(store, Request(cases, 0)), np.random.default_rng(0))
+    assert (matcher.load.cache_info().misses, matcher.load.cache_info().currsize) == (3, 2)
+    with pytest.raises(ValueError, match="num_cached must be at least 2"):
+        OnlineMatcher(num_cached=1)
+
+
+def test_crops_are_placed_about_what_it_finds(store):
+    spec = Matched(size=[8, 8, 8], matcher=OnlineMatcher(), score_threshold=0.99, tries=5)
+    query, key = spec.place(Scene(store, Request((0, 1), 0)), {}, np.random.default_rng(0))
+    assert (query.slot, key.slot) == (0, 1)
+    for placement in (query, key):
+        middle = placement.frame.center
+        assert (middle > -1).all()
+        assert (middle < np.array([36, 32, 20])).all()
