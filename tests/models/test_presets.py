@@ -12,6 +12,8 @@ PRESETS = {  # name: weights with one channel and 14 classes at 96 voxels, multi
     "resenc": (62_800_526, 16),
     "unetr": (115_377_902, 16),
     "swinunetr": (27_186_576, 32),
+    "nnformer": (9_728_462, 16),
+    "nnformer_tiny": (2_376_350, 16),
 }
 
 

@@ -18,11 +18,12 @@ UNET, UNETR = "medssl.models.unet.UNetDecoder", "medssl.models.unetr.UNETRDecode
 
 
 class Segmenter(nn.Module):
-    """Encoder, decoder and one 1x1x1 convolution a supervised resolution.
+    """Encoder, decoder and one output layer a supervised resolution.
 
     Args:
         encoder: gives maps described by its `channels` and `strides`.
-        decoder: gives decoded maps described by its `channels` and `strides`, full resolution first.
+        decoder: gives decoded maps described by its `channels` and `strides`, fine to coarse. Where the first is
+            coarser than the image (nnFormer), the output layers are transposed convolutions of that stride.
         num_classes: background included.
         deep_supervision: number of coarser resolutions at which `outputs` gives logits too.
     """
@@ -31,11 +32,12 @@ class Segmenter(nn.Module):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; a segmenter needs the background and at least one class")
-        widths, _ = levels(decoder)
+        widths, strides = levels(decoder)
         if not 0 <= deep_supervision < len(widths):
             raise ValueError(f"deep_supervision is {deep_supervision}, this decoder allows 0 to {len(widths) - 1}")
         self.encoder, self.decoder, self.num_classes = encoder, decoder, num_classes
-        self.head = nn.ModuleList(nn.Conv3d(width, num_classes, 1) for width in widths[: 1 + deep_supervision])
+        supervised = widths[: 1 + deep_supervision]
+        self.head = nn.ModuleList(output_layer(width, num_classes, step=strides[0]) for width in supervised)
         self.multiple_voxel = triple([math.lcm(*steps) for steps in zip(*levels(encoder)[1], strict=True)])
 
     def forward(self, image: Float[Tensor, "batch channel x y z"]) -> Float[Tensor, "batch class x y z"]:
@@ -87,6 +89,25 @@ def build_segmenter(
     Raises:
         ValueError: a class outside the trusted packages, or networks that do not fit together.
     """
+    encoder, decoder, recipes = build_networks(
+        encoder_recipe, decoder_recipe, in_channels=in_channels, allow_modules=allow_modules
+    )
+    network = Segmenter(encoder, decoder, num_classes, deep_supervision=deep_supervision)
+    return network, {**recipes, "num_classes": num_classes, "deep_supervision": deep_supervision}
+
+
+def build_networks(
+    encoder_recipe: Mapping[str, Any],
+    decoder_recipe: Mapping[str, Any] | None,
+    *,
+    in_channels: int,
+    allow_modules: Sequence[str] = (),
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """Encoder and decoder by the rules of `build_segmenter`, and their completed recipes under these names.
+
+    Raises:
+        ValueError: a class outside the trusted packages, or networks that do not fit together.
+    """
     packages = (*NETWORKS, *allow_modules)
     encoder_recipe, decoder_recipe = dict(encoder_recipe), dict(decoder_recipe) if decoder_recipe else None
     wrapped = issubclass(trusted_class(encoder_recipe, packages, base=nn.Module), Reoriented)
@@ -108,9 +129,14 @@ def build_segmenter(
         decoder_recipe = _unetr_recipe(channels[-1]) if len(set(strides)) == 1 else {"_target_": UNET}
     fitted = {"in_channels": in_channels, "encoder_channels": channels, "encoder_strides": strides}
     decoder = build_trusted({**decoder_recipe, **fitted}, packages, nn.Module)
-    recipes = {"encoder": encoder_recipe, "decoder": decoder_recipe, "num_classes": num_classes}
-    network = Segmenter(encoder, decoder, num_classes, deep_supervision=deep_supervision)
-    return network, {**recipes, "deep_supervision": deep_supervision}
+    return encoder, decoder, {"encoder": encoder_recipe, "decoder": decoder_recipe}
+
+
+def output_layer(width: int, out_channels: int, *, step: Triple) -> nn.Module:
+    """A decoded map to channels at full resolution: a 1x1x1 convolution, or a transposed one of stride `step`."""
+    if step == (1, 1, 1):
+        return nn.Conv3d(width, out_channels, 1)
+    return nn.ConvTranspose3d(width, out_channels, step, stride=step)
 
 
 def skip_depths(depth: int, num_maps: int) -> list[int]:

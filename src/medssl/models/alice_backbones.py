@@ -1,0 +1,102 @@
+"""What Alice needs of a network: tokens of a masked crop at two depths, and the crop back again."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from medssl.models.segmenter import build_networks, levels, output_layer
+
+MASK_MODES = ("zero", "token")
+
+
+class BackboneOutput(NamedTuple):
+    """Mean bottleneck token, bottleneck, first (coarsest) decoded map, and image of a batch of crops."""
+
+    pooled: Float[Tensor, "batch cb"]
+    bottleneck: Float[Tensor, "batch cb i j k"]
+    decoded: Float[Tensor, "batch cd l m n"]
+    reconstruction: Float[Tensor, "batch channel x y z"]
+
+
+class Backbone(nn.Module):
+    """Encoder and decoder, as a segmenter takes them, and one convolution that reconstructs the image.
+
+    Args:
+        encoder: gives maps described by its `channels` and `strides`; the last is the bottleneck.
+        decoder: gives decoded maps, fine to coarse; the last of them was made first.
+        mask_mode: `zero` sets masked voxels to 0; `token` puts the encoder's mask token in the place of masked tokens
+            besides, for encoders that take `masked`.
+
+    The attributes `bottleneck_channels` and `decoded_channels` hold the widths of the two token maps.
+
+    Source: arXiv:2302.05615.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, mask_mode: str = "zero") -> None:
+        super().__init__()
+        if mask_mode not in MASK_MODES:
+            raise ValueError(f"mask_mode is {mask_mode!r}, allowed are {', '.join(MASK_MODES)}")
+        if mask_mode == "token" and "masked" not in inspect.signature(encoder.forward).parameters:
+            raise ValueError(f"{type(encoder).__name__} has no mask token; use mask_mode=zero or nnFormer")
+        self.encoder, self.decoder, self.mask_mode = encoder, decoder, mask_mode
+        self.in_channels = int(encoder.in_channels)  # type: ignore[arg-type]
+        self.bottleneck_channels = levels(encoder)[0][-1]
+        widths, strides = levels(decoder)
+        self.decoded_channels = widths[-1]
+        self.reconstruction = output_layer(widths[0], self.in_channels, step=strides[0])
+        if mask_mode == "token":
+            nn.init.trunc_normal_(encoder.mask_token.requires_grad_(True), std=0.02)  # type: ignore[union-attr, arg-type, operator]
+
+    def forward(
+        self,
+        image: Float[Tensor, "batch channel x y z"],
+        mask: Bool[Tensor, "#batch 1 i j k"] | Float[Tensor, "#batch 1 i j k"] | None = None,
+    ) -> BackboneOutput:
+        """Run the crops without what `mask` (1 or true = masked, on any grid that divides the crop) covers.
+
+        Raises:
+            ValueError: the crop is no multiple of the grid of the mask, or does not fit the encoder.
+        """
+        options: dict[str, Tensor] = {}
+        if mask is not None:
+            size = tuple(image.shape[2:])
+            if any(side % step for side, step in zip(size, mask.shape[2:], strict=True)):
+                raise ValueError(
+                    f"a mask of {tuple(mask.shape[2:])} entries does not divide a crop of {size} voxels; give one "
+                    "entry for each patch"
+                )
+            image = image * F.interpolate(1 - mask.to(image), size=size, mode="nearest")
+            if self.mask_mode == "token":
+                grid = [side // step for side, step in zip(size, levels(self.encoder)[1][0], strict=True)]
+                options["masked"] = F.interpolate(mask.float(), size=grid, mode="nearest") > 0
+        maps = self.encoder(image, **options)
+        decoded = self.decoder(image, maps)
+        bottleneck = maps[-1]
+        return BackboneOutput(bottleneck.mean((2, 3, 4)), bottleneck, decoded[-1], self.reconstruction(decoded[0]))
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The named networks that a file holds."""
+        return {"encoder": self.encoder, "decoder": self.decoder, "reconstruction": self.reconstruction}
+
+
+def build_backbone(
+    encoder: Mapping[str, Any],
+    decoder: Mapping[str, Any],
+    *,
+    mask_mode: str = "zero",
+    allow_modules: Sequence[str] = (),
+) -> Backbone:
+    """A backbone with fresh weights from the recipes of a segmenter's encoder and decoder (`configs/model`).
+
+    Raises:
+        ValueError: a class outside the trusted packages, or networks that do not fit together.
+    """
+    in_channels = encoder.get("net", encoder).get("in_channels", 1)
+    built_encoder, built_decoder, _ = build_networks(
+        encoder, decoder, in_channels=in_channels, allow_modules=allow_modules
+    )
+    return Backbone(built_encoder, built_decoder, mask_mode=mask_mode)
