@@ -122,6 +122,7 @@ def test_a_run_leaves_numbers_a_network_and_pictures(straight):
         "hash": "",
         "evaluated_on": "validation",
         "num_cases": len(results["cases"]),
+        "content": results["split"]["content"],
     }
     assert results["labelled"]["count"] == 3 == len(results["labelled"]["cases"])
     assert results["leakage"] == {"checked": True, "overlap": 0, "allowed": False}
@@ -217,6 +218,14 @@ def test_a_scratch_twin_differs_in_nothing_but_the_weights(workplace, capsys):
     ours, twin = (json.loads((path / "metrics.json").read_text()) for path in (folder, workplace / "pair-scratch"))
     assert twin["setting"] == ours["setting"] | {"weights": "scratch"}
     assert (twin["labelled"], twin["split"], twin["seed"]) == (ours["labelled"], ours["split"], ours["seed"])
+
+
+@pytest.mark.parametrize("change", [{"label_share": 1.0}, {"window_hu": "[-175,250]"}, {"augment.intensity": "[]"}])
+def test_runs_that_differ_in_more_than_their_seed_are_no_repetitions(workplace, straight, change):
+    folder = finetune(workplace, "ablated", overwrite="true", seed=1, **change)
+    settings = [json.loads((path / "metrics.json").read_text())["setting"] for path in (straight, folder)]
+    assert settings[0] != settings[1]
+    assert settings[0].keys() == settings[1].keys()
 
 
 def test_a_segmenter_file_gives_its_decoder_too(workplace, straight, capsys):

@@ -104,16 +104,24 @@ def read_card(path: str | Path) -> dict[str, Any]:
     return card
 
 
+def card_of(path: str | Path, *, layout: str | None = None, branch: str = "student") -> dict[str, Any]:
+    """The card of a file of ours, or with `layout` what the tensors of a published file tell of their networks.
+
+    Raises:
+        ValueError: wrong file, unknown layout or branch.
+    """
+    if layout is None:
+        return read_card(path)
+    return layouts.infer_card(_published(path, layout, branch), source=str(path), layout=layout)
+
+
 def encoder_recipe(path: str | Path, *, layout: str | None = None, branch: str = "student") -> dict[str, Any]:
     """The recipe of the encoder in a file, for `build_network` or `build_segmenter`; wrapped where its axes differ.
 
     Raises:
         ValueError: wrong file, unknown layout or branch, or the card describes no encoder.
     """
-    if layout is None:
-        card = read_card(path)
-    else:
-        card = layouts.infer_card(_published(path, layout, branch), source=str(path), layout=layout)
+    card = card_of(path, layout=layout, branch=branch)
     if "encoder" not in card:
         raise ValueError(f"the card of {path} does not describe an encoder; its keys are {sorted(card)}")
     axes = card.get("input_axes", "xyz")

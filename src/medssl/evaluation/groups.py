@@ -146,6 +146,8 @@ def _check_comparable(run: Run, first: Run) -> None:
     for what, found, expected in (
         ("evaluated_on", split["evaluated_on"], first_split["evaluated_on"]),
         ("tolerance_mm", run.results["tolerance_mm"], first.results["tolerance_mm"]),
+        ("convention", run.results.get("convention"), first.results.get("convention")),
+        ("content of the evaluation cases (voxels and labels)", split.get("content"), first_split.get("content")),
     ):
         if found != expected:
             raise ValueError(

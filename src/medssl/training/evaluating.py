@@ -1,5 +1,6 @@
 """Predicting whole labelled cases with the network of a run: quickly while it trains, in full at its end."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer
 from torch import nn
 from tqdm import tqdm
 
@@ -23,9 +24,10 @@ Item = TypeVar("Item")
 
 @dataclass
 class Found:
-    """What a pass over some cases found, on every rank the same."""
+    """What a pass over some cases found, on every rank the same; `contents` are hashes of image and classes."""
 
     dice: dict[str, np.ndarray] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)
     scores: dict[str, CaseScores] = field(default_factory=dict)
     pictures: list[CasePicture] = field(default_factory=list)
 
@@ -93,18 +95,22 @@ class Evaluator:
         found = Found()
         for part, _ in parts:
             found.dice |= part.dice
+            found.contents |= part.contents
             found.scores |= part.scores
             found.pictures += part.pictures
         found.pictures = _worst_and_best(found.pictures)
         return found
 
-    def truth(self, case: int) -> Int[np.ndarray, "x y z"]:
+    def truth(self, case: int) -> Integer[np.ndarray, "x y z"]:
         """The classes of a case on its own grid."""
         record = self.store.record(case)
         label = self.store.read_label(case, (0, 0, 0), record.shape).result()[0]
         values = np.array(self.label_values)
-        place = np.searchsorted(values, label).clip(max=len(values) - 1)
-        return np.where(values[place] == label, place, 0).astype(np.int16)
+        classes = np.empty(label.shape, np.uint8 if len(values) <= 256 else np.int16)
+        for plane, out in zip(label, classes, strict=True):  # plane by plane: no wide copy of the volume
+            place = np.searchsorted(values, plane).clip(max=len(values) - 1)
+            out[:] = np.where(values[place] == plane, place, 0)
+        return classes
 
     def _score(self, own: Found, case: int, prediction: np.ndarray, *, full: bool) -> None:
         record, truth = self.store.record(case), self.truth(case)
@@ -118,6 +124,8 @@ class Evaluator:
                 tolerance_mm=self.tolerance_mm,
             )
             own.scores[record.case] = scores
+            classes = hashlib.sha256(truth.tobytes()).hexdigest()
+            own.contents[record.case] = hashlib.sha256(f"{record.voxel_hash}/{classes}".encode()).hexdigest()
             own.dice[record.case] = scores.dice
         else:
             own.dice[record.case] = dice_by_class(prediction, truth, num_classes=num_classes)

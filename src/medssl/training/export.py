@@ -11,20 +11,28 @@ from medssl.data.module import Batch
 from medssl.data.store import VolumeStore
 from medssl.training.callback import StepCallback
 from medssl.training.method_module import MethodModule
+from medssl.training.settings import short_hash
 from medssl.weights import save_weights
+
+COURSE = ("method", "views", "sampler", "optimizer", "batch_size", "accumulate")
+"""Settings that tell one training from another, besides data, length and seed; the card holds their hash."""
 
 
 def build_card(config: Mapping[str, Any], store: VolumeStore, cases: Sequence[int]) -> dict[str, Any]:
     """The card of a run from its resolved configuration: architecture, reading recipe, data, versions.
 
-    The fingerprint of the data holds the volumes that are trained on, `cases`, and no held-out ones.
+    `transfers` names the parts that a segmenter starts from: the encoder, and the decoder of a `backbone`, which is one
+    that segmenters can use. The fingerprint of the data holds the volumes that are trained on, `cases`, and no held-out
+    ones.
     """
     method, data = config["method"], config["data"]
     stated = method.get("backbone", method)  # where the recipes of encoder and decoder lie
     networks = {part: stated[part] for part in ("encoder", "decoder") if isinstance(stated.get(part), Mapping)}
     return {
         **networks,
+        "transfers": [part for part in networks if part == "encoder" or "backbone" in method],
         "method": method["_target_"],
+        "training": short_hash({key: config[key] for key in COURSE} | {"steps": config["trainer"]["max_steps"]}),
         "reading": {"channels": data.get("channels"), "spacing_mm": data.get("spacing_mm"), "views": config["views"]},
         "data": {
             "name": data["name"],

@@ -26,6 +26,7 @@ from medssl.training.planning import check_grid, find_classes, find_crop, find_o
 from medssl.training.reporting import Protocol, report_run
 from medssl.training.run_folder import process_rank
 from medssl.training.running import build_module, check_trainer, fit, open_store, quiet, resolved
+from medssl.training.settings import flat, short_hash
 from medssl.training.starting import Start
 from medssl.training.validation import Validation
 
@@ -57,13 +58,14 @@ def finetune(begin: Start) -> None:
         "crop_voxel": values["facts"]["crop_voxel"],
         "outside": values["outside"],
         "normalise": values["normalise"],
+        "modality": the_modality(store, subset.cases),
     }
     protocol = Protocol(
         split=split,
         subset=subset,
         leakage=leakage,
         class_names=list(classes.values())[1:],
-        setting=setting(values, initial, segmenter),
+        setting=setting(values, initial, segmenter, recipe),
         choice=weights_to_report(values, split),
     )
     card = {
@@ -214,26 +216,36 @@ def weights_to_report(values: Mapping[str, Any], split: CaseSplit) -> str:
     return choice
 
 
-def setting(values: Mapping[str, Any], initial: Initial, segmenter: Segmenter) -> dict[str, Any]:
+COURSE = (
+    *("freeze", "layer_decay", "decoder_lr", "deep_supervision", "batch_size", "accumulate", "window_hu", "outside"),
+    *("label_share", "overlap", "optimizer", "loss", "normalise", "augment"),
+)
+"""Settings that tell one experiment from another, besides network, weights, data and length."""
+
+
+def setting(
+    values: Mapping[str, Any], initial: Initial, segmenter: Segmenter, recipe: Mapping[str, Any]
+) -> dict[str, Any]:
     """What tells this run from others: runs that agree in it and differ in their seed are repetitions."""
     weights = sum(parameter.numel() for parameter in segmenter.parameters())
     kinds = [type(getattr(part, "net", part)).__name__ for part in (segmenter.encoder, segmenter.decoder)]
-    facts, optimizer = values["facts"], values["optimizer"]
-    spacing = facts["spacing_mm"]
+    facts, spacing = values["facts"], values["facts"]["spacing_mm"]
     return {
         "weights": initial.name,
-        "model": f"{kinds[0]} + {kinds[1]}, {weights / 1e6:.2f} M",
-        "freeze": values["freeze"],
+        "model": f"{kinds[0]} + {kinds[1]}, {weights / 1e6:.2f} M [{short_hash(recipe)}]",
         "max_steps": values["trainer"]["max_steps"],
-        "batch_size": values["batch_size"],
+        "precision": str(values["trainer"].get("precision")),
         "crop_voxel": "x".join(map(str, facts["crop_voxel"])),
         "spacing_mm": spacing if isinstance(spacing, str) else "x".join(f"{s:g}" for s in spacing),
-        "lr": optimizer["lr"],
-        "decoder_lr": values["decoder_lr"],
-        "layer_decay": values["layer_decay"],
-        "optimizer": str(optimizer["_target_"]).rpartition(".")[2],
         "classes": facts["num_classes"] - 1,
+        **{key: value for name in COURSE for key, value in flat(values[name], name).items()},
     }
+
+
+def the_modality(store: VolumeStore, cases: Sequence[int]) -> str | None:
+    """The modality of all cases; None where they differ."""
+    found = {store.record(case).modality for case in cases}
+    return found.pop() if len(found) == 1 else None
 
 
 def fingerprint(initial: Initial, store: VolumeStore, cases: Sequence[int]) -> list[str]:

@@ -1,5 +1,6 @@
 """Where the network of a segmentation run comes from: a preset or a file's card, with or without the file's weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from medssl.config import config_dir
 from medssl.models.segmenter import Segmenter
-from medssl.weights import describe_loading, encoder_recipe, load_parts, read_card
+from medssl.weights import card_of, describe_loading, encoder_recipe, load_parts
 
 BRANCHES = ("student", "teacher")
 
@@ -31,7 +32,7 @@ class Initial:
 
     @property
     def name(self) -> str:
-        """What stands for the file in tables: method, length and data of its training, or `scratch`."""
+        """What stands for the file in tables: method, length, data and settings of its training, or `scratch`."""
         if self.card is None:
             return "scratch"
         method = self.layout or str(self.card.get("method", "?")).rpartition(".")[2].lower()
@@ -39,7 +40,8 @@ class Initial:
         details = [f"{step} steps"] if step is not None else []
         details += [f"{data['num_cases']} volumes of {data['name']}"] if "num_cases" in data else []
         details += [self.branch] if self.branch != "student" else []
-        return f"{method} ({', '.join(details)})" if details else method
+        mark = f" [{self.card['training']}]" if "training" in self.card else ""
+        return (f"{method} ({', '.join(details)})" if details else method) + mark
 
 
 def find_initial(config: DictConfig) -> Initial:
@@ -53,7 +55,7 @@ def find_initial(config: DictConfig) -> Initial:
         raise ValueError(f"weights.branch={config.weights.branch}: give one of {', '.join(BRANCHES)}")
     layout, branch = config.weights.layout, config.weights.branch
     path = None if config.weights.path is None else Path(config.weights.path).expanduser()
-    card = None if path is None else read_card(path) if layout is None else {"method": layout}
+    card = None if path is None else card_of(path, layout=layout, branch=branch)
     if config.model.get("encoder") is None:
         if config.model.get("like") is None:
             config.model = OmegaConf.load(config_dir() / "model" / "unet.yaml")
@@ -64,21 +66,29 @@ def find_initial(config: DictConfig) -> Initial:
 
 def _take_network(config: DictConfig, like: Path, *, layout: str | None, branch: str) -> None:
     config.model.encoder = encoder_recipe(like, layout=layout, branch=branch)
-    if layout is None and config.model.get("decoder") is None and (card := read_card(like)).get("kind") == "segmenter":
+    card = card_of(like, layout=layout, branch=branch)
+    if config.model.get("decoder") is None and "decoder" in transferred(card):
         config.model.decoder = card["decoder"]
+
+
+def transferred(card: Mapping[str, Any]) -> list[str]:
+    """The parts of a file that a segmenter starts from: both of a segmenter's, else what the card states."""
+    return ["encoder", "decoder"] if card.get("kind") == "segmenter" else list(card.get("transfers", ["encoder"]))
 
 
 def load_initial(initial: Initial, segmenter: Segmenter) -> list[str]:
     """Load the parts that the file has for this network, all of their tensors; lines that say what came of it.
 
-    The encoder always, and the decoder of a segmenter's file; the head starts anew.
+    The encoder always, and the decoder where the file has one for segmenters and it is of the same class; the head
+    starts anew.
 
     Raises: ValueError: tensors do not match; nothing was loaded.
     """
     if initial.path is None or initial.card is None:
         return ["weights: none, the network starts from scratch"]
-    parts = {"encoder": segmenter.encoder}
-    if initial.card.get("kind") == "segmenter":
+    parts, kind = {"encoder": segmenter.encoder}, type(segmenter.decoder)
+    stated = initial.card["decoder"]["_target_"] if "decoder" in transferred(initial.card) else None
+    if stated == f"{kind.__module__}.{kind.__qualname__}":
         parts["decoder"] = segmenter.decoder
     reports = load_parts(initial.path, parts, layout=initial.layout, branch=initial.branch)
     return [f"weights: {initial.path}", describe_loading(reports, segmenter)]

@@ -1,6 +1,8 @@
 """The end of a segmentation run: its weights chosen, its cases predicted, its numbers written and printed."""
 
 import csv
+import hashlib
+import json
 import math
 import resource
 import shutil
@@ -86,6 +88,7 @@ def report_run(
             "hash": protocol.split.hash,
             "evaluated_on": where,
             "num_cases": len(cases),
+            "content": hashlib.sha256(json.dumps(sorted(found.contents.items())).encode()).hexdigest()[:12],
         },
         "labelled": {
             "requested": subset.requested,

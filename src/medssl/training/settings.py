@@ -1,5 +1,7 @@
 """Checks of a run's settings that need no data, and the comparison of a resumed run with its beginning."""
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,7 +58,7 @@ def changes(earlier: Path, config: DictConfig) -> list[str]:
     """What `config` does otherwise than the run whose `config.yaml` is `earlier`, a line each."""
     if not earlier.is_file():
         return []
-    old, new = _flat(yaml.safe_load(earlier.read_text())), _flat(yaml.safe_load(to_yaml(config)))
+    old, new = flat(yaml.safe_load(earlier.read_text())), flat(yaml.safe_load(to_yaml(config)))
     return [
         f"{key} was {old.get(key)}, is now {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -64,8 +66,14 @@ def changes(earlier: Path, config: DictConfig) -> list[str]:
     ]
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings under dotted names."""
     if not isinstance(values, dict):
         return {prefix: values}
-    parts = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]
+    parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]
     return {key: value for part in parts for key, value in part.items()}
+
+
+def short_hash(values: Any) -> str:
+    """Six hexadecimal digits that stand for plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:6]
