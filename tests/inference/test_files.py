@@ -155,6 +155,17 @@ def test_a_folder_gives_its_images_without_label_maps_and_earlier_results(tmp_pa
     assert [row["file"] for row in scan.skipped] == [str((tmp_path / "a_seg.nii.gz").resolve())]
 
 
+def test_images_are_found_whatever_lies_above_them_takes_the_results(tmp_path):
+    scans = tmp_path / "work" / "scans"
+    scans.mkdir(parents=True)
+    for name in ("a.nii.gz", "b.nii.gz", "b_seg.nii.gz"):
+        (scans / name).write_bytes(b"x")
+    for output_dir in (tmp_path, tmp_path / "work", tmp_path / "work" / "elsewhere"):
+        inputs, scan = find_inputs(scans, output_dir)
+        assert [image.name for image in inputs] == ["a", "b"]
+        assert len(scan.skipped) == 1
+
+
 def test_inputs_that_cannot_be_meant_are_refused(tmp_path, real_data):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "a.nii").write_text("x")

@@ -87,7 +87,7 @@ def read_image(path: Path, *, channels: str | int | None = None, skip_label_maps
 def find_inputs(path: Path, output_dir: Path, *, include_labels: bool = False) -> tuple[list[Input], Scan]:
     """The images that `input=PATH` means, and the scan that found them: what was skipped, what cannot be read.
 
-    What lies in `output_dir` below the folder is no input.
+    Where `output_dir` lies below the folder, nothing in it is an input.
 
     Raises:
         ValueError: there is nothing to predict, or results would lie among the inputs.
@@ -103,11 +103,15 @@ def find_inputs(path: Path, output_dir: Path, *, include_labels: bool = False) -
     if output_dir.resolve() == path.resolve():
         raise ValueError(f"output_dir={output_dir} is the folder of the images; give the results one of their own")
     scan = Folder(root=path, include_labels=include_labels).scan()
-    results = output_dir.resolve()
-    images = [case for case in scan.cases if results not in case.image.parents and case.image != results]
-    names = case_names([case.image.relative_to(path.resolve()) for case in images], path.resolve().name)
+    root, results = path.resolve(), output_dir.resolve()
+
+    def is_result(file: Path) -> bool:
+        return root in results.parents and results in (file, *file.parents)
+
+    images = [case for case in scan.cases if not is_result(case.image)]
+    names = case_names([case.image.relative_to(root) for case in images], root.name)
     inputs = [Input(name, c.image, c.skip_label_maps) for name, c in zip(names, images, strict=True)]
-    return inputs, Scan([], [row for row in scan.skipped if results not in Path(row["file"]).parents], scan.problems)
+    return inputs, Scan([], [row for row in scan.skipped if not is_result(Path(row["file"]))], scan.problems)
 
 
 def write_nifti(
