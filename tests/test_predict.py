@@ -1,10 +1,12 @@
 """The command line, from a saved segmenter to NIfTI files."""
 
+import errno
 import json
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -19,7 +21,7 @@ from medssl.inference.reading import Reading
 from medssl.inference.segmenting import Averaged, record_of, segment_volume
 from medssl.models.segmenter import build_segmenter
 from medssl.predict import run
-from medssl.weights import load_segmenter, save_weights
+from medssl.weights import load_segmenter, read_card, save_weights
 
 CLASSES = [{"value": 0, "name": "background"}, {"value": 5, "name": "liver"}, {"value": 117, "name": "ribs"}]
 
@@ -286,6 +288,148 @@ def test_an_image_too_large_for_the_memory_is_reported_and_the_rest_is_done(tmp_
     assert predict(weights=save(), input=tmp_path / "scans", output_dir=tmp_path / "o") == 1
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["b.nii.gz"]
     assert "does not fit into the memory of the cpu; window_batch=1 needs less" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("probabilities", ["false", "true"])
+def test_an_image_that_the_network_gives_nan_for_is_reported_and_the_rest_is_done(
+    tmp_path, save, scan, monkeypatch, capsys, probabilities
+):
+    broken = scan("a.nii.gz")
+    scan("b.nii.gz", seed=1)
+    segment = predicting.segment
+
+    def diverged(members, fetch, record, **options):
+        predict = members[0].predict
+        nan = torch.nan if record.case == "a" else 0
+        return segment([replace(members[0], predict=lambda w: predict(w) + nan)], fetch, record, **options)
+
+    monkeypatch.setattr(predicting, "segment", diverged)
+    common = {"weights": save(), "input": broken.parent, "output_dir": tmp_path / "o"}
+    assert predict(**common, probabilities=probabilities) == 1
+    assert {p.name[0] for p in (tmp_path / "o").iterdir()} == {"b"}
+    captured = capsys.readouterr()
+    assert f"error: {broken}: the network's output is not finite" in captured.err
+    assert captured.out.splitlines()[-1] == "1 predicted, 1 failed"
+
+
+def test_weights_that_diverged_are_an_error_for_each_image(tmp_path, save, scan, capsys):
+    weights = save()
+    network, card = load_segmenter(weights)
+    with torch.no_grad():
+        next(network.decoder.parameters()).fill_(torch.nan)
+    save_weights(weights, network.parts(), card)
+    assert predict(weights=weights, input=scan(), output_dir=tmp_path / "o") == 1
+    assert "its training diverged" in capsys.readouterr().err
+    assert not list((tmp_path / "o").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("card", "given", "expected", "note"),
+    [
+        (None, None, "ct", ", taken for CT by its values,"),
+        (None, "mr", "mr", "voxels, "),
+        ("ct", None, "ct", "voxels, "),
+        ("mr", None, "mr", ", read as MR as in training though its values look like CT,"),
+        ("mr", "ct", "ct", "voxels, "),
+    ],
+)
+def test_the_modality_is_the_given_one_or_that_of_the_training_or_a_guess_that_is_told(
+    tmp_path, save, scan, monkeypatch, capsys, card, given, expected, note
+):
+    seen, segment = [], predicting.segment
+
+    def spy(members, fetch, record, **options):
+        seen.append(record.modality)
+        return segment(members, fetch, record, **options)
+
+    monkeypatch.setattr(predicting, "segment", spy)
+    weights = save(modality=card)
+    keys = {"weights": weights, "input": scan(), "output_dir": tmp_path / "o"}
+    assert predict(**keys, data__modality=given or "null") == 0
+    assert seen == [expected]
+    out = capsys.readouterr().out
+    assert note in out
+    assert ("by its values" in out or "look like" in out) == (note != "voxels, ")
+
+
+def test_networks_of_two_modalities_share_a_grid_and_say_one_modality_only_where_they_agree(save):
+    ct, mr, mixed = save("ct", modality="ct"), save("mr", modality="mr"), save("mixed")
+    assert "modality" not in read_card(mixed)["reading"]
+    for paths, modality in (([ct, mixed], "ct"), ([ct, mr], None), ([mixed, mixed], None), ([mr, mr], "mr")):
+        ensemble = Ensemble.load(paths, device=torch.device("cpu"))
+        assert ensemble.modality == modality
+        assert [member.weight for member in ensemble.members] == [2.0]
+
+
+def test_a_result_that_cannot_be_written_is_reported_and_the_rest_is_done(tmp_path, save, scan, monkeypatch, capsys):
+    for seed, name in enumerate(("a.nii.gz", "b.nii.gz", "c.nii.gz")):
+        scan(name, seed=seed)
+    (tmp_path / "o" / "a.nii.gz").mkdir(parents=True)
+    write = predicting.write_nifti
+
+    def refused(path, planes, **options):
+        if path.name == "b.nii.gz":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        write(path, planes, **options)
+
+    monkeypatch.setattr(predicting, "write_nifti", refused)
+    assert predict(weights=save(), input=tmp_path / "scans", output_dir=tmp_path / "o", overwrite="true") == 1
+    captured = capsys.readouterr()
+    assert re.search(r"error: .*scans/a.nii.gz: .*o/a.nii.gz is a folder; remove it", captured.err)
+    assert re.search(r"error: .*scans/b.nii.gz: .*Permission denied: .*o/b.nii.gz\n", captured.err)
+    assert load(tmp_path / "o" / "c.nii.gz")[0].shape == (20, 18, 16)
+    assert captured.out.splitlines()[-1] == "1 predicted, 2 failed"
+
+
+@pytest.mark.parametrize("where", ["write_nifti", "os.posix_fallocate"])
+def test_a_full_disk_ends_it_at_once(tmp_path, save, scan, monkeypatch, capsys, where):
+    scan("a.nii.gz")
+    scan("b.nii.gz", seed=1)
+    tried = []
+
+    def full(*arguments, **options):
+        tried.append(arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"medssl.inference.predicting.{where}", full)
+    keys = {"weights": save(), "input": tmp_path / "scans", "output_dir": tmp_path / "o", "probabilities": "true"}
+    assert predict(**keys) == 2
+    assert len(tried) == 1
+    assert "o: the disk is full at a; finished results are kept; make room" in capsys.readouterr().err
+
+
+def test_probabilities_are_added_to_results_that_are_there_which_are_kept(tmp_path, save, scan, capsys):
+    common = {"weights": save(), "input": scan(), "output_dir": tmp_path / "o"}
+    target, added = tmp_path / "o" / "scan.nii.gz", tmp_path / "o" / "scan_probabilities.nii.gz"
+    assert predict(**common) == 0
+    labels = re.search(r"\d of 2 labels found", capsys.readouterr().out)[0]
+    target.write_bytes(b"corrected by hand")
+    assert predict(**common, probabilities="true") == 0
+    out = capsys.readouterr().out
+    assert f"{labels}, " in out
+    assert f"-> {added} ({target} was there already and is kept)" in out
+    assert target.read_bytes() == b"corrected by hand"
+    assert load(added)[0].shape == (20, 18, 16, 3)
+    before = added.stat().st_mtime_ns
+    target.unlink()
+    assert predict(**common, probabilities="true") == 0
+    assert load(target)[0].shape == (20, 18, 16)
+    assert added.stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert predict(**common, probabilities="true") == 0
+    assert "scan: skipped" in capsys.readouterr().out
+
+
+def test_two_images_with_results_of_one_name_are_refused_before_anything_is_done(tmp_path, save, scan, capsys):
+    first, second = scan("x.nii.gz"), scan("X_probabilities.nii.gz", seed=1)
+    common = {"weights": save(), "input": first.parent, "output_dir": tmp_path / "o"}
+    assert predict(**common, probabilities="true") == 2
+    error = capsys.readouterr().err
+    assert str(first) in error
+    assert str(second) in error
+    assert "would both be written to" in error
+    assert not (tmp_path / "o").exists()
+    assert predict(**common) == 0
 
 
 def test_help_names_the_keys_without_importing_torch():

@@ -10,7 +10,16 @@ from medssl.data.augment import ByModality, MinMax, Percentiles, Standardise, Wi
 from medssl.data.store import VolumeStore, write_case, write_index
 from medssl.data.volume import Box, Volume, intensity_statistics
 from medssl.inference.reading import Reading
-from medssl.inference.segmenting import Averaged, Member, fetch_from, record_of, segment, segment_stored, segment_volume
+from medssl.inference.segmenting import (
+    Averaged,
+    Member,
+    NotFiniteError,
+    fetch_from,
+    record_of,
+    segment,
+    segment_stored,
+    segment_volume,
+)
 from medssl.inference.sliding_window import SlidingWindow
 from medssl.inference.working_grid import WorkingImage
 
@@ -77,6 +86,24 @@ def test_a_stored_case_and_a_volume_in_memory_give_the_same(tmp_path, spacing_mm
     stored = segment_stored(predict, _store(tmp_path, array), 0, how, num_classes=3, probabilities=probabilities[0])
     assert np.array_equal(stored, _segmented(array, how, predict, probabilities=probabilities[1]))
     np.testing.assert_array_equal(*probabilities)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("with_probabilities", [False, True])
+def test_an_output_that_is_not_finite_is_an_error_that_names_the_case(tmp_path, with_probabilities, wrong):
+    array = smooth((24, 20, 18)).round().astype(np.int16)
+
+    def predict(windows):
+        found = classes_of_grey()(windows)
+        found[-1, 1, 2, 3, 4] = wrong
+        return found
+
+    probabilities = np.empty((3, 24, 20, 18), np.float16) if with_probabilities else None
+    store, how = _store(tmp_path, array), reading((1.5, 1.5, 2.0), (8, 8, 8))
+    with pytest.raises(ValueError, match=r"not finite for case one; its training diverged: lower optimizer\.lr"):
+        segment_stored(predict, store, 0, how, num_classes=3, probabilities=probabilities)
+    with pytest.raises(NotFiniteError, match="for case synthetic"):
+        _segmented(array, how, predict, probabilities=probabilities)
 
 
 def test_windows_are_normalised_as_views_of_training_are():
@@ -193,7 +220,10 @@ def test_a_card_gives_the_reading():
         channels="all",
     )
     assert found == expected
-    assert Reading.from_card({**card, "spacing_mm": "native", "normalise": []}).spacing_mm == "native"
+    assert found.modality is None
+    for modality in ("ct", "mr", None):
+        changed = Reading.from_card({**card, "spacing_mm": "native", "normalise": [], "modality": modality})
+        assert (changed.spacing_mm, changed.modality) == ("native", modality)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +231,7 @@ def test_a_card_gives_the_reading():
     [
         ({"outside": None}, "lacks outside"),
         ({"spacing_mm": "coarse"}, "native or three numbers"),
+        ({"modality": "pet"}, "modality='pet'; it takes ct, mr or null"),
         ({"normalise": [{"_target_": "medssl.data.augment.GaussianNoise"}]}, "GaussianNoise, which is no"),
         ({"normalise": [{"_target_": "os.system", "command": "true"}]}, "outside medssl.data.augment"),
     ],

@@ -1,7 +1,7 @@
 """Saved segmenters, one or several, made ready to predict."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ class Ensemble:
         classes: value and name of each class, in the order of the network's outputs.
         channels: which channels of a file are read.
         num_channels: of the images that the networks read.
+        modality: "ct" or "mr" where networks were trained on that alone; None where they say nothing, or disagree.
     """
 
     members: tuple[Member, ...]
     classes: tuple[dict[str, Any], ...]
     channels: str | int | None
     num_channels: int
+    modality: str | None
 
     @classmethod
     def load(
@@ -48,6 +50,7 @@ class Ensemble:
         """
         groups: list[tuple[Reading, list[nn.Module]]] = []
         first: tuple[Any, ...] = ()
+        modalities = set()
         for path in paths:
             network, card = load_segmenter(path, allow_modules=allow_modules)
             reading = Reading.from_card(card["reading"], allow_modules=allow_modules)
@@ -60,6 +63,8 @@ class Ensemble:
                         f"{path} and {paths[0]} cannot be averaged, their {what} differ: {_short(own)} and "
                         f"{_short(others)}"
                     )
+            modalities.add(reading.modality)
+            reading = replace(reading, modality=None)  # networks of one grid are one member whatever they say of it
             alike = [networks for known, networks in groups if known == reading]
             if not alike:
                 alike = [[]]
@@ -69,7 +74,9 @@ class Ensemble:
         members = tuple(
             Member(Averaged(networks, flips=flips, dtype=dtype), reading, len(networks)) for reading, networks in groups
         )
-        return cls(members, *first)
+        said = modalities - {None}
+        classes, channels, num_channels = first
+        return cls(members, classes, channels, num_channels, said.pop() if len(said) == 1 else None)
 
     def label_values(self) -> np.ndarray:
         """The label value of each class, in the smallest type that holds all."""

@@ -1,13 +1,15 @@
 """All images of a folder to segmentations: one line an image, and what is broken does not stop the others."""
 
+import errno
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -17,14 +19,16 @@ from tqdm import tqdm
 
 from medssl.data.formats import ReadError, size_text
 from medssl.data.reading import LabelMapError, check_channels
+from medssl.data.volume import guess_modality
 from medssl.data.writing import write_text
 from medssl.inference.ensemble import Ensemble
 from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti
 from medssl.inference.phantom_input import drawn_phantom
-from medssl.inference.segmenting import Classes, fetch_from, record_of, segment
+from medssl.inference.reading import MODALITIES
+from medssl.inference.segmenting import Classes, NotFiniteError, fetch_from, record_of, segment
 from medssl.inference.sliding_window import check_windows
 
-MODALITIES = (None, "ct", "mr")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def predict_all(config: DictConfig) -> int:
@@ -38,6 +42,7 @@ def predict_all(config: DictConfig) -> int:
     inputs, scan = find_inputs(source, settings.output_dir, include_labels=config.data.include_labels)
     if not inputs and not scan.problems:
         raise ValueError(f"input={config.input}: none of its files is an image to predict")
+    check_outputs(inputs, settings)
     ensemble = Ensemble.load(
         settings.weights,
         flips=settings.flips,
@@ -60,7 +65,10 @@ def predict_all(config: DictConfig) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run, checked. `channels` None takes those of the card, `modality` None judges by the voxels."""
+    """The settings of a run, checked.
+
+    `channels` None takes those of the card; `modality` None takes that of the card, or else judges by the voxels.
+    """
 
     weights: tuple[Path, ...]
     input: Path
@@ -104,31 +112,78 @@ class Settings:
         )
 
 
+def outputs_of(name: str, settings: Settings) -> list[Path]:
+    """The files that an image becomes: its segmentation and, where wanted, its probabilities and their classes."""
+    endings = [".nii.gz", *(["_probabilities.nii.gz", "_probabilities.json"] if settings.probabilities else [])]
+    return [settings.output_dir / f"{name}{ending}" for ending in endings]
+
+
+def check_outputs(inputs: Sequence[Input], settings: Settings) -> None:
+    """Raise a ValueError where two images would be written to one file, also on disks that ignore case."""
+    writer: dict[str, Input] = {}
+    for image in inputs:
+        for path in outputs_of(image.name, settings):
+            other = writer.setdefault(path.name.lower(), image)
+            if other is not image:
+                raise ValueError(
+                    f"{other.path} and {image.path} would both be written to {path}; rename one of them, or leave out "
+                    "probabilities=true"
+                )
+
+
 def predict_one(image: Input, ensemble: Ensemble, settings: Settings) -> str:
-    """Predict one image and say in a line what came of it: "predicted", "skipped" or "failed"."""
-    target = settings.output_dir / f"{image.name}.nii.gz"
+    """Predict one image and say in a line what came of it: "predicted", "skipped" or "failed".
+
+    Raises: OSError: the disk is full, so that the next image could not be written either.
+    """
+    outputs = outputs_of(image.name, settings)
+    target = outputs[0]
     if target.exists() and image.path.is_file() and target.samefile(image.path):
         _complain(image.path, "the result would replace the image; give another output_dir")
         return "failed"
-    if target.exists() and not settings.overwrite:
+    if folder := next((path for path in outputs if path.is_dir()), None):
+        _complain(
+            image.path, f"its result cannot be written, {folder} is a folder; remove it or give another output_dir"
+        )
+        return "failed"
+    wanted = outputs if settings.overwrite else [path for path in outputs if not path.exists()]
+    if not wanted:
         print(f"{image.name}: skipped, {target} is there already (overwrite=true makes it anew)", flush=True)
         return "skipped"
-    start = time.monotonic()
     try:
-        file = _read(image, ensemble, settings)
-        classes = _segmented(file, image.name, ensemble, settings)
+        line = _predict(image, wanted, ensemble, settings)
     except LabelMapError as error:
         print(f"{error.path}: skipped, {error.reason}", flush=True)
         return "skipped"
     except ReadError as error:
         _complain(error.path, error.reason)
-        return "failed"
+    except NotFiniteError:
+        reason = "the network's output is not finite, its training diverged; take other weights, or train it again with"
+        _complain(image.path, f"{reason} a lower optimizer.lr")
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            room = "finished results are kept; make room, and the same command goes on"
+            raise OSError(f"{settings.output_dir}: the disk is full at {image.name}; {room}") from error
+        where = f": {error.filename}" if error.filename else ""
+        _complain(image.path, f"the file system refuses its result, {error.strerror or error}{where}")
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         way = "window_batch=1 needs less" if settings.window_batch > 1 else "a machine with more of it is needed"
         _complain(image.path, f"it does not fit into the memory of the {settings.device.type}; {way}")
-        return "failed"
+    else:
+        print(f"{image.name}: {line}", flush=True)
+        return "predicted"
+    return "failed"
+
+
+def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings: Settings) -> str:
+    """Write those files of an image that are wanted; what there is to say of it."""
+    start = time.monotonic()
+    target, *others = outputs_of(image.name, settings)
+    file = _read(image, ensemble, settings)
+    modality, note = _modality(file, ensemble, settings)
+    classes = _segmented(file, image.name, ensemble, settings, modality=modality, probable=bool({*others} & {*wanted}))
     values = ensemble.label_values()
     found = np.zeros(len(values), dtype=bool)
 
@@ -137,11 +192,26 @@ def predict_one(image: Input, ensemble: Ensemble, settings: Settings) -> str:
             found[plane] = True
             yield values[plane]
 
-    write_nifti(target, planes(), like=file, shape=file.shape, dtype=values.dtype)
+    if target in wanted:
+        write_nifti(target, planes(), like=file, shape=file.shape, dtype=values.dtype)
+        written = str(target)
+    else:
+        for plane in slices_of(classes):
+            found[plane] = True
+        written = f"{others[0]} ({target} was there already and is kept)"
     labels = f"{found[1:].sum()} of {len(values) - 1} labels found"
-    seconds = time.monotonic() - start
-    print(f"{image.name}: {size_text(file.shape)} voxels, {labels}, {seconds:.1f} s -> {target}", flush=True)
-    return "predicted"
+    return f"{size_text(file.shape)} voxels{note}, {labels}, {time.monotonic() - start:.1f} s -> {written}"
+
+
+def _modality(file: ImageFile, ensemble: Ensemble, settings: Settings) -> tuple[str, str]:
+    """Which modality an image is read as, and what its line says of that: nothing where there is no doubt."""
+    if settings.modality is not None:
+        return settings.modality, ""
+    guess = guess_modality(file.volume.array)
+    if ensemble.modality is None:
+        return guess, f", taken for {guess.upper()} by its values"
+    doubt = f", read as {ensemble.modality.upper()} as in training though its values look like {guess.upper()}"
+    return ensemble.modality, "" if guess == ensemble.modality else doubt
 
 
 def _read(image: Input, ensemble: Ensemble, settings: Settings) -> ImageFile:
@@ -154,18 +224,21 @@ def _read(image: Input, ensemble: Ensemble, settings: Settings) -> ImageFile:
     return file
 
 
-def _segmented(file: ImageFile, name: str, ensemble: Ensemble, settings: Settings) -> Classes:
-    """The class numbers of an image, with a progress bar; its probabilities are written on the way, where wanted."""
+def _segmented(
+    file: ImageFile, name: str, ensemble: Ensemble, settings: Settings, *, modality: str, probable: bool
+) -> Classes:
+    """The class numbers of an image, with a progress bar; with `probable` its probabilities are written on the way."""
     with _Bar(name) as on_window, tempfile.TemporaryFile(dir=settings.output_dir) as scratch:
         probabilities = None
-        if settings.probabilities:
+        if probable:
             x, y, z = file.volume.shape
+            _reserve(scratch, 2 * x * y * z * len(ensemble.classes))
             slices_first = np.memmap(scratch, np.float16, "w+", shape=(z, len(ensemble.classes), x, y))
             probabilities = slices_first.transpose(1, 2, 3, 0)
         classes = segment(
             ensemble.members,
             fetch_from(file.volume.array),
-            record_of(file.volume, name, modality=settings.modality),
+            record_of(file.volume, name, modality=modality),
             num_classes=len(ensemble.classes),
             device=settings.device,
             overlap=settings.overlap,
@@ -187,6 +260,16 @@ def _write_probabilities(
     shape = (*file.shape[:3], len(probabilities))
     write_nifti(target.with_name(f"{target.name}.nii.gz"), planes, like=file, shape=shape, dtype=np.dtype(np.float32))
     write_text(target.with_name(f"{target.name}.json"), json.dumps({"classes": list(ensemble.classes)}, indent=1))
+
+
+def _reserve(file: IO[bytes], num_bytes: int) -> None:
+    """Take the room on disk now: a mapped file that finds none later kills the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise  # others: a file system that knows no reserving
 
 
 class _Bar:

@@ -15,6 +15,7 @@ from medssl.data.store import Record
 
 Normalise = Callable[[Tensor], Tensor]
 NORMALISATIONS = (LinearNormalisation, MinMax, Standardise)
+MODALITIES = (None, "ct", "mr")
 AUGMENTATIONS = ("medssl.data.augment",)
 
 
@@ -28,6 +29,7 @@ class Reading:
         outside: value beyond the volume: "minimum", "border" or a number in file units.
         normalise: what makes network input of file units, in order.
         channels: what is taken from files with several channels, as `read_volume` understands it.
+        modality: "ct" or "mr" where all images of the training were that; None where they were mixed or nobody knows.
     """
 
     spacing_mm: str | tuple[float, float, float]
@@ -35,6 +37,7 @@ class Reading:
     outside: str | float = "minimum"
     normalise: tuple[IntensityAugmentation, ...] = ()
     channels: str | int | None = None
+    modality: str | None = None
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any], *, allow_modules: Sequence[str] = ()) -> "Reading":
@@ -55,12 +58,15 @@ class Reading:
         spacing = card["spacing_mm"]
         if isinstance(spacing, str) and spacing != "native":
             raise ValueError(f"the card's reading has spacing_mm={spacing!r}; it takes native or three numbers")
+        if card.get("modality") not in MODALITIES:
+            raise ValueError(f"the card's reading has modality={card['modality']!r}; it takes ct, mr or null")
         return cls(
             spacing_mm=spacing if isinstance(spacing, str) else _three(spacing, float),
             crop_voxel=_three(card["crop_voxel"], int),
             outside=card["outside"],
             normalise=tuple(normalise),
             channels=card.get("channels"),
+            modality=card.get("modality"),
         )
 
     def normaliser(self, record: Record) -> Normalise:

@@ -1,6 +1,6 @@
 """From a volume to the class of each of its voxels, on its own grid."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
@@ -64,6 +64,15 @@ class Member:
     weight: float = 1.0
 
 
+class NotFiniteError(ValueError):
+    """A network that gave NaN or infinity for a case."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__(
+            f"the network's output is not finite for case {case}; its training diverged: lower optimizer.lr"
+        )
+
+
 class _StopAskedFor(Exception):
     pass
 
@@ -96,6 +105,8 @@ def segment(
         should_stop: asked after every batch of windows.
         on_window: told how many windows are done, and of how many.
         probabilities: array that receives the probabilities; written slice by slice.
+
+    Raises: NotFiniteError: a network gave NaN or infinity.
     """
     device = torch.device(device)
     windows = [SlidingWindow(m.reading.crop_voxel, overlap, batch_size=window_batch) for m in members]
@@ -113,8 +124,11 @@ def segment(
 
     streams = [
         planes(
-            window.slabs(
-                image.layer, image.grid.frame.shape, _normalised(member, record, device), on_window=after_windows
+            _finite(
+                window.slabs(
+                    image.layer, image.grid.frame.shape, _normalised(member, record, device), on_window=after_windows
+                ),
+                record,
             ),
             image.grid.positions(2),
         )
@@ -230,6 +244,14 @@ def record_of(volume: Volume, case: str = "", *, modality: str | None = None) ->
         level_factors=((1, 1, 1),),
         labels=(),
     )
+
+
+def _finite(slabs: Iterable[tuple[int, Tensor]], record: Record) -> Iterator[tuple[int, Tensor]]:
+    """The slabs. Raises: NotFiniteError: one of them holds NaN or infinity, which its sum then is too."""
+    for first, slab in slabs:
+        if not slab.sum().isfinite():
+            raise NotFiniteError(record.case or record.source)
+        yield first, slab
 
 
 def _normalised(member: Member, record: Record, device: torch.device) -> Predict:
