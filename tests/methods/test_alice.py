@@ -1,16 +1,16 @@
 import copy
 import io
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from medssl.data.views import View
 from medssl.losses.alignment import halved_mse, inter_volume_loss, intra_volume_loss
 from medssl.methods.alice import Alice
+from medssl.models.alice_backbones import Backbone
 from medssl.models.alice_head import AliceHead
 from medssl.models.cafa import CAFA
 
@@ -20,51 +20,39 @@ CHOICES += [{"mask_shape": "cube"}, {"mask_per_sample": False}, {"teacher_drop_p
 CHOICES += [{"cafa_ema": True, "teacher_tokens": "encoder", "teacher_shared_head": False}]
 
 
-class Output(NamedTuple):
-    """What a backbone gives."""
-
-    pooled: Tensor
-    bottleneck: Tensor
-    decoded: Tensor
-    reconstruction: Tensor
-
-
 class Encoder(nn.Module):
-    """A map of stride 8."""
+    """Maps of strides 4 and 8."""
+
+    channels, strides, in_channels = (8, 12), (4, 8), 1
 
     def __init__(self, dropout):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv3d(1, 8, 4, stride=4), nn.GELU(), nn.Dropout3d(dropout), nn.Conv3d(8, 12, 2, stride=2)
-        )
+        self.fine = nn.Sequential(nn.Conv3d(1, 8, 4, stride=4), nn.GELU(), nn.Dropout3d(dropout))
+        self.coarse = nn.Conv3d(8, 12, 2, stride=2)
 
     def forward(self, image):
-        """Bottleneck."""
-        return self.layers(image)
+        """Fine to coarse."""
+        fine = self.fine(image)
+        return [fine, self.coarse(fine)]
 
 
-class Backbone(nn.Module):
-    """Convolutions with the outputs of a real backbone: 8 bottleneck and 64 decoder tokens for crops of 16 voxels."""
+class Decoder(nn.Module):
+    """One map of stride 4."""
 
-    def __init__(self, dropout=0.0):
+    channels, strides = (6,), (4,)
+
+    def __init__(self):
         super().__init__()
-        self.encoder, self.decoder = Encoder(dropout), nn.ConvTranspose3d(12, 6, 2, stride=2)
-        self.last = nn.ConvTranspose3d(6, 1, 4, stride=4)
-        self.seen = []
+        self.up = nn.ConvTranspose3d(12, 6, 2, stride=2)
 
-    def forward(self, image, mask=None):
-        """Outputs of the image without its masked voxels."""
-        if mask is not None:
-            image = image * (1 - F.interpolate(mask.float(), size=image.shape[2:]))
-        self.seen.append(image.detach())
-        bottleneck = self.encoder(image)
-        decoded = self.decoder(bottleneck)
-        return Output(bottleneck.mean((2, 3, 4)), bottleneck, decoded, self.last(F.gelu(decoded)))
+    def forward(self, image, maps):
+        """A list of the one."""
+        return [self.up(maps[-1])]
 
 
 @pytest.fixture
 def alice():
-    """Makes a small Alice; keywords go to the method."""
+    """Makes a small Alice: 8 bottleneck and 64 decoder tokens for crops of 16 voxels; keywords go to the method."""
 
     def make(*, dropout=0.0, cafa_dropout=0.0, **options):
         torch.manual_seed(0)
@@ -72,7 +60,7 @@ def alice():
         head = AliceHead(**widths, num_prototypes=16, init_std=0.3)
         cafa = CAFA(dim=16, hidden_dim=24, num_heads=2, head_dim=6, dropout=cafa_dropout)
         options = {"mask_patch_voxel": 4, "freeze_last_layer_epochs": 0, **options}
-        return Alice(backbone=Backbone(dropout), head=head, cafa=cafa, **options)
+        return Alice(backbone=Backbone(Encoder(dropout), Decoder()), head=head, cafa=cafa, **options)
 
     return make
 
@@ -113,6 +101,18 @@ def train(method, batches, at, *, steps, rate=1e-3, first=0):
         method.after_step(at(step))
         logs.append({name: value.item() for name, value in output.logs.items()})
     return logs
+
+
+def images_seen(method, batch, progress):
+    """What reaches the encoders of teacher and student."""
+    seen, handles = [], []
+    for backbone in (method.teacher_backbone, method.backbone):
+        hook = backbone.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        handles.append(hook)
+    method(batch, progress)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(alice, pairs, at):
@@ -187,8 +187,7 @@ def test_a_crop_is_drawn_to_its_partner_and_to_no_other_volume(alice, pairs, at)
 
 def test_the_teacher_sees_whole_crops_and_the_student_the_visible_blocks(alice, pairs, at):
     method, batch = alice(), pairs(b=3)
-    method(batch, at())
-    (whole,), (hidden,) = method.teacher_backbone.seen, method.backbone.seen
+    whole, hidden = images_seen(method, batch, at())
     image = batch["pair"].image.transpose(0, 1).flatten(0, 1)
     assert torch.equal(whole, image)
     visible = hidden != 0
@@ -222,8 +221,8 @@ def test_a_group_for_the_student_is_what_it_sees_and_nothing_else(alice, pairs, 
     plain = method(batch, at()).logs
     logs = method({**batch, "student": noisy}, at()).logs
     image, other = (view.image.transpose(0, 1).flatten(0, 1) for view in (batch["pair"], noisy))
-    assert torch.equal(method.teacher_backbone.seen[1], image)
-    hidden = method.backbone.seen[1]
+    whole, hidden = images_seen(method, {**batch, "student": noisy}, at())
+    assert torch.equal(whole, image)
     assert torch.equal(hidden, other * (hidden != 0))
     reconstruction = method.backbone(other, method._mask(image, at())).reconstruction
     assert logs["reconstruction"].item() == pytest.approx(halved_mse(reconstruction, image).item(), rel=1e-5)
@@ -279,7 +278,7 @@ def test_one_step_moves_the_teacher_by_the_share_of_the_student_s_step(alice, pa
                 share = 1.0
             expected = old[name] + share * (follows - old[name])
             assert torch.allclose(parameter, expected, atol=1e-6), (teacher, name)
-    moved = method.backbone.encoder.layers[0].weight - before.backbone.encoder.layers[0].weight
+    moved = method.backbone.encoder.fine[0].weight - before.backbone.encoder.fine[0].weight
     assert moved.abs().max() > 0
 
 
@@ -365,7 +364,12 @@ def test_signs_of_a_collapse_are_logged(alice, pairs, at):
     student = method.head(*method.backbone(image, method._mask(image, at()))[:3]).pooled
     agreement = sum(anchors[n].argmax().item() == student[4 + n].argmax().item() for n in range(4)) / 4
     assert logs["accuracy"].item() == agreement
-    method.teacher_backbone.encoder.layers[3].weight.data.zero_()
+    seen = []
+    method.cafa.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    method(batch, at())
+    mean = (seen[1] / 0.008).softmax(2).mean((0, 1))
+    assert logs["entropy_tokens_mean"].item() == pytest.approx(-torch.xlogy(mean, mean).sum().item(), rel=1e-4)
+    method.teacher_backbone.encoder.coarse.weight.data.zero_()
     collapsed = method(batch, at()).logs
     assert collapsed["feature_std"].item() == pytest.approx(0, abs=1e-6)
     assert collapsed["entropy_teacher"].item() == pytest.approx(collapsed["entropy_teacher_mean"].item(), abs=1e-5)
@@ -485,3 +489,13 @@ def test_what_leaves_pre_training_are_the_networks_of_student_and_teacher(alice)
 def test_unknown_options_are_refused(alice, options, message):
     with pytest.raises(ValueError, match=message):
         alice(**options)
+
+
+def test_networks_that_do_not_fit_are_refused_with_the_settings_that_do(alice):
+    fitting = alice()
+    head = AliceHead(bottleneck_channels=10, decoded_channels=6, hidden_dim=8, bottleneck_dim=4, num_prototypes=16)
+    message = "head.bottleneck_channels is 10, .*; set method.head.bottleneck_channels=12$"
+    with pytest.raises(ValueError, match=message):
+        Alice(backbone=fitting.backbone, head=head, cafa=fitting.cafa)
+    with pytest.raises(ValueError, match=r"set method\.cafa\.dim=16$"):
+        Alice(backbone=fitting.backbone, head=fitting.head, cafa=CAFA(dim=8, hidden_dim=8, num_heads=2, head_dim=4))

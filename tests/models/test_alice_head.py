@@ -4,10 +4,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles.nnformer import fill, published_shapes, wave
 
+from medssl import layouts
 from medssl.models.alice_head import AliceHead
+from medssl.models.nnformer import NnFormer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "alice.json").read_text())
+
+
+PUBLISHED = {
+    "mlp": "projector.mlp",
+    "last_layer": "projector.last_layer",
+    "last_layer2": "token_layer",
+    "mlp3": "bottleneck_layer",
+    "mlp4": "decoded_layer",
+}
 
 
 def small(**options):
@@ -29,6 +41,34 @@ def test_sizes_are_those_of_the_card():
         found["teacher_head"] = found["head"].teacher(shared=True)
     for name, head in found.items():
         assert sum(p.numel() for p in head.parameters()) == GOLDEN["parameters"][name], name
+
+
+@pytest.fixture(scope="module")
+def tokens_of_a_whole_crop():
+    shapes = published_shapes(width=24, heads=(3, 6, 12, 24), windows=(4, 4, 4, 2))
+    state = layouts.alice({name: fill(name, shape) for name, shape in shapes.items()}, source="", branch="student")
+    sizes = {"size_voxel": 32, "feature_size": 24, "num_heads": (3, 6, 12, 24), "window_tokens": (4, 4, 4, 2)}
+    backbone = NnFormer(**sizes, ape="none").eval()
+    backbone.load_state_dict(state)
+    with torch.no_grad():
+        return backbone(wave((1, 1, 32, 32, 32), 0.001))[:3]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_output_for_a_filled_backbone_has_the_card_s_values(tokens_of_a_whole_crop, shared):
+    tiny = {"bottleneck_channels": 192, "decoded_channels": 96, "hidden_dim": 256, "bottleneck_dim": 64}
+    head = AliceHead(**tiny, num_prototypes=128, shared=shared)
+    for theirs, ours in PUBLISHED.items():
+        if shared and theirs == "last_layer2":
+            continue
+        for name, parameter in head.get_submodule(ours).named_parameters():
+            if name != "weight_g":  # ones
+                parameter.data.copy_(fill(f"{theirs}.{name}", parameter.shape))
+    with torch.no_grad():
+        found = head(*tokens_of_a_whole_crop)
+    expected = GOLDEN["head"]["shared" if shared else "separate"]
+    assert [logits.sum().item() for logits in found] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -11,6 +11,7 @@ from medssl.data.views import View
 from medssl.losses.alignment import halved_mse, inter_volume_loss, intra_volume_loss
 from medssl.losses.consistency import centred_softmax, mean_entropy
 from medssl.methods.base import Method, Progress, StepOutput
+from medssl.models.alice_backbones import Backbone
 from medssl.models.alice_head import AliceHead
 from medssl.models.cafa import CAFA
 from medssl.ops import schedules
@@ -35,9 +36,9 @@ class Alice(Method):
     the student sees instead, for instance with noise; teacher and reconstruction keep to `pair`.
 
     Args:
-        backbone: student network; gives a `BackboneOutput`, and applies the mask.
-        head: of the student.
-        cafa: the cross attention that aligns tokens.
+        backbone: student network; applies the mask, and gives the tokens of two depths and the crop back.
+        head: of the student, for the widths of the backbone.
+        cafa: the cross attention that aligns tokens, as wide as the head has prototypes.
         mask_ratio: share of masked blocks.
         mask_patch_voxel: side of a block.
         mask_shape: `column` masks blocks through all of z, `cube` single ones.
@@ -72,7 +73,7 @@ class Alice(Method):
     def __init__(
         self,
         *,
-        backbone: nn.Module,
+        backbone: Backbone,
         head: AliceHead,
         cafa: CAFA,
         mask_ratio: float = 0.75,
@@ -105,6 +106,7 @@ class Alice(Method):
         for name, value in {**momenta, "ema_momentum_end": ema_momentum_end}.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        _check_widths(backbone, head, cafa)
         num_blocks((1, 1, 1), shape=mask_shape)  # refuses an unknown shape now, not in the first step
         self.backbone, self.head, self.cafa = backbone, head, cafa
         self.teacher_backbone, self.teacher_head = frozen_copy(backbone), head.teacher(shared=teacher_shared_head)
@@ -126,9 +128,7 @@ class Alice(Method):
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
         """The student's encoder."""
-        encoder = self.backbone.encoder
-        assert isinstance(encoder, nn.Module)
-        return encoder
+        return self.backbone.encoder
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
         """Weighted sum of the three losses."""
@@ -159,6 +159,8 @@ class Alice(Method):
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
         logs = {name: term.detach() for name, term in terms.items()}
         logs |= self._health(crops.detach(), anchors, whole.pooled.float(), temperature)
+        tokens = centred_softmax(aligned_target, self.token_centre, temperature=temperature)
+        logs["entropy_tokens_mean"] = mean_entropy(tokens.mean((0, 1)))
         logs["ema_momentum"] = torch.full_like(logs["accuracy"], self._ema_momentum(progress))
         logs["teacher_temperature"] = torch.full_like(logs["accuracy"], temperature)
         return StepOutput(loss, logs)
@@ -202,11 +204,15 @@ class Alice(Method):
 
     def parts(self) -> dict[str, nn.Module]:
         """Student networks, and the teacher's for those who prefer them; backbones as encoder and decoder."""
-        parts: dict[str, nn.Module] = {"head": self.head, "cafa": self.cafa}
-        for prefix, backbone in (("", self.backbone), ("teacher_", self.teacher_backbone)):
-            named = dict(backbone.named_children())
-            parts |= {f"{prefix}{name}": named[name] for name in ("encoder", "decoder") if name in named}
-        return parts
+        teacher = self.teacher_backbone
+        return {
+            "encoder": self.backbone.encoder,
+            "decoder": self.backbone.decoder,
+            "teacher_encoder": teacher.encoder,
+            "teacher_decoder": teacher.decoder,
+            "head": self.head,
+            "cafa": self.cafa,
+        }
 
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
@@ -274,6 +280,19 @@ class Alice(Method):
     def _teacher_temperature(self, progress: Progress) -> float:
         start, end, epochs = self.temperature_ramp
         return schedules.linear_ramp(progress.epoch, epochs, start=start, end=end)
+
+
+def _check_widths(backbone: Backbone, head: AliceHead, cafa: CAFA) -> None:
+    wanted = {
+        "head.bottleneck_channels": (backbone.bottleneck_channels, head.bottleneck_layer.in_features),
+        "head.decoded_channels": (backbone.decoded_channels, head.decoded_layer.in_features),
+        "cafa.dim": (len(head.projector.last_layer.weight_v), cafa.query.in_features),
+    }
+    wrong = {name: widths for name, widths in wanted.items() if widths[0] != widths[1]}
+    if wrong:
+        found = ", ".join(f"{name} is {got}" for name, (_, got) in wrong.items())
+        settings = " ".join(f"method.{name}={width}" for name, (width, _) in wrong.items())
+        raise ValueError(f"{found}, which does not fit the other networks; set {settings}")
 
 
 def _upsampled(

@@ -1,0 +1,221 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import medssl
+from medssl.config import compose, main
+from medssl.data.matching import BodyCoordinateMatcher, Matched, TableMatcher
+from medssl.data.views import View, ViewPlan
+from medssl.methods.base import Progress
+from medssl.pretrain import run
+from medssl.training.optim import build_optimizer
+
+RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "alice_tiny_ten_steps.json").read_text())
+SMALL = ("model.encoder.size_voxel=16", "method.mask_patch_voxel=4", "views.groups.pair.size=[16,16,16]")
+OPTIONS = [
+    "method.backbone.mask_mode=token",
+    "method.mask_shape=cube",
+    "method.mask_per_sample=false",
+    "method.teacher_tokens=encoder",
+    "method.cafa_ema=true",
+    "method.teacher_shared_head=false",
+    "method.head.shared=true",
+    "method.teacher_drop_path=true",
+    "method.weight_reconstruction=1",
+    "method.clip_per_parameter=null",
+    "model.encoder.ape=none",
+    "model.encoder.ape=random_frozen",
+    "model.encoder.relative_index=correct",
+]
+
+
+def resolved(*overrides):
+    """The configuration of a run on 320 volumes; no data source is needed."""
+    config = compose("pretrain", ["~data", *overrides])
+    steps_per_epoch = 320 / config.batch_size
+    config.facts = {"num_cases": 320, "num_channels": 1, "num_locations": None, "steps_per_epoch": steps_per_epoch}
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def weights_of(network):
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def batch_of(*, b=1, side=16, seed=0):
+    """Smooth pictures; the key is the query in another contrast."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(b, 1, 5, 5, 5, generator=generator)
+    query = torch.nn.functional.interpolate(coarse, size=(side,) * 3, mode="trilinear")
+    image = torch.stack([query, 0.8 * query + 0.1], dim=1)
+    eye = torch.eye(4, dtype=torch.float64).expand(b, 2, 4, 4)
+    case, shape = torch.arange(2 * b).view(b, 2), torch.full((b, 2, 3), side)
+    location = torch.full((b, 2, 3), 0.5, dtype=torch.float64)
+    return {"pair": View(image, eye, eye, shape, case, torch.zeros_like(case), location)}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("name", "backbone", "head", "cafa"),
+    [
+        # two output convolutions (2,306 and 1,154 weights) that the released network never uses are not here
+        ("alice", 9_725_763 - 2_306 - 48, 5_994_496 - 2 * 512, 3_150_336),
+        ("alice_tiny", 2_374_995 - 1_154 - 24, 203_968 - 2 * 128, 131_968),
+    ],
+)
+def test_a_configuration_builds_networks_of_the_card_s_sizes(name, backbone, head, cafa):
+    """Trained weights: the fixed gains of the prototypes and the idle mask token are counted out."""
+    method = instantiate(resolved(f"method={name}")["method"], _convert_="all")
+    assert (weights_of(method.backbone), weights_of(method.head), weights_of(method.cafa)) == (backbone, head, cafa)
+    assert weights_of(method) == backbone + head + cafa
+
+
+@pytest.mark.parity
+def test_the_published_values_are_the_default():
+    values = resolved("method=alice")
+    method, pair = values["method"], instantiate(values["views"], _convert_="all").groups["pair"]
+    assert isinstance(pair, Matched)
+    assert (tuple(pair.size), pair.spacing_mm, pair.tries) == ((64, 64, 64), "native", 101)
+    assert isinstance(pair.matcher, TableMatcher)
+    assert values["sampler"]["partner"] == "linked"
+    assert tuple(pair.augment[0].window_hu) == (-125, 225)
+    weights = [method[f"weight_{term}"] for term in ("inter_volume", "intra_volume", "reconstruction")]
+    assert weights == [1, 1, 10]
+    temperatures = [method[f"{who}_temperature{more}"] for who, more in (("student", ""), ("teacher", ""))]
+    assert temperatures == [0.1, 0.01]
+    assert (method["teacher_temperature_start"], method["teacher_temperature_epochs"]) == (0.008, 30)
+    assert (method["ema_momentum"], method["ema_momentum_end"], method["centre_momentum"]) == (0.996, 1.0, 0.9)
+    assert (method["clip_per_parameter"], method["freeze_last_layer_epochs"]) == (3.0, 1)
+    assert (method["mask_ratio"], method["mask_patch_voxel"], method["mask_shape"]) == (0.75, 16, "column")
+    assert values["trainer"]["max_steps"] == 4000  # 100 epochs of 40 steps
+
+
+def test_rate_and_decay_follow_the_run():
+    values = resolved("method=alice")["optimizer"]
+    assert values["lr"] == pytest.approx(1e-4)
+    assert resolved("method=alice", "batch_size=64")["optimizer"]["lr"] == pytest.approx(8e-4)
+    assert values["warmup_steps"] == pytest.approx(200)
+    assert values["clip_norm"] is None
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    short = resolved("method=alice", "trainer.max_steps=40")["optimizer"]
+    optimizer, schedule = build_optimizer(short, [{"params": [weight]}], total_steps=40)
+    rates, decays = [], []
+    for _ in range(41):
+        rates.append(optimizer.param_groups[0]["lr"])
+        decays.append(optimizer.param_groups[0]["weight_decay"])
+        optimizer.step()
+        schedule.step()
+    assert [rates[step] for step in (0, 1, 2, 21, 40)] == pytest.approx([0, 5e-5, 1e-4, 5.05e-5, 1e-6])
+    assert [decays[step] for step in (0, 20, 40)] == pytest.approx([0.04, 0.22, 0.4])
+
+
+def test_the_tiny_configuration_keeps_every_mechanism_and_needs_no_table():
+    values = resolved("method=alice_tiny")
+    pair = instantiate(values["views"], _convert_="all").groups["pair"]
+    assert isinstance(pair.matcher, BodyCoordinateMatcher)
+    assert values["sampler"]["partner"] == "random"
+    assert (tuple(pair.size), pair.tries, values["method"]["mask_patch_voxel"]) == ((32, 32, 32), 20, 8)
+    full = resolved("method=alice")["method"]
+    same = ("mask_ratio", "teacher_temperature", "weight_reconstruction", "cafa_ema", "teacher_shared_head")
+    assert all(values["method"][key] == full[key] for key in same)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_reaches_the_method_and_every_trained_weight_gets_a_gradient(option):
+    values = resolved("method=alice_tiny", *SMALL, option)
+    torch.manual_seed(0)
+    method = instantiate(values["method"], _convert_="all")
+    output = method(batch_of(), Progress(0, 10, 0.0, 5.0, 0))
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert not [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "side", "widths"),
+    [
+        ("swinunetr", ["feature_size=12", "num_heads=[1,2,3,6]", "window_voxel=4"], 32, (192, 96)),
+        ("unetr", ["size_voxel=32", "dim=48", "depth=4", "num_heads=4"], 32, (48, 384)),
+    ],
+)
+def test_another_network_takes_the_place_of_nnformer(model, overrides, side, widths):
+    settings = [f"model.encoder.{override}" for override in overrides]
+    settings += [f"method.head.{name}_channels={n}" for name, n in zip(("bottleneck", "decoded"), widths, strict=True)]
+    values = resolved("method=alice_tiny", f"model={model}", *settings)
+    method = instantiate(values["method"], _convert_="all")
+    assert (method.backbone.bottleneck_channels, method.backbone.decoded_channels) == widths
+    output = method(batch_of(side=side), Progress(0, 10, 0.0, 5.0, 0))
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert not [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
+    values = resolved("method=alice_tiny", *SMALL)
+    torch.manual_seed(0)
+    method = instantiate(values["method"], _convert_="all")
+    optimizer, schedule = build_optimizer(values["optimizer"], method.param_groups(), total_steps=200)
+    losses = []
+    for step in range(10):
+        progress = Progress(step, 10, step / 2, 5.0, 0)
+        torch.manual_seed(step)
+        output = method(batch_of(seed=step % 4), progress)
+        losses.append([output.logs[name].item() for name in RECORDED["terms"]])
+        output.loss.backward()
+        method.after_backward(progress)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        method.after_step(progress)
+    for found, recorded in zip(losses, RECORDED["losses"], strict=True):
+        assert found == pytest.approx(recorded, rel=5e-3, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The command on phantoms: 30 steps of a pair of small crops, found by body coordinates."""
+    root = tmp_path_factory.mktemp("alice")
+    settings = ["method=alice_tiny", *SMALL, "data=phantoms", "data.num_cases=4", "data.size_voxel=32"]
+    settings += [f"store={root / 'store'}", f"output_dir={root / 'run'}", "batch_size=1", "trainer.max_steps=30"]
+    settings += ["validate_every=15", "figures_every=30", "data.phantom_spacing_mm=12.0"]
+    main("pretrain", run, arguments=settings)
+    return root / "run"
+
+
+def test_a_run_on_phantoms_learns_and_does_not_collapse(finished):
+    lines = [line.split(",") for line in (finished / "metrics.csv").read_text().splitlines()]
+    rows = [dict(zip(lines[0], map(lambda cell: float(cell or "nan"), line), strict=True)) for line in lines[1:]]
+    assert len(rows) == 30
+    first, last = ([sum(row[term] for row in some) / 5 for term in RECORDED["terms"]] for some in (rows[:5], rows[-5:]))
+    assert last[2] < 0.7 * first[2]
+    assert sum(row["loss"] for row in rows[-5:]) < sum(row["loss"] for row in rows[:5])
+    assert min(row["feature_std"] for row in rows) > 0.05
+    assert (finished / "figures" / "pair-0000030.png").stat().st_size > 0
+    assert yaml.safe_load((finished / "config.yaml").read_text())["optimizer"]["weight_decay_end"] == 0.4
+
+
+def test_encoder_and_decoder_of_a_run_are_what_a_segmenter_takes(finished):
+    card = medssl.weights.read_card(finished / "encoder.safetensors")
+    assert card["encoder"]["_target_"].endswith("NnFormerEncoder")
+    assert card["decoder"]["_target_"].endswith("NnFormerDecoder")
+    student = medssl.load_encoder(finished / "encoder.safetensors")
+    teacher = medssl.load_encoder(finished / "encoder.safetensors", branch="teacher")
+    state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, encoder in (("backbone", student), ("teacher_backbone", teacher)):
+        for key, value in encoder.state_dict().items():
+            assert torch.equal(value, state[f"method.{name}.encoder.{key}"])
+    maps = student(torch.rand(1, 1, 32, 32, 32))
+    assert [x.shape[1] for x in maps] == [24, 48, 96, 192]
+    held = {"centre", "token_centre", "cafa.query.weight", "teacher_head.projector.last_layer.weight_v"}
+    assert {f"method.{name}" for name in held} <= state.keys()
+    assert state["method.centre"].abs().max() > 0
+
+
+def test_the_views_of_a_plan_are_query_and_key():
+    plan = instantiate(resolved("method=alice_tiny")["views"], _convert_="all")
+    assert isinstance(plan, ViewPlan)
+    assert {name: spec.count for name, spec in plan.groups.items()} == {"pair": 2}
