@@ -185,6 +185,46 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(workplace):
     assert not (workplace / "stopped" / "metrics.json").exists()
 
 
+def test_a_stop_at_a_validation_is_made_up_for_by_the_resumed_run(workplace, straight, monkeypatch):
+    from medssl.training.validation import Validation
+
+    def interrupted(self, trainer, module):
+        self.signals.requested = "SIGTERM"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "_validate", interrupted)
+        folder = finetune(workplace, "interrupted")
+    assert not (folder / "metrics.json").exists()
+    finetune(workplace, "interrupted", resume=folder)
+    tables = []
+    for path in (straight, folder):
+        with (path / "metrics.csv").open() as file:
+            tables.append([(r["step"], r["loss"], r["validation_dice"]) for r in csv.DictReader(file)])
+    assert tables[0] == tables[1]
+
+
+def test_a_run_does_not_go_on_with_other_cases(workplace, straight, capsys):
+    more = {"resume": straight, "trainer.max_steps": STEPS + 1}
+    assert "data.fold was another" in refused(workplace, "elsewhere", capsys, **more, **{"data.fold": 1})
+    message = refused(workplace, "elsewhere", capsys, **more, **{"data.labelled": 2})
+    assert "data.labelled or its seed was another" in message
+
+
+def test_other_reading_than_in_pre_training_is_said(workplace, capsys):
+    card = read_card(workplace / "encoder.safetensors")
+    window = {"_target_": "medssl.data.augment.ByModality", "window_hu": [-1000, 500]}
+    card["reading"] = {"views": {"groups": {"crop": {"spacing_mm": "native", "augment": [window]}}}}
+    del card["data"]["voxel_hashes"]
+    encoder = medssl.load_encoder(workplace / "encoder.safetensors")
+    save_weights(workplace / "read.safetensors", {"encoder": encoder}, card)
+    tuned = {"model": "auto", "weights": workplace / "read.safetensors", "trainer.max_steps": 1}
+    folder = finetune(workplace, "read", **tuned)
+    said = capsys.readouterr().out
+    assert "reading: normalise: ByModality window_hu=[-1000, 500] in pre-training" in said
+    assert "overlap cannot be checked" in said
+    assert read_card(folder / "segmenter.safetensors")["data"]["voxel_hashes"] is None
+
+
 def test_a_finished_run_without_its_numbers_is_evaluated_again(workplace, straight, capsys):
     before = json.loads((straight / "metrics.json").read_text())["cases"]
     (straight / "metrics.json").unlink()
@@ -279,6 +319,12 @@ def test_more_channels_than_pre_trained_repeat_the_stem_aloud(workplace, capsys,
         ({"data.classes": "[99]"}, "value 99 is in no label"),
         ({"model": "nothing"}, "unet"),
         ({"scratch_twin": "true"}, "give weights=FILE"),
+        ({"overlap": 1.0}, "overlap must lie in [0, 1)"),
+        ({"crop_voxel": 16}, "three whole numbers above 0"),
+        ({"data.classes": 7}, "give a list of label values"),
+        ({"data.fold": "a"}, "data.fold must be a whole number"),
+        ({"decoder_lr": "abc"}, "decoder_lr must be a number"),
+        ({"optimizer.lr": 0, "decoder_lr": 0.001}, "which is 0"),
         ({"data.spacing_mm": "[24,24,24]", "store": "null"}, "give working_spacing_mm"),
     ],
 )

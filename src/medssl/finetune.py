@@ -6,7 +6,7 @@ Examples:
     python -m medssl.finetune model.like=runs/pretrain/encoder.safetensors output_dir=runs/scratch
     python -m medssl.finetune data=btcv data.root=/data/BTCV weights=encoder.safetensors trainer=gpu
     python -m medssl.finetune data=amos data.root=/data/amos22 data.modality=ct model=unet trainer=gpu
-    python -m medssl.finetune resume=runs/tuned
+    python -m medssl.finetune weights=runs/pretrain/encoder.safetensors data.labelled=4 resume=runs/tuned
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def run(config: DictConfig) -> None:
     from medssl.training.starting import start
 
     twin = scratch_twin(config) if config.scratch_twin else None
+    if twin is not None:  # refused now, not after an hour of training
+        RunFolder(Path(twin.output_dir).expanduser()).claim(overwrite=twin.overwrite, checkpoint=None)
     start(config, train, command="finetune")
     if twin is not None and RunFolder(Path(config.output_dir).expanduser()).results.is_file():
         print(f"\nthe same from scratch -> {twin.output_dir}", flush=True)
@@ -39,8 +41,12 @@ def run(config: DictConfig) -> None:
 def scratch_twin(config: DictConfig) -> DictConfig:
     """The settings of the same run without the weights: same network, plan, budget and seed; OUTPUT_DIR-scratch.
 
-    Raises: ValueError: there are no weights to leave out, or several processes train.
+    Raises: ValueError: there are no weights to leave out, several processes train, or a run is to be resumed.
     """
+    if config.resume is not None:
+        raise ValueError(
+            "resume goes on with one run: leave scratch_twin out, and resume its twin by itself if need be"
+        )
     if config.weights.path is None:
         raise ValueError("scratch_twin=true repeats a run without its weights; give weights=FILE")
     if "strategy" in config.trainer:

@@ -168,11 +168,11 @@ def pretraining_cases(
     return training, held_out if validation_fraction else []
 
 
-def write_split(path: Path, store: VolumeStore, split: CaseSplit) -> None:
-    """Write a split with its name and hash, so that it can be given again as `data.split=PATH`."""
+def write_split(path: Path, store: VolumeStore, split: CaseSplit, **notes: Any) -> None:
+    """Write a split with its name and hash, so that it can be given again as `data.split=PATH`, and `notes` beside."""
     cases = {"train": split.training, "validation": split.validation, "test": split.test}
     lists = {part: sorted(store.names[n] for n in numbers) for part, numbers in cases.items()}
-    write_text(path, json.dumps({"name": split.name, "hash": split.hash, **lists}, indent=1) + "\n")
+    write_text(path, json.dumps({"name": split.name, "hash": split.hash, **lists, **notes}, indent=1) + "\n")
 
 
 def read_split(path: Path, *, fold: int = 0) -> tuple[str, dict[str, list[str]]]:

@@ -1,11 +1,14 @@
 """A segmentation run from its configuration: store, split, network, loop, evaluation."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
 
 from medssl.data.module import VolumeDataModule
@@ -16,15 +19,25 @@ from medssl.data.splits import CaseSplit, few_labels, resolve_split, write_split
 from medssl.data.store import VolumeStore
 from medssl.data.views import ViewPlan
 from medssl.inference.reading import Reading
+from medssl.inference.sliding_window import check_windows
 from medssl.methods.segmentation import Segmentation
 from medssl.models.segmenter import Segmenter, build_segmenter
 from medssl.training.checkpoints import LastCheckpoint
 from medssl.training.evaluating import Evaluator
 from medssl.training.initialising import Initial, find_initial, load_initial
 from medssl.training.metrics import Metrics
-from medssl.training.planning import check_grid, find_classes, find_crop, find_overlap, find_spacing
+from medssl.training.planning import (
+    check_grid,
+    check_resumed,
+    find_classes,
+    find_crop,
+    find_overlap,
+    find_spacing,
+    other_reading,
+    unlearnable,
+)
 from medssl.training.reporting import Protocol, report_run
-from medssl.training.run_folder import process_rank
+from medssl.training.run_folder import process_rank, run_of
 from medssl.training.running import build_module, check_trainer, fit, open_store, quiet, resolved
 from medssl.training.settings import flat, short_hash
 from medssl.training.starting import Start
@@ -41,13 +54,16 @@ def finetune(begin: Start) -> None:
     config, folder = begin.config, begin.folder
     quiet()
     check_trainer(config)
+    check_windows(config.overlap, config.window_batch)
     initial = find_initial(config)  # the file before the store: a slip need not cost an hour of preparing
     store = open_store(config, is_resumed=begin.checkpoint is not None)
     check_grid(store)
     split = resolve_split(store, split=config.data.split, fold=config.data.fold)
     subset = few_labels(store, split.training, labelled=config.data.labelled, seed=config.data.labelled_seed)
     leakage = find_overlap(initial.card, store, split, path=initial.path, allowed=config.allow_leakage)
-    classes = find_classes(store, split, wanted=config.data.classes)
+    classes = find_classes(store, split, wanted=plain(config.data.classes))
+    if begin.checkpoint is not None:
+        check_resumed(run_of(begin.checkpoint) / folder.split.name, split, subset.hash, classes)
     set_facts(config, store, split, num_cases=len(subset.cases), num_classes=len(classes))
     segmenter, recipe = build_network(config)
     loaded = load_initial(initial, segmenter)
@@ -67,6 +83,8 @@ def finetune(begin: Start) -> None:
         class_names=list(classes.values())[1:],
         setting=setting(values, initial, segmenter, recipe),
         choice=weights_to_report(values, split),
+        unlearnable=unlearnable(store, subset.cases, classes),
+        other_reading=other_reading(initial.card, reading),
     )
     card = {
         "kind": "segmenter",
@@ -89,7 +107,7 @@ def finetune(begin: Start) -> None:
         loss=instantiate(values["loss"]),
         freeze=values["freeze"],
         layer_decay=values["layer_decay"],
-        decoder_lr_scale=1.0 if values["decoder_lr"] is None else values["decoder_lr"] / values["optimizer"]["lr"],
+        decoder_lr_scale=decoder_lr_scale(values),
     )
     module = build_module(begin, method, values, may_be_done=not folder.results.is_file())
     data = VolumeDataModule(
@@ -125,15 +143,19 @@ def finetune(begin: Start) -> None:
     )
     last = LastCheckpoint(folder.last_checkpoint, every=values["checkpoint_every"], signals=begin.signals)
     if process_rank() == 0:
+        keep_best(begin)
         print("\n".join([*loaded, *plan_in_words(store, protocol, values)]), flush=True)
 
-    trainer = fit(begin, module, data, values=values, metrics=metrics, callbacks=[validation, last], validates=False)
+    def note(trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_split(folder.split, store, split, labelled=subset.hash, classes=sorted(classes))
+
+    callbacks = [validation, last, LambdaCallback(on_train_start=note)]
+    trainer = fit(begin, module, data, values=values, metrics=metrics, callbacks=callbacks, validates=False)
     if begin.signals.requested:
         if trainer.is_global_zero:
             print(f"stopped by {begin.signals.requested} after step {trainer.global_step}; {folder.way_on()}")
         return
-    if trainer.is_global_zero:
-        write_split(folder.split, store, split)
     report_run(trainer, method, evaluator, folder, protocol=protocol, card=card, values=values)
 
 
@@ -248,9 +270,31 @@ def the_modality(store: VolumeStore, cases: Sequence[int]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def fingerprint(initial: Initial, store: VolumeStore, cases: Sequence[int]) -> list[str]:
-    """Hashes of the volumes that the network has seen: of those trained on here, and those of the file it came from."""
-    before = (initial.card or {}).get("data", {}).get("voxel_hashes", [])
+def decoder_lr_scale(values: Mapping[str, Any]) -> float:
+    """Learning rate of the decoder over that of the encoder. Raises: ValueError: the latter is 0."""
+    if values["decoder_lr"] is None:
+        return 1.0
+    if not values["optimizer"]["lr"]:
+        raise ValueError("decoder_lr counts relative to optimizer.lr, which is 0; freeze=encoder keeps the encoder")
+    return values["decoder_lr"] / values["optimizer"]["lr"]
+
+
+def keep_best(begin: Start) -> None:
+    """Bring the best weights along where a run goes on in another folder."""
+    if begin.checkpoint is not None:
+        best = run_of(begin.checkpoint) / begin.folder.best_segmenter.name
+        if best.is_file() and best.resolve() != begin.folder.best_segmenter.resolve():
+            shutil.copyfile(best, begin.folder.best_segmenter)
+
+
+def fingerprint(initial: Initial, store: VolumeStore, cases: Sequence[int]) -> list[str] | None:
+    """Hashes of the volumes that the network has seen: of those trained on here, and those of the file it came from.
+
+    None where that file does not say: then nobody can tell.
+    """
+    before = [] if initial.card is None else initial.card.get("data", {}).get("voxel_hashes")
+    if before is None:
+        return None
     return sorted({*before, *(store.record(case).voxel_hash[:16] for case in cases)})
 
 
@@ -270,6 +314,9 @@ def plan_in_words(store: VolumeStore, protocol: Protocol, values: Mapping[str, A
         + (spacing if isinstance(spacing, str) else f"{' x '.join(f'{s:g}' for s in spacing)} mm"),
         f"model: {protocol.setting['model']}",
     ]
+    lines += [f"reading: {line}" for line in protocol.other_reading]
+    if protocol.unlearnable:
+        lines.append(f"classes: {', '.join(protocol.unlearnable)}: in no label that is trained on, cannot be learnt")
     if not protocol.leakage["checked"]:
         lines.append("leakage: the file does not say which volumes it was trained on; overlap cannot be checked")
     if protocol.leakage["overlap"]:

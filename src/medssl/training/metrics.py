@@ -30,7 +30,10 @@ class MetricsTable:
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
             self.columns = list(reader.fieldnames or [])
-            self._rewrite([row for row in reader if None not in row.values() and int(row["step"]) <= step])
+            rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
+        self._rewrite(rows)
+        if rows:  # a validation that a stop cut short amends it
+            self.last, self.last_offset = dict(rows[-1]), self.path.read_bytes().rstrip(b"\r\n").rfind(b"\n") + 1
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; one with a new column rewrites the file."""

@@ -1,5 +1,6 @@
 """What a segmentation run takes from its data: classes, spacing, crop size, overlap with pre-training."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ CROP_STEP_VOXEL = 16
 """Fitted crops are multiples of it: what four halvings or patches of 16 voxels need."""
 
 
-def find_classes(store: VolumeStore, split: CaseSplit, *, wanted: Sequence[int] | None) -> dict[int, str]:
+def find_classes(store: VolumeStore, split: CaseSplit, *, wanted: Any) -> dict[int, str]:
     """Label values and their names, the background first: all that the labelled cases of the split hold, or `wanted`.
 
     Raises: ValueError: a wanted value is in no case, or there is no value at all.
@@ -23,6 +24,8 @@ def find_classes(store: VolumeStore, split: CaseSplit, *, wanted: Sequence[int] 
     found = sorted({value for case in cases for value in store.record(case).labels})
     if not found:
         raise ValueError(f"the labels of {store.root} hold nothing but background; nothing can be learnt from them")
+    if wanted is not None and (isinstance(wanted, str) or not isinstance(wanted, Sequence)):
+        raise ValueError(f"data.classes={wanted}: give a list of label values, for instance [1,2]")
     values = found if wanted is None else sorted(set(wanted) - {0})
     if missing := sorted(set(values) - set(found)) or ([] if values else [0]):
         raise ValueError(
@@ -52,14 +55,14 @@ def find_spacing(store: VolumeStore, cases: Sequence[int], working_spacing_mm: A
 
 
 def find_crop(
-    store: VolumeStore, cases: Sequence[int], *, crop_voxel: Sequence[int] | None, spacing_mm: str | Sequence[float]
+    store: VolumeStore, cases: Sequence[int], *, crop_voxel: Any, spacing_mm: str | Sequence[float]
 ) -> list[int]:
     """The sides of a crop: those given, else 96, or about those of the median volume where that is smaller.
 
     Raises: ValueError: what is given are not three whole numbers above 0.
     """
     if crop_voxel is not None:
-        sides = list(crop_voxel)
+        sides = list(crop_voxel) if isinstance(crop_voxel, Sequence) else [crop_voxel]
         if len(sides) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
             raise ValueError(f"crop_voxel={sides}: give three whole numbers above 0, [x, y, z]")
         return sides
@@ -69,6 +72,48 @@ def find_crop(
         shapes *= np.array([record.spacing_mm for record in records]) / np.array(spacing_mm)
     steps = np.maximum(1, np.rint(np.median(shapes, axis=0) / CROP_STEP_VOXEL))  # the nearest: larger ones cost padding
     return [int(side) for side in np.minimum(steps * CROP_STEP_VOXEL, LARGEST_CROP_VOXEL)]
+
+
+def unlearnable(store: VolumeStore, cases: Sequence[int], classes: Mapping[int, str]) -> list[str]:
+    """Names of the classes that no training label holds."""
+    held = {value for case in cases for value in store.record(case).labels}
+    return [name for value, name in classes.items() if value and value not in held]
+
+
+def other_reading(card: Mapping[str, Any] | None, reading: Mapping[str, Any]) -> list[str]:
+    """In which the images of this run are read otherwise than those of pre-training, a line each."""
+    groups = (card or {}).get("reading", {}).get("views", {}).get("groups", {})
+    names = ("Window", "Percentiles", "ZScore", "ByModality", "MinMax", "Standardise")
+    lines = []
+    for key in ("spacing_mm", "outside", "normalise"):
+        here, before = reading[key], []
+        for group in groups.values():
+            steps = [step for step in group.get("augment", ()) if str(step["_target_"]).rpartition(".")[2] in names]
+            before.append(steps if key == "normalise" else group.get(key, {"spacing_mm": "native"}.get(key, "minimum")))
+        if before and all(value != here for value in before):
+            lines.append(f"{key}: {_short(before[0])} in pre-training, {_short(here)} here")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
+        return str(value)
+    steps = [{"": str(step["_target_"]).rpartition(".")[2], **step} for step in value]
+    return "; ".join(" ".join(f"{k}={v}" if k else v for k, v in step.items() if k != "_target_") for step in steps)
+
+
+def check_resumed(earlier: Path, split: CaseSplit, subset_hash: str, classes: Mapping[int, str]) -> None:
+    """Raises: ValueError: the run whose `split.json` is `earlier` has other cases, labels or classes."""
+    if not earlier.is_file():
+        return
+    then = json.loads(earlier.read_text())
+    now = {"hash": split.hash, "labelled": subset_hash, "classes": sorted(classes)}
+    what = {"hash": "data.split or data.fold", "labelled": "data.labelled or its seed", "classes": "data.classes"}
+    for key, value in now.items():
+        if then.get(key, value) != value:
+            raise ValueError(
+                f"resume: {what[key]} was another ({then[key]} then, {value} now); give the settings of that run"
+            )
 
 
 def check_grid(store: VolumeStore) -> None:

@@ -39,6 +39,8 @@ class Protocol:
         class_names: of the foreground.
         setting: what tells this run from others, but for its seed.
         choice: `best` or `last`: the weights that are evaluated.
+        unlearnable: classes that no training label holds.
+        other_reading: how images were read otherwise in pre-training.
     """
 
     split: CaseSplit
@@ -47,6 +49,8 @@ class Protocol:
     class_names: Sequence[str]
     setting: dict[str, Any]
     choice: str
+    unlearnable: Sequence[str]
+    other_reading: Sequence[str]
 
 
 def report_run(
@@ -98,6 +102,8 @@ def report_run(
             "cases": [evaluator.store.record(case).case for case in subset.cases],
         },
         "leakage": protocol.leakage,
+        "classes_without_training_label": list(protocol.unlearnable),
+        "reading_differs": list(protocol.other_reading),
         "report": protocol.choice,
         "selected_on_evaluation": protocol.choice == "best" and where == "validation",
         "setting": protocol.setting,

@@ -13,7 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from medssl.config import to_yaml
 
 LEAST = {"seed": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1, "trainer.max_steps": 1}
+LEAST |= {"data.fold": 0, "data.labelled_seed": 0, "deep_supervision": 0, "window_batch": 1}
 RATES = tuple(f"optimizer.{name}" for name in ("lr", "weight_decay", "warmup_steps", "final_fraction", "clip_norm"))
+RATES += ("decoder_lr", "layer_decay", "label_share", "tolerance_mm")
+MAY_BE_NULL = ("optimizer.clip_norm", "decoder_lr")
 SWITCHES = ("overwrite", "compile", "checkpoint_activations", "logger.offline", "allow_leakage", "scratch_twin")
 INTERVALS = ("export_every", "figures_every", "validate_every")
 MAY_CHANGE = {"output_dir", "overwrite", "resume", "store", "data", "logger", "max_rejected_fraction"}
@@ -37,7 +40,7 @@ def check_settings(config: DictConfig) -> None:
             never = ", or null for never" if key in INTERVALS else ""
             raise ValueError(f"{key} must be a whole number from {least} up{never}; got {value!r}")
     for key, value in _given(config, RATES).items():
-        if value is None and key == "optimizer.clip_norm":
+        if value is None and key in MAY_BE_NULL:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{key} must be a number from 0 up; got {value!r}")

@@ -57,8 +57,12 @@ class Validation(StepCallback):
 
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
         """Validate where it is time to."""
-        if self._due(trainer) and not self.signals.requested:
+        if self._due(trainer) and not self._is_stopping(trainer):
             self._validate(trainer, module)
+
+    def _is_stopping(self, trainer: L.Trainer) -> bool:
+        """Whether a rank was asked to stop: all of them validate, or none."""
+        return trainer.strategy.reduce_boolean_decision(bool(self.signals.requested), all=False)
 
     def _due(self, trainer: L.Trainer) -> bool:
         if not (self.every and self.cases):
