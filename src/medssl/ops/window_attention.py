@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-BLOCKED = -100.0
-"""Added to the scores of blocked pairs, as published Swin transformers do."""
+BLOCKED = -1000.0
+"""Added to the scores of blocked pairs. Published code adds -100, whose exponential is a denormal number and slow."""
 CHUNK = 1 << 18
 """Scores held at once in the backward pass on the CPU: what its caches hold."""
 
