@@ -108,6 +108,17 @@ def test_fused_attention_gives_what_the_plain_composition_gives(monkeypatch):
     assert all(entry.abs().sum() > 0 for entry in results[0])
 
 
+def test_under_autocast_features_stay_close_and_weights_learn():
+    network, image = tiny(), wave((1, 1, 32, 32, 32), 0.37)
+    with torch.no_grad():
+        wanted = network(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = network(image)
+    assert all(torch.allclose(a.float(), b, atol=0.1) for a, b in zip(output, wanted, strict=True))
+    sum(entry.float().square().mean() for entry in output).backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
+
+
 def test_every_weight_of_a_segmenter_learns_with_and_without_recomputing():
     gradients = []
     for checkpointed in (False, True):

@@ -2,9 +2,9 @@ import pytest
 import torch
 from oracles.nnformer import plain_attention
 
-from medssl.models.nnformer_blocks import relative_index, shift_mask
+from medssl.models.nnformer_blocks import blocked_pairs, pattern_numbers, relative_index
 from medssl.ops import window_attention as fused
-from medssl.ops.window_attention import window_attention
+from medssl.ops.window_attention import WindowMask, window_attention
 
 
 def entries(*, heads=2, windows=8, tokens=8, dtype=torch.float32):
@@ -14,7 +14,9 @@ def entries(*, heads=2, windows=8, tokens=8, dtype=torch.float32):
 
 
 def mask():
-    return shift_mask((2, 2, 2), window=(2, 2, 2), shift=(1, 0, 1), device=torch.device("cpu"))
+    number = pattern_numbers((2, 2, 2), (1, 0, 1), device=torch.device("cpu"))
+    assert number.tolist() == [0, 1, 0, 1, 4, 5, 4, 5]
+    return WindowMask(blocked_pairs((2, 2, 2)), number)
 
 
 @pytest.mark.parametrize("chunk", [1, 150, 1 << 18])

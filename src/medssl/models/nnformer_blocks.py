@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from medssl.models.vit import Mlp
@@ -32,24 +31,29 @@ def relative_index(window: Triple, *, rule: str = "published") -> Int64[Tensor, 
     offset = places[:, None] - places[None] + torch.tensor(window) - 1  # from 0 to 2 * side - 2
     _, b, c = (2 * side - 1 for side in window)
     first = b * c if rule == "correct" else min(3 * window[1] - 1, b * c)
-    return offset @ torch.tensor([first, c, 1])
+    return (offset * torch.tensor([first, c, 1])).sum(-1)
 
 
-@lru_cache(maxsize=32)
-def shift_mask(counts: Triple, *, window: Triple, shift: Triple, device: torch.device) -> WindowMask:
-    """Blocks pairs of tokens that a roll by `shift` brought into one window from opposite ends of the grid.
+def blocked_pairs(window: Triple) -> Bool[Tensor, "pattern token token"]:
+    """Pairs of tokens that a roll by half a window brought together from opposite ends of the grid.
 
-    That happens in the last windows along an axis, so there are at most eight patterns.
+    That happens in the last windows along an axis; the eight patterns are for windows that are last along none of the
+    axes, the third, the second, second and third, and so on.
     """
-    with torch.inference_mode(False):
-        tokens = torch.cartesian_prod(*(torch.arange(side, device=device) for side in window)).reshape(-1, 3)
-        wrapped = tokens >= torch.tensor([side - step for side, step in zip(window, shift, strict=True)], device=device)
-        differs = wrapped[:, None] != wrapped[None]  # (token, token, axis)
-        ends = torch.cartesian_prod(*(torch.tensor([0, 1], device=device),) * 3).bool()
-        patterns = (differs & ends[:, None, None]).any(-1)
-        last = [torch.arange(count, device=device) == count - 1 for count in counts]
-        at_end = torch.stack(torch.meshgrid(*last, indexing="ij"), dim=-1).reshape(-1, 3)
-        return WindowMask(patterns, at_end.long() @ torch.tensor([4, 2, 1], device=device))
+    places = torch.cartesian_prod(*(torch.arange(side) for side in window)).reshape(-1, 3)
+    wrapped = places >= torch.tensor([side - side // 2 for side in window])
+    differs = wrapped[:, None] != wrapped[None]  # (token, token, axis)
+    last = torch.cartesian_prod(*(torch.tensor([False, True]),) * 3)
+    return (differs & last[:, None, None]).any(-1)
+
+
+def pattern_numbers(counts: Triple, shift: Triple, *, device: torch.device) -> Int64[Tensor, " window"]:
+    """Which of the `blocked_pairs` each of the windows has, `counts` of them along the axes, shifted along some."""
+    i, j, k = (
+        (torch.arange(count, device=device) == count - 1) * (factor if step else 0)
+        for count, step, factor in zip(counts, shift, (4, 2, 1), strict=True)
+    )
+    return (i[:, None, None] + j[:, None] + k).flatten()
 
 
 def to_windows(
@@ -104,17 +108,10 @@ class WindowAttention(nn.Module):
         missing = [-side % step for side, step in zip(tokens.shape[1:4], self.window, strict=True)]
         return F.pad(tokens, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else tokens
 
-    def mix(self, entries: Sequence[Tensor], *, grid: Triple, size: Triple, shift: Triple = (0, 0, 0)) -> Tensor:
-        """Attend from windows of queries to those of keys and values; tokens on the grid `size`, projected."""
+    def mix(self, entries: Sequence[Tensor], *, grid: Triple, mask: WindowMask | None = None) -> Tensor:
+        """Attend from windows of queries to those of keys and values; tokens on the whole grid."""
         query, key, value = entries
-        mask = None
-        if any(shift):
-            a, b, c = (side // step for side, step in zip(grid, self.window, strict=True))
-            mask = shift_mask((a, b, c), window=self.window, shift=shift, device=query.device)
-        mixed = from_windows(window_attention(query, key, value, self.bias(), mask), self.window, grid=grid)
-        if any(shift):
-            mixed = mixed.roll(shift, (1, 2, 3))
-        return self.proj(mixed[:, : size[0], : size[1], : size[2]])
+        return from_windows(window_attention(query, key, value, self.bias(), mask), self.window, grid=grid)
 
 
 class SelfAttention(WindowAttention):
@@ -123,21 +120,28 @@ class SelfAttention(WindowAttention):
     No shift along an axis that one window spans.
     """
 
+    blocked: Bool[Tensor, "pattern token token"] | None
+
     def __init__(self, dim: int, num_heads: int, *, window: Triple, rule: str, shifted: bool) -> None:
         super().__init__(dim, num_heads, window=window, rule=rule)
         self.qkv, self.shifted = nn.Linear(dim, 3 * dim), shifted
+        self.register_buffer("blocked", blocked_pairs(window) if shifted else None, persistent=False)
 
     def forward(self, tokens: Float[Tensor, "batch i j k width"]) -> Float[Tensor, "batch i j k width"]:
         """The mixed tokens."""
-        size = _grid(tokens)
-        steps = [side // 2 if self.shifted and n > side else 0 for n, side in zip(size, self.window, strict=True)]
-        shift = (steps[0], steps[1], steps[2])
-        tokens = self.padded(tokens)
+        size, tokens = _grid(tokens), self.padded(tokens)
         grid = _grid(tokens)
-        if any(shift):
-            tokens = tokens.roll([-step for step in shift], (1, 2, 3))
-        entries = to_windows(self.qkv(tokens), self.window, num_heads=self.num_heads, num_entries=3)
-        return self.mix(entries.unbind(0), grid=grid, size=size, shift=shift)
+        i, j, k = (w // 2 if self.shifted and n > w else 0 for n, w in zip(size, self.window, strict=True))
+        if not (i or j or k):
+            entries = to_windows(self.qkv(tokens), self.window, num_heads=self.num_heads, num_entries=3)
+            return self.proj(_cropped(self.mix(entries.unbind(0), grid=grid), size))
+        assert self.blocked is not None
+        a, b, c = (side // step for side, step in zip(grid, self.window, strict=True))
+        mask = WindowMask(self.blocked, pattern_numbers((a, b, c), (i, j, k), device=tokens.device))
+        rolled = tokens.roll((-i, -j, -k), (1, 2, 3))
+        entries = to_windows(self.qkv(rolled), self.window, num_heads=self.num_heads, num_entries=3)
+        mixed = self.mix(entries.unbind(0), grid=grid, mask=mask)
+        return self.proj(_cropped(mixed.roll((i, j, k), (1, 2, 3)), size))
 
 
 class SkipAttention(WindowAttention):
@@ -155,7 +159,7 @@ class SkipAttention(WindowAttention):
         grid = _grid(tokens)
         query = to_windows(tokens, self.window, num_heads=self.num_heads, num_entries=1)
         entries = to_windows(self.kv(self.padded(skip)), self.window, num_heads=self.num_heads, num_entries=2)
-        return self.mix((*query.unbind(0), *entries.unbind(0)), grid=grid, size=size)
+        return self.proj(_cropped(self.mix((*query.unbind(0), *entries.unbind(0)), grid=grid), size))
 
 
 class Block(nn.Module):
@@ -199,6 +203,10 @@ def initialise(network: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
+
+
+def _cropped(tokens: Tensor, size: Triple) -> Tensor:
+    return tokens[:, : size[0], : size[1], : size[2]]
 
 
 def _grid(tokens: Tensor) -> Triple:

@@ -33,7 +33,10 @@ def window_attention(
     PyTorch's fused kernel wherever it serves. On the CPU it gives no gradient of the bias: there the forward pass is
     fused and the backward pass computes the scores again, so many at a time as the caches hold.
     """
-    bias = bias.to(query.dtype)
+    query, bias = (
+        query.to(value.dtype),
+        bias.to(value.dtype),
+    )  # under autocast norms and tables stay in single precision
     learns = torch.is_grad_enabled() and any(entry.requires_grad for entry in (query, key, value, bias))
     if query.device.type == "cpu" and learns:
         return _Recomputed.apply(query, key, value, bias, mask)  # type: ignore[no-untyped-call]
