@@ -127,7 +127,12 @@ def test_a_segmentation_run_starts_from_both_halves(alice_file, tmp_path, capsys
     settings = {
         **{"weights.path": alice_file[0], "data": "phantoms", "data.num_cases": 6, "data.size_voxel": 32},
         **{"data.phantom_spacing_mm": 12, "data.labelled": 2, "data.classes": "[7]", "crop_voxel": "[32,32,32]"},
-        **{"store": tmp_path / "store", "output_dir": tmp_path / "run", "trainer.max_steps": 2, "validate_every": "null"},
+        **{
+            "store": tmp_path / "store",
+            "output_dir": tmp_path / "run",
+            "trainer.max_steps": 2,
+            "validate_every": "null",
+        },
     }
     main("finetune", run, arguments=[f"{key}={value}" for key, value in settings.items()])
     assert "decoder: 90 tensors matched" in capsys.readouterr().out
