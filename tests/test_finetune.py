@@ -50,7 +50,7 @@ def workplace(tmp_path_factory):
     """A folder for runs that share one store, and an encoder file that was trained on other volumes."""
     root = tmp_path_factory.mktemp("finetune")
     (root / "conf").mkdir()
-    (root / "conf" / "probe.py").write_text(PROBE)
+    (root / "conf" / "loss_probe.py").write_text(PROBE)
     torch.manual_seed(0)
     encoder = medssl.VisionTransformer(**{key: value for key, value in VIT.items() if key != "_target_"})
     data = {"name": "others", "num_cases": 1, "voxel_hashes": ["0123456789abcdef"]}
@@ -155,7 +155,7 @@ def test_the_saved_segmenter_predicts_what_the_run_scored(straight):
 
 
 def test_a_killed_and_resumed_run_ends_bitwise_like_a_straight_one(workplace, straight):
-    probe = {"loss._target_": "probe.Probe"}
+    probe = {"loss._target_": "loss_probe.Probe"}
     process = start(workplace, "killed", variables={"PROBE_KILL": "6"}, **probe)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
@@ -174,7 +174,7 @@ def test_a_killed_and_resumed_run_ends_bitwise_like_a_straight_one(workplace, st
 
 def test_a_stop_signal_saves_and_says_how_to_go_on(workplace):
     mark = workplace / "waiting"
-    process = start(workplace, "stopped", variables={"PROBE_WAIT": str(mark)}, **{"loss._target_": "probe.Probe"})
+    process = start(workplace, "stopped", variables={"PROBE_WAIT": str(mark)}, **{"loss._target_": "loss_probe.Probe"})
     deadline = time.monotonic() + 90
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
