@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -9,8 +11,10 @@ from omegaconf import OmegaConf
 
 import medssl
 from medssl.config import compose, main
-from medssl.data.matching import BodyCoordinateMatcher, Matched, TableMatcher
-from medssl.data.views import View, ViewPlan
+from medssl.data.matching import BodyCoordinateMatcher, Matched, Matcher, TableMatcher
+from medssl.data.module import VolumeDataModule
+from medssl.data.sampling import Pairs
+from medssl.data.views import View
 from medssl.methods.base import Progress
 from medssl.pretrain import run
 from medssl.training.optim import build_optimizer
@@ -215,7 +219,38 @@ def test_encoder_and_decoder_of_a_run_are_what_a_segmenter_takes(finished):
     assert state["method.centre"].abs().max() > 0
 
 
-def test_the_views_of_a_plan_are_query_and_key():
-    plan = instantiate(resolved("method=alice_tiny")["views"], _convert_="all")
-    assert isinstance(plan, ViewPlan)
-    assert {name: spec.count for name, spec in plan.groups.items()} == {"pair": 2}
+def test_the_noise_of_the_page_reaches_the_student_alone(make_store):
+    """The group that docs/methods/alice.md adds shows the same places, with noise."""
+    added = yaml.safe_load(blocks_of_the_page("yaml")[0])["views"]["groups"]
+    views = resolved("method=alice_tiny", "views.groups.pair.size=[8,8,8]")["views"]
+    plan = instantiate({**views, "groups": {**views["groups"], **added}}, _convert_="all")
+    array = np.random.default_rng(0).integers(-125, 225, (1, 20, 20, 20)).astype(np.int16)
+    store = make_store(array, array[:, ::-1].copy())
+    data = VolumeDataModule(
+        store=store, views=plan, sampler=Pairs(), batch_size=2, seed=0, training_cases=[0, 1], prefetch=0
+    )
+    loader = data.loader(data.sampler, data.training_cases, steps=range(1), seed=0)
+    views = data.draw(next(iter(loader))).views
+    noise = views["student"].image - views["pair"].image
+    assert torch.equal(views["student"].matrix, views["pair"].matrix)
+    assert torch.equal(views["student"].case, views["pair"].case)
+    assert noise.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_the_landmarks_of_the_page_are_a_matcher(tmp_path):
+    space = {}
+    exec(blocks_of_the_page("python")[0], space)
+    points_mm = {"a": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], "b": [[7.0, 8.0, 9.0], [10.0, 11.0, 12.0]]}
+    (tmp_path / "landmarks.json").write_text(json.dumps(points_mm))
+    matcher = space["Landmarks"](path=tmp_path / "landmarks.json")
+    assert isinstance(matcher, Matcher)
+    scene = SimpleNamespace(record=lambda slot: SimpleNamespace(case="ab"[slot]))
+    for seed in range(4):
+        query, key, score = matcher.propose(scene, np.random.default_rng(seed))
+        assert points_mm["b"][points_mm["a"].index(query)] == key
+        assert score == 1.0
+
+
+def blocks_of_the_page(language):
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "alice.md").read_text()
+    return [block.split("```")[0] for block in page.split(f"```{language}\n")[1:]]
