@@ -1,6 +1,7 @@
 """What every test shares: one thread, the folder of real volumes, a headless matplotlib."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run several small processes on two cores
 os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.append(str(Path(__file__).parent))  # makes the slow oracles importable
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """What the tests of inference share: readings, records, smooth volumes, an oracle in place of a network."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,8 +8,6 @@ from scipy.ndimage import gaussian_filter
 
 from medssl.data.augment import Window
 from medssl.inference.reading import Reading
-
-sys.path.append(str(Path(__file__).parents[1]))  # makes the slow oracles importable
 
 
 def smooth(shape: tuple[int, ...], *, seed: int = 0, sigma: float = 2.0) -> np.ndarray:
