@@ -135,6 +135,55 @@ def test_grid_crops_sit_at_their_location_and_neighbours_are_the_nearest(noise_s
     np.testing.assert_allclose(corner.frame.center[2], 15.5, atol=0.51)
 
 
+def test_coordinates_of_a_grid_reach_from_minus_one_to_one(noise_store):
+    found = {}
+    for location in range(6):
+        spec = GridCrop(size=[8] * 3, grid=[3, 1, 2])
+        (placement,) = _placed(noise_store, spec, Request((0,), 0, location=location))
+        found[location] = placement.coordinate
+        assert placement.is_valid
+    assert found == {n: (-1.0 + n // 2, 0.0, -1.0 + 2 * (n % 2)) for n in range(6)}
+
+
+def test_a_table_says_where_a_case_has_its_locations_and_which_it_shows(noise_store, monkeypatch):
+    table = {
+        "centre_mm": np.array([[5.0, 5, 5], [15, 5, 5], [25, 5, 5], [15, 15, 5]]),
+        "coordinate": np.array([[-1, -1, 0], [0, -1, 0], [1, -1, 0], [0, 1, 0]], dtype=np.float32),
+        "neighbours": np.array([[1, 3, 2], [0, 2, 3], [1, 3, 0], [1, 0, 2]]),
+        "valid": np.array([True, False, True, True]),
+    }
+    monkeypatch.setattr(noise_store, "derived", lambda name, case: {"locations": table}[name])
+    spec = GridCrop(size=[4] * 3, table="locations")
+    (own,) = _placed(noise_store, spec, Request((0,), 0, location=1))
+    record = noise_store.record(0)
+    np.testing.assert_allclose(
+        record.volume_to_mm[:3, :3] @ own.frame.center + record.volume_to_mm[:3, 3], [15, 5, 5], atol=0.51
+    )
+    assert (own.location_index, own.coordinate, own.is_valid) == (1, (0.0, -1.0, 0.0), False)
+    near = GridCrop(size=[4] * 3, table="locations", neighbours=True, count=2)
+    around = _placed(noise_store, near, Request((0,), 0, location=0))
+    assert [p.location_index for p in around] == [3, 2], "the nearest, location 1, is not in this case"
+    three = GridCrop(size=[4] * 3, table="locations", neighbours=True, count=3)
+    around = _placed(noise_store, three, Request((0,), 0, location=0))
+    assert [(p.location_index, p.is_valid) for p in around] == [(3, True), (2, True), (1, False)]
+    again = _placed(noise_store, Same(of="a"), Request((0,), 0, location=1), a=spec)
+    assert (again[0].coordinate, again[0].is_valid) == (own.coordinate, False)
+    four = GridCrop(size=[4] * 3, table="locations", neighbours=True, count=4)
+    with pytest.raises(ValueError, match="4 neighbours, but the table 'locations' holds 3"):
+        _placed(noise_store, four, Request((0,), 0, location=0))
+    plan = ViewPlan(groups={"a": spec})
+    assert (plan.num_locations, plan.tables, plan.locations_in(noise_store)) == (0, {"locations"}, 4)
+
+
+def test_drawn_views_say_their_location_and_coordinate(noise_store, draw):
+    plan = ViewPlan(groups={"a": GridCrop(size=[4] * 3, grid=[2, 1, 1], count=2), "b": Fixed(size=[4] * 3)})
+    views = draw(noise_store, plan, [Request((0,), 0, location=1), Request((2,), 1, location=0)])
+    assert views["a"].location_index.tolist() == [[1, 1], [0, 0]]
+    assert views["a"].coordinate[:, :, 0].tolist() == [[1, 1], [-1, -1]]
+    assert views["a"].location_valid.all()
+    assert views["b"].coordinate is None
+
+
 def test_same_places_can_be_drawn_on_another_grid(noise_store):
     groups = {"a": RandomCrop(size=[12, 10, 8], within="body")}
     (same,) = _placed(noise_store, Same(of="a"), **groups)

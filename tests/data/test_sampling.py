@@ -12,6 +12,7 @@ SAMPLERS = [
     Pairs(partner="previous"),
     Pairs(partner="linked"),
     SameLocation(num_locations=5),
+    SameLocation(num_locations=5, locations_per_batch=2),
     Anchored(),
 ]
 
@@ -86,6 +87,18 @@ def test_a_batch_has_one_location_and_a_round_has_all():
     assert [_global(ordered, step)[0].location for step in range(6)] == [0, 1, 2, 3, 4, 0]
 
 
+def test_a_batch_may_mix_a_few_locations_each_with_its_own_cases():
+    sampler = SameLocation(num_locations=4, locations_per_batch=2)  # 10 cases, 2 x 3 a batch: three batches a visit
+    batches = [_global(sampler, step, batch_size=6) for step in range(6)]
+    for batch in batches:
+        assert Counter(request.location for request in batch) == {batch[0].location: 3, batch[3].location: 3}
+    for location in range(4):
+        cases = [r.cases[0] for batch in batches for r in batch if r.location == location]
+        assert len(cases) == len(set(cases)) == 9, "no case twice in a visit"
+    with pytest.raises(ValueError, match="batch_size 5 is not divisible by locations_per_batch 2"):
+        sampler.batch(0, index=range(10), batch_size=5, seed=0)
+
+
 def test_anchors_are_shared_by_neighbours_in_the_batch_and_far_from_each_other():
     batch = _global(Anchored(volumes_per_anchor=2, min_distance_body=0.3, margin_body=0.1), 5, batch_size=8)
     anchors = np.array([request.anchor_body for request in batch])
@@ -115,6 +128,7 @@ def test_an_anchor_shows_different_cases_and_stays_on_one_rank():
         (lambda: Pairs(partner="best"), "partner must be random, previous, linked or self, got 'best'"),
         (lambda: SameLocation(num_locations=0), "num_locations must be at least 1"),
         (lambda: SameLocation(num_locations=2, order="odd"), "order must be shuffled or sequential"),
+        (lambda: SameLocation(num_locations=2, locations_per_batch=3), "between 1 and num_locations=2, got 3"),
         (lambda: Anchored(margin_body=0.6), "margin_body=0.6"),
         (lambda: Shuffled().batch(0, index=[1], batch_size=3, seed=0, world=2), "3 is not divisible by 2"),
     ],

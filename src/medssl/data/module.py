@@ -73,7 +73,7 @@ class VolumeDataModule(lightning.LightningDataModule):
         return {
             "num_cases": num_cases,
             "num_channels": self.store.record(self.training_cases[0]).channels,
-            "num_locations": self.plan.num_locations,
+            "num_locations": self.plan.locations_in(self.store),
             "steps_per_epoch": num_cases / self.batch_size,
         }
 
@@ -199,6 +199,9 @@ def view_of(
         location=table(locations, torch.float64),
         location_index=table(indices, torch.int64) if max(indices) >= 0 else None,
     )
+    if view.location_index is not None:
+        view.coordinate = table([view.placement.coordinate for view in placed], torch.float32)
+        view.location_valid = table([view.placement.is_valid for view in placed], torch.bool)
     if any(view.pose.displacement is not None for view in placed):
         view.displacement = grouped(torch.stack([displacement_field(p, device) for p in placed]))
     if spec.valid:

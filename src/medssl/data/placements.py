@@ -2,11 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from medssl.data.augment.base import Augmentation
 from medssl.data.geometry import Frame
@@ -165,6 +165,23 @@ class RandomCrop(ViewSpec):
         return chosen[rng.integers(len(chosen)), :3].astype(np.float64) if len(chosen) else None
 
 
+@dataclass(frozen=True)
+class Locations:
+    """The locations of a case.
+
+    Args:
+        center_voxel: middle of each crop in volume voxels.
+        coordinate: in [-1, 1] along each axis, equal for all cases.
+        neighbours: numbers of other locations, nearest first.
+        valid: whether the case shows the location.
+    """
+
+    center_voxel: Float[np.ndarray, "location 3"]
+    coordinate: Float[np.ndarray, "location 3"]
+    neighbours: Int[np.ndarray, "location near"]
+    valid: Bool[np.ndarray, " location"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GridCrop(ViewSpec):
     """The crop at the request's grid location, or those at the locations next to it.
@@ -172,9 +189,10 @@ class GridCrop(ViewSpec):
     Args:
         grid: locations along x, y, z: the centres of equal cells of the region. Locations are numbered with z fastest.
         within: the region that the grid divides.
-        table: name of a derived table with `centre_mm` (location, 3) and, for neighbours, `neighbours` (location, k),
-            instead of a grid.
-        neighbours: True places the `count` nearest other locations instead of the request's own.
+        table: name of a derived table with `centre_mm` (location, 3) instead of a grid; it may also hold `coordinate`
+            (location, 3), `valid` (location) and, for neighbours, `neighbours` (location, k).
+        neighbours: True places the `count` nearest other locations that the case shows, instead of the request's own.
+            Where there are fewer, invalid ones follow.
     """
 
     grid: Sequence[int] | None = None
@@ -203,21 +221,38 @@ class GridCrop(ViewSpec):
         if location is None:
             raise ValueError("GridCrop needs a request with a location; use sampler SameLocation")
         record = scene.record(self.slot)
-        centers, neighbours = self._locations(scene, record)
-        if location >= len(centers):
+        known = self.locations(scene)
+        if location >= len(known.valid):
             raise ValueError(
-                f"GridCrop: location {location} is not one of {len(centers)}; give the sampler that num_locations"
+                f"GridCrop: location {location} is not one of {len(known.valid)}; give the sampler that num_locations"
             )
-        wanted = neighbours[location][: self.count] if self.neighbours else [location] * self.count
-        step = self.step_voxel(record)
-        return [Placement(self.slot, self.frame(centers[j], step), int(j)) for j in wanted]
+        wanted = np.full(self.count, location)
+        if self.neighbours:
+            near = known.neighbours[location]
+            if len(near) < self.count:
+                raise ValueError(f"GridCrop: {self.count} neighbours, but the table {self.table!r} holds {len(near)}")
+            wanted = near[np.argsort(~known.valid[near], kind="stable")][: self.count]
+        step, placements = self.step_voxel(record), []
+        for j in map(int, wanted):
+            x, y, z = map(float, known.coordinate[j])
+            frame = self.frame(known.center_voxel[j], step)
+            placements.append(Placement(self.slot, frame, j, (x, y, z), bool(known.valid[j])))
+        return placements
 
-    def _locations(self, scene: Scene, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        if self.table is not None:
-            table = scene.derived(self.table, self.slot)
-            matrix = record.mm_to_volume
-            return table["centre_mm"] @ matrix[:3, :3].T + matrix[:3, 3], table.get("neighbours", np.empty((0, 0), int))
-        return scene.box(self.slot, self.within).to_volume(self.cells), self._nearest
+    def locations(self, scene: Scene) -> Locations:
+        """All locations of the case in the slot."""
+        record = scene.record(self.slot)
+        if self.table is None:
+            centers = scene.box(self.slot, self.within).to_volume(self.cells)
+            return Locations(centers, self._coordinate, self._nearest, np.ones(len(centers), dtype=bool))
+        table = scene.derived(self.table, self.slot)
+        matrix, num = record.mm_to_volume, len(table["centre_mm"])
+        return Locations(
+            table["centre_mm"] @ matrix[:3, :3].T + matrix[:3, 3],
+            np.asarray(table.get("coordinate", np.zeros((num, 3))), dtype=np.float64),
+            table.get("neighbours", np.empty((num, 0), int)),
+            table.get("valid", np.ones(num, dtype=bool)),
+        )
 
     @cached_property
     def cells(self) -> Float[np.ndarray, "location 3"]:
@@ -227,8 +262,15 @@ class GridCrop(ViewSpec):
         return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
 
     @cached_property
-    def _nearest(self) -> np.ndarray:
+    def _coordinate(self) -> Float[np.ndarray, "location 3"]:
+        """-1 at the first cell of an axis, 1 at the last; 0 where there is one."""
+        reach = np.abs(2 * self.cells - 1).max(axis=0)
+        return (2 * self.cells - 1) / np.where(reach > 0, reach, 1)
+
+    @cached_property
+    def _nearest(self) -> Int[np.ndarray, "location near"]:
         distance = np.linalg.norm(self.cells[:, None] - self.cells[None], axis=-1)
+        np.fill_diagonal(distance, -1)  # a location comes before those that lie on it
         return np.argsort(distance, axis=1, kind="stable")[:, 1:]
 
 
@@ -255,7 +297,7 @@ class Same(ViewSpec):
                 f"Same: group {self.of!r} has {len(found)} views, this one {self.count}; give both the same count"
             )
         chosen = found * (self.count if len(found) == 1 else 1)
-        return [Placement(p.slot, self._resized(p.frame), p.location_index) for p in chosen]
+        return [replace(p, frame=self._resized(p.frame)) for p in chosen]
 
     def _resized(self, frame: Frame) -> Frame:
         if not self.size or tuple(self.size) == frame.shape:

@@ -135,12 +135,13 @@ def linked_cases(case: int, num_links: int = NUM_LINKS) -> list[int]:
 
 
 class SameLocation:
-    """One grid location a batch, for all ranks; all locations once a round, in a new order each.
+    """One grid location a batch, for all ranks, or a few; all locations once a round, in a new order each.
 
     Args:
         num_locations: number of locations.
         batches_per_visit: batches at a location before the next; None: as many as the cases fill, at least one.
         order: "shuffled" or "sequential".
+        locations_per_batch: more than 1 mixes that many locations, each with an equal share of the batch.
     """
 
     def __init__(
@@ -149,27 +150,40 @@ class SameLocation:
         num_locations: int,
         batches_per_visit: int | None = None,
         order: str = "shuffled",
+        locations_per_batch: int = 1,
     ) -> None:
         if num_locations < 1:
             raise ValueError(f"SameLocation: num_locations must be at least 1, got {num_locations}")
         if order not in ("shuffled", "sequential"):
             raise ValueError(f"SameLocation: order must be shuffled or sequential, got {order!r}")
+        if not 1 <= locations_per_batch <= num_locations:
+            raise ValueError(
+                f"SameLocation: locations_per_batch must lie between 1 and num_locations={num_locations}, "
+                f"got {locations_per_batch}"
+            )
         self.num_locations = num_locations
         self.batches_per_visit = batches_per_visit
         self.order = order
+        self.locations_per_batch = locations_per_batch
 
     def batch(
         self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> list[Request]:
         """See `CaseSampler`."""
-        visit, turn = divmod(step, self.batches_per_visit or max(1, len(index) // batch_size))
-        location = visit % self.num_locations
-        if self.order == "shuffled":
-            location = _nth(range(self.num_locations), visit, "location", seed)
-        requests = [
-            Request((_nth(index, turn * batch_size + j, "visit", seed, visit),), step * batch_size + j, location)
-            for j in range(batch_size)
-        ]
+        each, rest = divmod(batch_size, self.locations_per_batch)
+        if rest:
+            raise ValueError(
+                f"batch_size {batch_size} is not divisible by locations_per_batch {self.locations_per_batch}"
+            )
+        round_, turn = divmod(step, self.batches_per_visit or max(1, len(index) // each))
+        requests: list[Request] = []
+        for visit in range(round_ * self.locations_per_batch, (round_ + 1) * self.locations_per_batch):
+            location = visit % self.num_locations
+            if self.order == "shuffled":
+                location = _nth(range(self.num_locations), visit, "location", seed)
+            cases = [_nth(index, turn * each + j, "visit", seed, visit) for j in range(each)]
+            start = step * batch_size + len(requests)
+            requests += [Request((case,), start + j, location) for j, case in enumerate(cases)]
         return _of_rank(requests, rank, world)
 
 

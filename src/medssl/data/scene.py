@@ -50,8 +50,18 @@ class Scene:
 
 @dataclass(frozen=True)
 class Placement:
-    """One view's place: the request's case number `slot`, the frame there, and the grid location where there is one."""
+    """One view's place.
+
+    Args:
+        slot: which of the request's cases is shown.
+        frame: where.
+        location_index: grid location, where there is one.
+        coordinate: of the location, in [-1, 1] along each axis: the same for all cases.
+        is_valid: whether the case shows this location; a crop there would mostly lie beyond the volume otherwise.
+    """
 
     slot: int
     frame: Frame
     location_index: int | None = None
+    coordinate: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    is_valid: bool = True

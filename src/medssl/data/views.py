@@ -15,7 +15,7 @@ from medssl.data.augment.base import IntensityAugmentation, Pose, SpatialAugment
 from medssl.data.placements import ViewSpec
 from medssl.data.randomness import counter_generator, counter_key
 from medssl.data.scene import Placement, Scene
-from medssl.data.store import Record
+from medssl.data.store import Record, VolumeStore
 
 INVERSE_STEPS = 20
 INVERSE_TOLERANCE_VOXEL = 0.25
@@ -35,6 +35,8 @@ class View:
         location: body coordinate of the crop's centre before augmentation.
         displacement: view voxels, where a view was bent: the voxel u shows `matrix @ (u + displacement[u])`.
         location_index: grid location, -1 where there is none.
+        coordinate: of the grid location, in [-1, 1] along each axis: the same for all cases.
+        location_valid: whether the case shows the grid location.
         valid: voxels inside the volume.
         label: nearest-neighbour labels.
         points: points that travel with the view, in volume voxels.
@@ -51,6 +53,8 @@ class View:
     location: Float64[Tensor, "b v 3"]
     displacement: Float32[Tensor, "b v 3 x y z"] | None = None
     location_index: Int64[Tensor, "b v"] | None = None
+    coordinate: Float32[Tensor, "b v 3"] | None = None
+    location_valid: Bool[Tensor, "b v"] | None = None
     valid: Bool[Tensor, "b v 1 x y z"] | None = None
     label: Int[Tensor, "b v 1 x y z"] | None = None
     points: Float64[Tensor, "b v k 3"] | None = None
@@ -160,6 +164,15 @@ class ViewPlan:
     def num_locations(self) -> int:
         """Grid locations of the group that states a grid; 0 where none does."""
         return max(getattr(spec, "num_locations", 0) for spec in self.groups.values())
+
+    @property
+    def tables(self) -> set[str]:
+        """The derived tables that hold locations."""
+        return {table for spec in self.groups.values() if (table := getattr(spec, "table", None))}
+
+    def locations_in(self, store: VolumeStore) -> int:
+        """Grid locations, also where a table of the store holds them; 0 where no group has any."""
+        return max([self.num_locations, *(len(store.derived(table, 0)["centre_mm"]) for table in self.tables)])
 
     def place(self, scene: Scene, *, seed: int, step: int) -> dict[str, list[PlacedView]]:
         """The views of one request, a pure function of (seed, step, the request's sample, view)."""

@@ -25,11 +25,14 @@ def pretrain(begin: Start) -> None:
     """
     config, folder = begin.config, begin.folder
     quiet()
-    check_trainer(config)  # this and the views before the store: a slip need not cost an hour of preparing
+    check_trainer(config)  # this, views and sampler before the store: a slip need not cost an hour of preparing
     views = instantiate(config.views, _convert_="all")
     config.facts.num_locations = views.num_locations
-    sampler = instantiate(config.sampler, _convert_="all")
+    if not views.tables:
+        instantiate(config.sampler, _convert_="all")
     store = open_store(config, is_resumed=begin.checkpoint is not None)
+    config.facts.num_locations = views.locations_in(store)
+    sampler = instantiate(config.sampler, _convert_="all")
     training_cases, validation_cases = pretraining_cases(
         store,
         split=config.data.get("split"),
