@@ -34,6 +34,18 @@ def test_trained_weights_are_averaged_and_all_else_is_copied():
     assert torch.equal(teacher[1].running_mean, net[1].running_mean)
 
 
+def test_a_teacher_may_keep_buffers_of_its_own():
+    net = student()
+    teacher = frozen_copy(net)
+    with torch.no_grad():
+        for tensor in (*net.parameters(), net[1].running_mean):
+            tensor += 1.0
+    update_ema(teacher, net, momentum=0.5, copy_buffers=False)
+    assert teacher[1].running_mean.tolist() == [0.0] * 4
+    assert torch.equal(teacher[1].bias, net[1].bias - 0.5)
+    assert torch.equal(teacher[0].bias, net[0].bias)
+
+
 @pytest.mark.parametrize(("momentum", "source"), [(1.0, "old"), (0.0, "new")])
 def test_the_ends_of_the_momentum_are_exact(momentum, source):
     net = student()

@@ -4,7 +4,7 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -15,14 +15,17 @@ def frozen_copy(student: Module) -> Module:
 
 
 @torch.no_grad()
-def update_ema(teacher: nn.Module, student: nn.Module, *, momentum: float) -> None:
+def update_ema(teacher: nn.Module, student: nn.Module, *, momentum: float, copy_buffers: bool = True) -> None:
     """Move `teacher` in place: `momentum * teacher + (1 - momentum) * student` for what the student trains.
 
-    Frozen parameters and buffers are copied, because an average of equal floats drifts by rounding.
+    Frozen parameters and buffers are copied, because an average of equal floats drifts by rounding. Without
+    `copy_buffers` the teacher keeps its own, such as batch statistics of its own forward passes.
     """
     pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
     trained = [(old, new) for old, new in pairs if new.requires_grad]
     torch._foreach_lerp_([old for old, _ in trained], [new for _, new in trained], 1 - momentum)
-    copied = [(old, new) for old, new in pairs if not new.requires_grad]
-    for old, new in [*copied, *zip(teacher.buffers(), student.buffers(), strict=True)]:
+    copied: list[tuple[Tensor, Tensor]] = [(old, new) for old, new in pairs if not new.requires_grad]
+    if copy_buffers:
+        copied += zip(teacher.buffers(), student.buffers(), strict=True)
+    for old, new in copied:
         old.copy_(new)

@@ -12,3 +12,13 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+@torch.no_grad()
+def gather_ranks(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, those of rank 0 first, without gradient; every rank must call it with equally many."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)

@@ -35,6 +35,13 @@ class MethodModule(L.LightningModule):
         super().__init__()
         self.method, self.optimizer_settings = method, optimizer
         self.total_steps, self.steps_per_epoch, self.seed = total_steps, steps_per_epoch, seed
+        # what stays on the CPU is equal on all ranks already, and not for their GPUs to synchronise
+        self._ddp_params_and_buffers_to_ignore = [
+            f"method.{name}.{buffer}"
+            for name, module in method.named_modules()
+            if getattr(module, "stays_on_cpu", False)
+            for buffer, _ in module.named_buffers()
+        ]
         self.scalars = StepScalars()
         self.validation_losses: list[Tensor] = []
 

@@ -63,7 +63,7 @@ def build_optimizer(
     Args:
         settings: `_target_` and arguments of a torch optimiser, with `warmup_steps`, `final_fraction` and `clip_norm`
             beside them (clipping is done by the trainer). `weight_decay_end` lets `weight_decay` follow half a cosine
-            that ends there; without it the decay is constant.
+            that ends there; without it the decay is constant. `hold_steps` lets the schedule stand for as many steps.
         groups: parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`, and its `lr_scale`
             is a share of the learning rate there.
         total_steps: length of the run, where the cosine ends.
@@ -71,7 +71,7 @@ def build_optimizer(
     Raises: ValueError: the warm-up is as long as the run, the optimiser does not know a key, or a decay is to move
         and has no beginning.
     """
-    ours = ("warmup_steps", "final_fraction", "clip_norm", "weight_decay_end")
+    ours = ("warmup_steps", "final_fraction", "clip_norm", "weight_decay_end", "hold_steps")
     arguments = {key: value for key, value in settings.items() if key not in ours}
     warmup_steps, final_fraction = settings.get("warmup_steps", 0), settings.get("final_fraction", 0.0)
     if warmup_steps and warmup_steps >= total_steps:
@@ -99,8 +99,11 @@ def build_optimizer(
     except ValueError as error:
         raise ValueError(f"optimizer: {error}") from error
 
+    hold = settings.get("hold_steps") or 1
+
     def share(step: int) -> float:
-        return warmup_cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
+        held = step // hold * hold
+        return warmup_cosine(held, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
 
     if end is None or start is None:
         return optimizer, LambdaLR(optimizer, share)
