@@ -65,3 +65,18 @@ class ProjectionHead(nn.Module):
         bottleneck = self.mlp(features)
         eps = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12  # 1e-12 is zero in half precision
         return F.normalize(bottleneck, dim=1, eps=eps)
+
+
+class MLPHead(nn.Module):
+    """Two linear layers with a ReLU between them, under the names of published weights (`fc.0`, `fc.2`).
+
+    Source: repository batmanlab/DrasCLR, models/builder.py.
+    """
+
+    def __init__(self, *, in_dim: int = 128, hidden_dim: int = 128, out_dim: int = 128) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
+
+    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
+        """Vectors that are not normalised."""
+        return self.fc(features)

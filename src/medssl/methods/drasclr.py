@@ -1,0 +1,269 @@
+"""DrasCLR: the same place in other subjects is the negative, another view or the neighbourhood the query."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from medssl.data.views import View
+from medssl.losses.instance import Negatives, discriminate, queue_logits
+from medssl.methods.base import Method, Progress, StepOutput
+from medssl.ops.ema import frozen_copy, update_ema
+from medssl.ops.gather import gather_ranks
+from medssl.ops.queue import LocationQueue
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REDUCTIONS = ("sum", "mean")
+KEY_NORMS = ("shuffle", "split", "plain")
+
+
+class Keys(NamedTuple):
+    """What a step adds to the queues."""
+
+    key: Float[Tensor, "row dim"]
+    location: Int64[Tensor, " row"]
+    subject: Int64[Tensor, " row"]
+    coordinate: Float[Tensor, "row 3"]
+    valid: Bool[Tensor, " row"]
+
+
+class DrasCLR(Method):
+    """Contrast between subjects at one location of the body, of a crop and of its neighbourhood.
+
+    The view group `anchor` holds two views, query and key, of one crop at a location; the optional group `neighbours`
+    crops at nearby locations of the same subject. Negatives of a query are the keys of other subjects at its location,
+    which a queue keeps. The second query is the sum of the neighbours' unit vectors. Crops at locations that a subject
+    does not show count nowhere.
+
+    Args:
+        encoder: gives the representation of a crop at a location (`represent`), see `ConditionedEncoder`.
+        head: from a representation to the space of the keys.
+        queue: of keys, one a location.
+        temperature: of both losses.
+        weight_local: of the crop's loss.
+        weight_neighbours: of the neighbourhood's.
+        neighbour_reduce: `sum` or `mean` of the neighbours' vectors; neither is normalised again.
+        warm_up_rounds: rounds over all locations before the neighbourhood takes part.
+        mask_self: older keys of a query's own subject are no negatives.
+        ema_momentum: of the key encoder, constant.
+        key_norm: batch norm of the keys: `shuffle` them over the ranks, `split` them into `num_splits` random parts,
+            or `plain`: as they come.
+        num_splits: for `split`.
+
+    Source: arXiv:2302.10390; repository batmanlab/DrasCLR, models/builder.py.
+    """
+
+    coordinates: Tensor
+
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        head: nn.Module,
+        queue: LocationQueue,
+        num_locations: int,
+        temperature: float = 0.2,
+        weight_local: float = 1.0,
+        weight_neighbours: float = 1.0,
+        neighbour_reduce: str = "sum",
+        warm_up_rounds: float = 0.0,
+        mask_self: bool = True,
+        ema_momentum: float = 0.999,
+        key_norm: str = "shuffle",
+        num_splits: int = 4,
+    ) -> None:
+        super().__init__()
+        if not hasattr(encoder, "represent"):
+            raise ValueError("DrasCLR needs an encoder with `represent`, such as models.conditioned.ConditionedEncoder")
+        if neighbour_reduce not in REDUCTIONS:
+            raise ValueError(f"neighbour_reduce is {neighbour_reduce!r}, allowed are {', '.join(REDUCTIONS)}")
+        if key_norm not in KEY_NORMS:
+            raise ValueError(f"key_norm is {key_norm!r}, allowed are {', '.join(KEY_NORMS)}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if not 0 <= ema_momentum <= 1:
+            raise ValueError(f"ema_momentum must lie in [0, 1], got {ema_momentum}")
+        if num_splits < 1:
+            raise ValueError(f"num_splits must be at least 1, got {num_splits}")
+        self.encoder, self.head, self.queue = encoder, head, queue
+        self.key_encoder, self.key_head = frozen_copy(encoder), frozen_copy(head)
+        # coordinates of the locations, filled in as they are visited: they travel with the checkpoint
+        self.register_buffer("coordinates", torch.full((num_locations, 3), torch.nan))
+        self.temperature, self.weight_local, self.weight_neighbours = temperature, weight_local, weight_neighbours
+        self.neighbour_reduce, self.warm_up_rounds, self.mask_self = neighbour_reduce, warm_up_rounds, mask_self
+        self.ema_momentum, self.key_norm, self.num_splits = ema_momentum, key_norm, num_splits
+        self.pending: list[Keys] = []
+
+    def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
+        """Weighted sum of the losses of the crops and of their neighbourhoods."""
+        anchor, around = self._groups(batch, progress)
+        location, coordinate, valid = (part[:, 0] for part in _locations(anchor))
+        query, features = self._embed(anchor.image[:, 0], location, coordinate)
+        vectors, counted = None, valid
+        if around is not None:
+            vectors, counted = self._neighbourhood(around)
+            counted = counted & valid
+        with torch.no_grad():
+            key = self._keys(anchor.image[:, 1], location, coordinate, progress)
+        with torch.autocast(query.device.type, enabled=False):
+            negatives = self._negatives(location, anchor.case[:, 0])
+            logits = queue_logits(query, key, negatives, temperature=self.temperature)
+            local = discriminate(logits, counted=valid)
+            loss = self.weight_local * local.loss
+            logs = {"local": local.loss.detach(), "local_top1": local.top1}
+            if vectors is not None:
+                logits = queue_logits(vectors, key, negatives, temperature=self.temperature)
+                near = discriminate(logits, counted=counted)
+                loss = loss + self.weight_neighbours * near.loss
+                logs |= {"neighbours": near.loss.detach(), "neighbours_top1": near.top1}
+        if self.training:
+            self.pending.append(Keys(key, location, anchor.case[:, 0], coordinate, valid))
+        return StepOutput(loss, logs | self._health(features, location, negatives, progress))
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """Queue the keys of all ranks, in their order, then move the key encoder."""
+        for micro in self.pending:
+            key, location, subject, coordinate, valid = (gather_ranks(part) for part in micro)
+            self.coordinates[location] = coordinate.to(self.coordinates)
+            shown = valid.nonzero()[:, 0]
+            if len(shown):
+                ring = self.queue.ring(location[shown])
+                self.queue.enqueue(ring, key[shown], subject[shown], step=progress.step)
+        self.pending.clear()
+        for old, new in ((self.key_encoder, self.encoder), (self.key_head, self.head)):
+            update_ema(old, new, momentum=self.ema_momentum, copy_buffers=False)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All parameters alike: the released recipe decays biases, batch norm and routers too."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Encoder and head, and those of the keys."""
+        return {"encoder": self.encoder, "head": self.head, "teacher_encoder": self.key_encoder}
+
+    @torch.no_grad()
+    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+        """Query and key of the first subject, its neighbours, and the same location in the next subject."""
+        from medssl.methods.panels import orthogonal_slices
+
+        anchor, around = batch["anchor"], batch.get("neighbours")
+        location, _, _ = _locations(anchor)
+        panels = {"query": anchor.image[0, 0, 0], "key": anchor.image[0, 1, 0]}
+        if around is not None:
+            panels |= {f"neighbour {n + 1}": image[0] for n, image in enumerate(around.image[0])}
+        if len(anchor.image) > 1:
+            panels["another subject"] = anchor.image[1, 0, 0]
+        title = f"location {int(location[0, 0])}, step {progress.step}"
+        return {"location": orthogonal_slices(panels, title=title)}
+
+    def _groups(self, batch: Mapping[str, View], progress: Progress) -> tuple[View, View | None]:
+        found = {name: tuple(view.image.shape[1:]) for name, view in batch.items()}
+        if "anchor" not in batch or found["anchor"][0] != 2:
+            raise ValueError(f"DrasCLR needs a view group `anchor` with two views; the batch has {found}")
+        takes_part = self.weight_neighbours != 0 and progress.epoch >= self.warm_up_rounds * len(self.coordinates)
+        return batch["anchor"], batch.get("neighbours") if takes_part else None
+
+    def _embed(
+        self, image: Float[Tensor, "row channel x y z"], location: Int64[Tensor, " row"], coordinate: Tensor
+    ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row width"]]:
+        """Unit vectors in float32, and the representations that they are made from."""
+        features = self.encoder.represent(image, *_routes(location, coordinate))  # type: ignore[operator]
+        return _unit(self.head(features)), features.detach().float()
+
+    def _neighbourhood(self, around: View) -> tuple[Float[Tensor, "b dim"], Bool[Tensor, " b"]]:
+        """The neighbours' unit vectors together, and whether a sample has any neighbour."""
+        location, coordinate, valid = _locations(around)
+        rows, _ = self._embed(around.image.flatten(0, 1), location.flatten(), coordinate.flatten(0, 1))
+        shown = valid[..., None].to(rows)
+        total = (rows.unflatten(0, shown.shape[:2]) * shown).sum(1)
+        if self.neighbour_reduce == "mean":
+            total = total / shown.sum(1).clamp(min=1)
+        return total, valid.any(1)
+
+    def _keys(
+        self,
+        image: Float[Tensor, "row channel x y z"],
+        location: Int64[Tensor, " row"],
+        coordinate: Float[Tensor, "row 3"],
+        progress: Progress,
+    ) -> Float[Tensor, "row dim"]:
+        """Unit vectors of the key encoder; which rows share batch statistics is what `key_norm` says."""
+
+        def encode(image: Tensor, location: Tensor, coordinate: Tensor) -> Tensor:
+            return _unit(self.key_head(self.key_encoder.represent(image, *_routes(location, coordinate))))  # type: ignore[operator]
+
+        rows = (image, location, coordinate)
+        if self.key_norm == "plain" or not self.training:
+            return encode(*rows)
+        everyone = tuple(gather_ranks(part) for part in rows) if self.key_norm == "shuffle" else rows
+        total, each = len(everyone[0]), len(image)
+        if self.key_norm == "shuffle" and total == each:
+            return encode(*rows)  # one process: the order within a batch changes no statistics
+        common = replace(progress, rank=0) if self.key_norm == "shuffle" else progress
+        order = torch.randperm(total, generator=common.generator("key order")).to(image.device)
+        if self.key_norm == "split":
+            parts = order.tensor_split(min(self.num_splits, max(1, total // 2)))
+            keys = torch.cat([encode(*(part[chosen] for part in rows)) for chosen in parts])
+            return keys[order.argsort()]
+        mine = order[progress.rank * each : (progress.rank + 1) * each]
+        keys = gather_ranks(encode(*(part[mine] for part in everyone)))[order.argsort()]
+        return keys[progress.rank * each : (progress.rank + 1) * each]
+
+    def _negatives(self, location: Int64[Tensor, " row"], subject: Int64[Tensor, " row"]) -> Negatives:
+        rings, which = self.queue.ring(location).unique(return_inverse=True)
+        keys, subjects = self.queue.fetch(rings, subject.device)
+        which = which.to(subject.device)
+        own = subjects[which] == subject[:, None]
+        return Negatives(keys, which, own if self.mask_self else torch.zeros_like(own))
+
+    @torch.no_grad()
+    def _health(
+        self,
+        features: Float[Tensor, "row width"],
+        location: Int64[Tensor, " row"],
+        negatives: Negatives,
+        progress: Progress,
+    ) -> dict[str, Tensor]:
+        """What tells a collapse, stale queues, or gates that do not tell locations apart."""
+        directions = F.normalize(features, dim=1)
+        spread = directions.std(0, correction=0).mean() * directions.shape[1] ** 0.5
+        logs = {
+            "feature_std": spread,
+            "queue_age": self.queue.age(self.queue.ring(location).unique(), step=progress.step).to(spread),
+            "excluded_share": negatives.excluded.float().mean(),
+        }
+        known = self.coordinates[self.coordinates.isfinite().all(1)]
+        routers = [module for name, module in self.encoder.named_modules() if name.rpartition(".")[2] == "router"]
+        if len(known) and routers:
+            with torch.autocast(known.device.type, enabled=False):
+                gates = torch.stack([router(known).sigmoid() for router in routers])  # (layer location expert)
+            logs["gate_entropy"] = -(gates.xlogy(gates) + (1 - gates).xlogy(1 - gates)).mean()
+            logs["gate_std"] = gates.std(1, correction=0).mean()
+        return logs
+
+
+def _locations(view: View) -> tuple[Int64[Tensor, "b v"], Float[Tensor, "b v 3"], Bool[Tensor, "b v"]]:
+    """Numbers and coordinates of the views' locations, and whether their subjects show them."""
+    if view.location_index is None or view.coordinate is None or view.location_valid is None:
+        raise ValueError("DrasCLR needs crops at locations; use placement GridCrop and sampler SameLocation")
+    return view.location_index, view.coordinate, view.location_valid
+
+
+def _routes(location: Int64[Tensor, " row"], coordinate: Float[Tensor, "row 3"]) -> tuple[Tensor, Tensor]:
+    """The coordinate of each location in the batch, and which of them each row has."""
+    places, index = location.unique(return_inverse=True)
+    first = torch.zeros(len(places), dtype=torch.int64, device=location.device).scatter_(
+        0, index, torch.arange(len(location), device=location.device)
+    )
+    return coordinate[first], index
+
+
+def _unit(vectors: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
+    return F.normalize(vectors.float(), dim=1)
