@@ -84,6 +84,21 @@ def test_grid_mm_is_the_place_of_each_voxel_in_the_world(coordinate_store, draw)
     np.testing.assert_allclose(steps.numpy(), 1.5, atol=1e-4)
 
 
+def test_grid_body_is_the_place_of_each_voxel_in_the_body_box_also_of_turned_and_bent_views(coordinate_store, draw):
+    augment = [Affine(rotation_deg=20.0), Elastic(), Flip()]
+    plan = ViewPlan(groups={"x": RandomCrop(size=[8, 7, 6], count=2, augment=augment)})
+    view = draw(coordinate_store, plan, [Request((0,), 0)])["x"]
+    axes = [torch.arange(n, dtype=torch.float64) for n in (8, 7, 6)]
+    voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(1, 1, -1, 3).expand(1, 2, -1, 3)
+    body = coordinate_store.record(0).body
+    expected = body.to_body(view.to_volume(voxels).numpy())
+    found = view.grid_body().permute(0, 1, 3, 4, 5, 2).reshape(1, 2, -1, 3)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    view.body_faces = None
+    with pytest.raises(ValueError, match="does not know the body box"):
+        view.grid_body()
+
+
 def test_positions_in_body_volume_and_millimetres_agree(coordinate_store, draw):
     view = draw(coordinate_store, ViewPlan(groups={"x": RandomCrop(size=[8] * 3)}), [Request((0,), 0)])["x"]
     center = view.center_volume()[0, 0]

@@ -39,6 +39,29 @@ def _context_network(num_classes=3, channels=1, seed=0):
     return nn.Sequential(nn.Conv3d(channels, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, num_classes, 3, padding=1))
 
 
+class Halves(nn.Module):
+    """Labels what lies right of, in front of and above the body's middle: by location alone."""
+
+    takes_location = True
+
+    def forward(self, image, location):
+        beyond = torch.stack([location[:, axis] > 0 for axis in range(3)], dim=1).all(1)
+        return 9.0 * torch.stack([~beyond, beyond], dim=1)
+
+
+@pytest.mark.parametrize("flips", [(), (0, 2)])
+def test_a_network_that_takes_locations_is_told_where_each_voxel_of_a_window_lies(flips):
+    array = smooth((30, 21, 26))
+    record = record_of(Volume(array, AFFINE, ""))
+    member = Member(Averaged([Halves(), Halves()], flips=flips), reading("native", (12, 8, 10)))
+    found = segment([member], fetch_from(array), record, num_classes=2)
+    expected = np.zeros((30, 21, 26), np.uint8)
+    expected[15:, 11:, 13:] = 1
+    assert np.array_equal(found, expected)
+    mixed = Averaged([Halves(), _context_network(num_classes=2)], flips=flips)
+    assert segment([Member(mixed, reading("native", (12, 8, 10)))], fetch_from(array), record, num_classes=2).any()
+
+
 @pytest.mark.parametrize("spacing_mm", ["native", (1.5, 1.5, 2.0), (0.7, 1.1, 4.0), (6.0, 5.0, 9.0)])
 def test_classes_are_those_of_probabilities_predicted_at_once_and_interpolated_to_the_voxels(spacing_mm):
     array = smooth((30, 21, 26))

@@ -29,6 +29,26 @@ def test_the_image_is_that_of_resampling_the_volume(spacing_mm):
     np.testing.assert_allclose((AFFINE @ image.grid.frame.matrix), expected.affine, atol=1e-9)
 
 
+@pytest.mark.parametrize("spacing_mm", ["native", (1.5, 1.0, 2.0)])
+def test_a_located_image_says_where_in_the_body_each_voxel_lies(spacing_mm):
+    array = np.full((1, 40, 40, 20), -1000, np.int16)
+    array[:, 8:32, 12:28, 4:20] = 40
+    volume, how = Volume(array, AFFINE, "synthetic"), reading(spacing_mm, window=(8, 8, 24))
+    record = record_of(volume, with_body=True)
+    assert record.modality == "ct"
+    assert record_of(volume).body.size.tolist() == [40, 40, 20]
+    image = WorkingImage(record, how, fetch_from(array), CPU, located=True)
+    image.layer(0, 11)
+    drawn = image.layer(4, 24)  # two calls: kept slices and new ones
+    assert drawn.shape[0] == 4
+    plain = WorkingImage(record, how, fetch_from(array), CPU)
+    assert torch.equal(drawn[:1], plain.layer(4, 24))
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in image.grid.frame.shape], indexing="ij"), axis=-1)[:, :, 4:24]
+    expected = 2 * record.body.to_body(image.grid.frame.to_volume(grid.astype(float))) - 1
+    np.testing.assert_allclose(drawn[1:].permute(1, 2, 3, 0).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(record.body.size, [24, 16, 16], atol=8)
+
+
 @pytest.mark.parametrize("spacing_mm", ["native", (1.5, 1.5, 2.0), (0.7, 0.8, 1.2)])
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float64])
 def test_overlapping_layers_are_slices_of_the_whole(spacing_mm, dtype):

@@ -51,6 +51,22 @@ def test_the_loss_is_that_of_the_logits_against_the_classes(at):
     assert output.logs["foreground_share"].item() == pytest.approx((label > 0).float().mean().item())
 
 
+def test_an_encoder_that_takes_locations_gets_that_of_every_voxel(at):
+    segmentation, views = method(), batch()
+    encoder, seen = segmentation.segmenter.encoder, []
+    segmentation.segmenter.takes_location = True
+    plain = encoder.forward
+    encoder.forward = lambda image, location: seen.append(location) or plain(image)
+    faces = torch.tensor([[1.5, -0.5, -0.5], [9.5, 15.5, 31.5]], dtype=torch.float64)
+    views["crop"].body_faces = faces.expand(2, 1, 2, 3)
+    segmentation(views, at())
+    (location,) = seen
+    assert location.shape == (2, 3, 16, 16, 16)
+    x, y, z = location[0, 0, :, 0, 0], location[0, 1, 0, :, 0], location[0, 2, 0, 0, :]
+    for found, lower, side in ((x, 1.5, 8.0), (y, -0.5, 16.0), (z, -0.5, 32.0)):
+        assert torch.allclose(found, 2 * (torch.arange(16.0) - lower) / side - 1)
+
+
 def test_deep_supervision_counts_a_coarser_output_half(at):
     segmentation, views = method(deep_supervision=1), batch()
     fine, coarse = segmentation.segmenter.outputs(views["crop"].image.flatten(0, 1))

@@ -33,6 +33,7 @@ class View:
         case: number of the case in the store.
         group: number of the case's cohort; equal for equal cohorts.
         location: body coordinate of the crop's centre before augmentation.
+        body_faces: lower and upper face of the body box, in volume voxels.
         displacement: view voxels, where a view was bent: the voxel u shows `matrix @ (u + displacement[u])`.
         location_index: grid location, -1 where there is none.
         coordinate: of the grid location, in [-1, 1] along each axis: the same for all cases.
@@ -51,6 +52,7 @@ class View:
     case: Int64[Tensor, "b v"]
     group: Int64[Tensor, "b v"]
     location: Float64[Tensor, "b v 3"]
+    body_faces: Float64[Tensor, "b v 2 3"] | None = None
     displacement: Float32[Tensor, "b v 3 x y z"] | None = None
     location_index: Int64[Tensor, "b v"] | None = None
     coordinate: Float32[Tensor, "b v 3"] | None = None
@@ -79,15 +81,16 @@ class View:
 
     def grid_mm(self) -> Float32[Tensor, "b v 3 x y z"]:
         """RAS position of every voxel in millimetres, displacement included."""
-        sides = self.image.shape[3:]
-        axes = [torch.arange(n, dtype=torch.float64, device=self.image.device) for n in sides]
-        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (3 x y z)
-        grid = grid if self.displacement is None else grid + self.displacement
-        to_mm = self.volume_to_mm @ self.matrix
-        rotated = torch.einsum(
-            "bvij,bvjxyz->bvixyz", to_mm[..., :3, :3], grid.expand(*self.case.shape, *grid.shape[-4:])
-        )
-        return (rotated + to_mm[..., :3, 3, None, None, None]).float()
+        return self._grid(self.volume_to_mm @ self.matrix)
+
+    def grid_body(self) -> Float32[Tensor, "b v 3 x y z"]:
+        """Body coordinate of every voxel, 0 to 1 inside the body box, displacement included."""
+        if self.body_faces is None:
+            raise ValueError("this view does not know the body box of its case; make it with body_faces")
+        lower, upper = self.body_faces.unbind(2)
+        to_body = torch.diag_embed(F.pad(1 / (upper - lower), (0, 1), value=1.0))
+        to_body[..., :3, 3] = -lower / (upper - lower)
+        return self._grid(to_body @ self.matrix)
 
     def center_volume(self) -> Float64[Tensor, "b v 3"]:
         """The middle of each view in volume voxels."""
@@ -103,6 +106,16 @@ class View:
         if frame == "mm":
             return _mapped(self.center_volume()[..., None, :], self.volume_to_mm)[..., 0, :]
         raise ValueError(f"position frame must be body, volume or mm, got {frame!r}")
+
+    def _grid(self, matrix: Float64[Tensor, "b v 4 4"]) -> Float32[Tensor, "b v 3 x y z"]:
+        """Every displaced view voxel through a matrix."""
+        sides = self.image.shape[3:]
+        axes = [torch.arange(n, dtype=torch.float64, device=self.image.device) for n in sides]
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (3 x y z)
+        grid = grid if self.displacement is None else grid + self.displacement
+        grid = grid.expand(*self.case.shape, *grid.shape[-4:])
+        moved = torch.einsum("bvij,bvjxyz->bvixyz", matrix[..., :3, :3], grid)
+        return (moved + matrix[..., :3, 3, None, None, None]).float()
 
     def _displaced(self, points: Float64[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
         """The displacement at view voxels, trilinear, the edge's beyond the edge."""

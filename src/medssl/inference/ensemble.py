@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from medssl.inference.reading import Reading
-from medssl.inference.segmenting import Averaged, Member
+from medssl.inference.segmenting import Averaged, Member, takes_location
 from medssl.weights import load_segmenter
 
 LABEL_TYPES = (np.uint8, np.int16, np.int32)
@@ -77,6 +77,11 @@ class Ensemble:
         said = modalities - {None}
         classes, channels, num_channels = first
         return cls(members, classes, channels, num_channels, said.pop() if len(said) == 1 else None)
+
+    @property
+    def takes_location(self) -> bool:
+        """Whether a network wants to know where in the body each voxel lies."""
+        return any(takes_location(member.predict) for member in self.members)
 
     def label_values(self) -> np.ndarray:
         """The label value of each class, in the smallest type that holds all."""

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float16, Float32, Int16, Shaped, UInt8
 from torch import Tensor, nn
 
 from medssl.data.store import Record, VolumeStore
-from medssl.data.volume import Volume, guess_modality, intensity_statistics
+from medssl.data.volume import Box, Volume, find_body, guess_modality, intensity_statistics
 from medssl.inference.native_grid import NativePlane, mean_plane, most_probable, planes
 from medssl.inference.reading import Reading
 from medssl.inference.sliding_window import Predict, SlidingWindow
@@ -38,17 +38,21 @@ class Averaged:
         if len(set(flips)) != len(flips) or not set(flips) <= {0, 1, 2}:
             raise ValueError(f"flips must be different ones of 0 (x), 1 (y), 2 (z), got {list(flips)}")
         self.networks, self.dtype = list(networks), dtype
+        self.takes_location = any(getattr(network, "takes_location", False) for network in networks)
         dims = [2 + axis for axis in flips]
         self.flips = [some for count in range(len(dims) + 1) for some in combinations(dims, count)]
 
     @torch.inference_mode()
-    def __call__(self, windows: Float[Tensor, "b c x y z"]) -> Float32[Tensor, "b k x y z"]:
-        """The probabilities of the windows."""
+    def __call__(
+        self, windows: Float[Tensor, "b c x y z"], location: Float[Tensor, "b 3 x y z"] | None = None
+    ) -> Float32[Tensor, "b k x y z"]:
+        """The probabilities of the windows; `location` is the coordinate of each voxel, for networks that take it."""
         total, own = None, self.dtype is not None
         for network in self.networks:
             for dims in self.flips:
                 with torch.autocast(windows.device.type, dtype=self.dtype) if own else nullcontext():
-                    logits = network(windows.flip(dims) if dims else windows)
+                    inputs = (windows, location) if getattr(network, "takes_location", False) else (windows,)
+                    logits = network(*(x.flip(dims) if dims and x is not None else x for x in inputs))
                 probabilities = (logits.flip(dims) if dims else logits).float().softmax(1)
                 total = probabilities if total is None else total.add_(probabilities)
         assert total is not None
@@ -110,7 +114,7 @@ def segment(
     """
     device = torch.device(device)
     windows = [SlidingWindow(m.reading.crop_voxel, overlap, batch_size=window_batch) for m in members]
-    images = [WorkingImage(record, member.reading, fetch, device) for member in members]
+    images = [WorkingImage(record, m.reading, fetch, device, located=takes_location(m.predict)) for m in members]
     total = sum(w.num_windows(image.grid.frame.shape) for w, image in zip(windows, images, strict=True))
     done = 0
 
@@ -211,6 +215,11 @@ def segment_stored(
     )
 
 
+def takes_location(predict: Predict) -> bool:
+    """Whether networks want to know where in the body each voxel lies; `predict` then has a second argument for it."""
+    return getattr(predict, "takes_location", False)
+
+
 def fetch_from(voxels: Shaped[np.ndarray, "c x y z"]) -> Fetch:
     """What gives the voxels of an array."""
 
@@ -221,22 +230,23 @@ def fetch_from(voxels: Shaped[np.ndarray, "c x y z"]) -> Fetch:
     return fetch
 
 
-def record_of(volume: Volume, case: str = "", *, modality: str | None = None) -> Record:
-    """The record that the volume would have in a store, but for its body, which is all of it."""
-    channels = volume.num_channels
-    x, y, z = volume.shape
+def record_of(volume: Volume, case: str = "", *, modality: str | None = None, with_body: bool = False) -> Record:
+    """The record that the volume would have in a store; its body is all of it, unless it is looked for."""
+    channels, modality = volume.num_channels, modality or guess_modality(volume.array)
+    body = find_body(volume, modality=modality)[0] if with_body else Box.whole(volume.shape)
+    (a, b, c), (x, y, z) = body.lower.tolist(), body.upper.tolist()
     return Record(
         case=case,
         shape=volume.shape,
         channels=channels,
         affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
         spacing_mm=volume.spacing_mm,
-        modality=modality or guess_modality(volume.array),
+        modality=modality,
         group="",
         split="",
         statistics=tuple(intensity_statistics(volume.array)),
-        body_lower=(-0.5, -0.5, -0.5),
-        body_upper=(x - 0.5, y - 0.5, z - 0.5),
+        body_lower=(a, b, c),
+        body_upper=(x, y, z),
         voxel_hash="",
         source=volume.source,
         slope=(1.0,) * channels,
@@ -258,10 +268,12 @@ def _normalised(member: Member, record: Record, device: torch.device) -> Predict
     """The member's network behind its normalisation; mixed precision, where the caller is in it, for that alone."""
     normalise = member.reading.normaliser(record)
     mixed, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    located = takes_location(member.predict)
 
     def predict(windows: Tensor) -> Tensor:
-        windows = normalise(windows)
+        location = (windows[:, -3:],) if located else ()
+        windows = normalise(windows[:, :-3] if located else windows)
         with torch.autocast(device.type, dtype=dtype, enabled=mixed):
-            return member.predict(windows)
+            return member.predict(windows, *location)
 
     return predict

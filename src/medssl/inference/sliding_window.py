@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-Predict = Callable[[Tensor], Tensor]
-"""Windows (b c x y z) to class probabilities (b k x y z) that sum to one."""
+Predict = Callable[..., Tensor]
+"""Windows (b c x y z) to class probabilities (b k x y z) that sum to one; see `segmenting.takes_location`."""
 Layer = Callable[[int, int], Tensor]
 """The slices from `first` to before `last` of an image, (c x y height)."""
 

@@ -80,14 +80,18 @@ class WorkingImage:
         reading: says the grid, and what lies beyond the volume.
         fetch: gives voxels of the case.
         device: where it is drawn.
+        located: whether three channels follow, with the coordinate of each voxel: -1 to 1 inside the body box.
     """
 
-    def __init__(self, record: Record, reading: Reading, fetch: Fetch, device: torch.device) -> None:
-        self.record, self.fetch, self.device = record, fetch, device
+    def __init__(
+        self, record: Record, reading: Reading, fetch: Fetch, device: torch.device, *, located: bool = False
+    ) -> None:
+        self.record, self.fetch, self.device, self.located = record, fetch, device, located
         self.grid = WorkingGrid.of(record, reading)
         self.spec = Fixed(size=self.grid.frame.shape, outside=reading.outside)
         self.first = self.last = 0
-        self.slices = torch.empty(record.channels, *self.grid.frame.shape[:2], 0, device=device)
+        channels = record.channels + 3 * located
+        self.slices = torch.empty(channels, *self.grid.frame.shape[:2], 0, device=device)
 
     def layer(self, first: int, last: int) -> Float32[Tensor, "c x y height"]:
         """The slices from `first` to before `last`, both not below the last call's, whose slices are kept."""
@@ -106,4 +110,12 @@ class WorkingImage:
         voxels = self.fetch(box.lower, box.upper)
         if voxels.dtype not in (np.uint8, np.int16, np.float32):
             voxels = voxels.astype(np.float32)
-        draw_image(torch.from_numpy(voxels).to(self.device), box, view, outside=self.spec.outside, out=out)
+        image = out[: self.record.channels]
+        draw_image(torch.from_numpy(voxels).to(self.device), box, view, outside=self.spec.outside, out=image)
+        if self.located:
+            corners = frame.to_volume(np.array([[0, 0, 0], frame.shape], dtype=np.float64))
+            start, stop = 2 * self.record.body.to_body(corners) - 1
+            for axis, n in enumerate(frame.shape):
+                at = np.arange(n) * (stop[axis] - start[axis]) / n + start[axis]
+                line = torch.from_numpy(at).to(out).reshape([-1 if a == axis else 1 for a in range(3)])
+                out[self.record.channels + axis] = line

@@ -38,25 +38,32 @@ class Segmenter(nn.Module):
         self.encoder, self.decoder, self.num_classes = encoder, decoder, num_classes
         supervised = widths[: 1 + deep_supervision]
         self.head = nn.ModuleList(output_layer(width, num_classes, step=strides[0]) for width in supervised)
+        self.takes_location = bool(getattr(encoder, "takes_location", False))
         self.multiple_voxel = triple([math.lcm(*steps) for steps in zip(*levels(encoder)[1], strict=True)])
 
-    def forward(self, image: Float[Tensor, "batch channel x y z"]) -> Float[Tensor, "batch class x y z"]:
+    def forward(
+        self, image: Float[Tensor, "batch channel x y z"], location: Float[Tensor, "batch 3 x y z"] | None = None
+    ) -> Float[Tensor, "batch class x y z"]:
         """Logits at full resolution.
+
+        Where `takes_location` is set, `location` is the coordinate of every voxel, -1 to 1 inside the body box.
 
         Raises:
             ValueError: a side is no multiple of `multiple_voxel`, or the image has another number of channels.
         """
-        return self.head[0](self._decoded(image)[0])
+        return self.head[0](self._decoded(image, location)[0])
 
-    def outputs(self, image: Float[Tensor, "batch channel x y z"]) -> list[Float[Tensor, "batch class i j k"]]:
+    def outputs(
+        self, image: Float[Tensor, "batch channel x y z"], location: Float[Tensor, "batch 3 x y z"] | None = None
+    ) -> list[Float[Tensor, "batch class i j k"]]:
         """Logits of every supervised resolution, full resolution first."""
-        return [head(level) for head, level in zip(self.head, self._decoded(image), strict=False)]
+        return [head(level) for head, level in zip(self.head, self._decoded(image, location), strict=False)]
 
     def parts(self) -> dict[str, nn.Module]:
         """The named networks that a file holds."""
         return {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
 
-    def _decoded(self, image: Tensor) -> list[Tensor]:
+    def _decoded(self, image: Tensor, location: Tensor | None) -> list[Tensor]:
         size = tuple(image.shape[2:])
         if any(side % step for side, step in zip(size, self.multiple_voxel, strict=True)):
             fitting = tuple(-(-side // step) * step for side, step in zip(size, self.multiple_voxel, strict=True))
@@ -67,7 +74,7 @@ class Segmenter(nn.Module):
         expected = getattr(self.encoder, "in_channels", None)
         if expected not in (None, image.shape[1]):
             raise ValueError(f"the network reads {expected} channels, the image has {image.shape[1]}")
-        return self.decoder(image, self.encoder(image))
+        return self.decoder(image, self.encoder(image, location) if self.takes_location else self.encoder(image))
 
 
 def build_segmenter(
