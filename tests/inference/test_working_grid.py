@@ -45,7 +45,8 @@ def test_a_located_image_says_where_in_the_body_each_voxel_lies(spacing_mm):
     assert torch.equal(drawn[:1], plain.layer(4, 24))
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in image.grid.frame.shape], indexing="ij"), axis=-1)[:, :, 4:24]
     expected = 2 * record.body.to_body(image.grid.frame.to_volume(grid.astype(float))) - 1
-    np.testing.assert_allclose(drawn[1:].permute(1, 2, 3, 0).numpy(), expected, atol=1e-5)
+    assert expected.max() > 1.2, "the volume reaches beyond the body"
+    np.testing.assert_allclose(drawn[1:].permute(1, 2, 3, 0).numpy(), expected.clip(-1, 1), atol=1e-5)
     np.testing.assert_allclose(record.body.size, [24, 16, 16], atol=8)
 
 

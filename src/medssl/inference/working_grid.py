@@ -80,7 +80,8 @@ class WorkingImage:
         reading: says the grid, and what lies beyond the volume.
         fetch: gives voxels of the case.
         device: where it is drawn.
-        located: whether three channels follow, with the coordinate of each voxel: -1 to 1 inside the body box.
+        located: whether three channels follow, with the coordinate of each voxel: -1 to 1 from face to face of the body
+            box, the nearest face's beyond it.
     """
 
     def __init__(
@@ -117,5 +118,5 @@ class WorkingImage:
             start, stop = 2 * self.record.body.to_body(corners) - 1
             for axis, n in enumerate(frame.shape):
                 at = np.arange(n) * (stop[axis] - start[axis]) / n + start[axis]
-                line = torch.from_numpy(at).to(out).reshape([-1 if a == axis else 1 for a in range(3)])
+                line = torch.from_numpy(at.clip(-1, 1)).to(out).reshape([-1 if a == axis else 1 for a in range(3)])
                 out[self.record.channels + axis] = line

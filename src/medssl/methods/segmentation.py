@@ -87,7 +87,9 @@ class Segmentation(Method):
         view = batch["crop"]
         assert view.label is not None
         target = self.classes_of(view.label.flatten(0, 1))  # (n 1 x y z)
-        location = 2 * view.grid_body().flatten(0, 1) - 1 if self.segmenter.takes_location else None
+        location = None
+        if self.segmenter.takes_location:
+            location = (2 * view.grid_body().flatten(0, 1) - 1).clamp(-1, 1)
         outputs = self.segmenter.outputs(view.image.flatten(0, 1), location)
         weights = [0.5**level for level in range(len(outputs))]
         with torch.autocast(target.device.type, enabled=False):

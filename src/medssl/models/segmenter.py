@@ -46,7 +46,8 @@ class Segmenter(nn.Module):
     ) -> Float[Tensor, "batch class x y z"]:
         """Logits at full resolution.
 
-        Where `takes_location` is set, `location` is the coordinate of every voxel, -1 to 1 inside the body box.
+        Where `takes_location` is set, `location` is the coordinate of every voxel: -1 to 1 from face to face of the
+        body box, the nearest face's beyond it.
 
         Raises:
             ValueError: a side is no multiple of `multiple_voxel`, or the image has another number of channels.
