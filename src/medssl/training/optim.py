@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from medssl.ops import schedules
 
 
-def warmup_cosine(step: int, *, total_steps: int, warmup_steps: float = 0, final_fraction: float = 0.0) -> float:
+def warmup_cosine(step: float, *, total_steps: int, warmup_steps: float = 0, final_fraction: float = 0.0) -> float:
     """The share of the peak learning rate at `step`: linear from 0, then half a cosine down to `final_fraction`.
 
     Source: arXiv:2111.06377, appendix A.1; updated every step.
