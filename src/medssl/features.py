@@ -1,0 +1,54 @@
+"""Write one feature per location and a pooled one per subject, by any encoder.
+
+Examples:
+    python -m medssl.features weights=runs/drasclr/encoder.safetensors output_dir=features/drasclr
+    python -m medssl.features weights=encoder.safetensors data=folder data.root=scans grid=[4,4,4] output_dir=features/a
+    python -m medssl.features weights=encoder.safetensors data=store store=STORE locations=locations dense=true
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from medssl.config import main
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from medssl.data.store import VolumeStore
+
+
+def run(config: DictConfig) -> None:
+    """Make the features; exit code 1 where some subjects have none."""
+    from medssl.training.stopping import Stopped, StopSignals
+
+    with StopSignals():
+        try:
+            from medssl.inference.features import Extraction, extract_all  # torch and all that takes seconds
+
+            extraction = Extraction.of(config)  # before the store: a slip need not cost an hour of preparing
+            num_failed = extract_all(extraction, prepared_store(config))
+        except Stopped as stop:
+            print(f"\nstopped by {stop}; finished features are kept, the same command goes on", file=sys.stderr)
+            sys.exit(130)
+    if num_failed:
+        sys.exit(1)
+
+
+def prepared_store(config: DictConfig) -> VolumeStore:
+    """The store that the configuration names, up to date with its source."""
+    from pathlib import Path
+
+    from medssl.data.recipes import locate_store
+    from medssl.data.store import VolumeStore
+    from medssl.training.running import update_store
+
+    root = Path(locate_store(config.data, config.store))
+    if config.data.get("source") is not None:
+        update_store(config, root)
+    return VolumeStore(root)
+
+
+if __name__ == "__main__":
+    main("features", run)

@@ -1,0 +1,86 @@
+"""The features of the subjects of a store as a file: one a location and a pooled one, with the names of the cases."""
+
+import contextlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Shaped
+
+from medssl.data.writing import write_text
+
+FILE, CARD = "features.npz", "features.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features of `n` subjects at `location` places with `dim` numbers each.
+
+    Args:
+        case: names of the subjects, as in their store.
+        feature: NaN where a subject does not show the location.
+        valid: whether it does.
+        coordinate: of the locations, in [-1, 1] along each axis: the same for all subjects.
+        centre_mm: of the locations in each subject, RAS mm.
+        pooled: the mean over the locations that a subject shows.
+    """
+
+    case: Shaped[np.ndarray, " n"]
+    feature: Float32[np.ndarray, "n location dim"]
+    valid: Bool[np.ndarray, "n location"]
+    coordinate: Float32[np.ndarray, "location 3"]
+    centre_mm: Float32[np.ndarray, "n location 3"]
+    pooled: Float32[np.ndarray, "n dim"]
+
+    @classmethod
+    def of(
+        cls, cases: Sequence[str], rows: Sequence[Mapping[str, Any]], *, coordinate: Float32[np.ndarray, "location 3"]
+    ) -> "Features":
+        """The features of several subjects, each with `feature`, `valid` and `centre_mm`."""
+        feature, valid, centre_mm = (np.stack([row[key] for row in rows]) for key in ("feature", "valid", "centre_mm"))
+        total = np.where(valid[..., None], feature, 0).sum(1, dtype=np.float64)
+        pooled = (total / valid.sum(1, keepdims=True)).astype(np.float32)
+        return cls(np.array(cases), feature, valid, coordinate, centre_mm, pooled)
+
+    def save(self, folder: Path, card: Mapping[str, Any]) -> None:
+        """Write `features.npz`, then `features.json` with what they were made from; each all or nothing."""
+        with whole_file(folder / FILE) as partial, partial.open("wb") as stream:
+            np.savez(stream, **{field.name: getattr(self, field.name) for field in fields(self)})
+        write_text(folder / CARD, json.dumps(card, indent=1, sort_keys=True))
+
+
+def load_features(path: str | Path) -> Features:
+    """The features in a file, or in the folder that holds `features.npz`.
+
+    Raises: ValueError: there is no such file, or it holds something else.
+    """
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"there are no features at {file}; python -m medssl.features makes them")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return Features(**{field.name: arrays[field.name] for field in fields(Features)})
+    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"{file} is no file of features ({error}); python -m medssl.features makes them") from error
+
+
+def read_feature_card(path: str | Path) -> dict[str, Any]:
+    """What the features of a file or folder were made from; nothing where their `features.json` is not at hand."""
+    card = (Path(path) if Path(path).is_dir() else Path(path).parent) / CARD
+    return json.loads(card.read_text()) if card.is_file() else {}
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; the file gets its name once it is whole, and nothing is left where writing fails."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

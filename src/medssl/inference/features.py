@@ -1,0 +1,331 @@
+"""The features command: one feature a location and subject, pooled ones, and maps, from an encoder and a store."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from omegaconf import DictConfig, ListConfig
+from tqdm import tqdm
+
+from medssl.building import build_network
+from medssl.data.augment import ByModality
+from medssl.data.placements import GridCrop, Locations
+from medssl.data.sampling import Request
+from medssl.data.scene import Scene
+from medssl.data.store import VolumeStore
+from medssl.data.writing import alone_in, write_text
+from medssl.inference.embedder import PUBLISHED as PUBLISHED_SAM
+from medssl.inference.embedder import reading_of
+from medssl.inference.feature_file import CARD, FILE, Features, whole_file
+from medssl.inference.patch_encoder import (
+    LARGEST_BATCH,
+    CellGrid,
+    PatchEncoder,
+    coordinate_at,
+    measure_batch_norm,
+    reading_recipe,
+)
+from medssl.inference.predicting import find_device
+from medssl.inference.reading import Reading
+from medssl.weights import encoder_recipe, load_encoder, read_card
+
+DEFAULT_GRID = (3, 3, 3)
+MEASURED_CASES = 8
+"""Cases over which the batch norms of an untrained network are measured."""
+PUBLISHED = {
+    "sam": replace(PUBLISHED_SAM, crop_voxel=(32, 32, 32)),
+    "drasclr": Reading(
+        spacing_mm=(1.0, 1.0, 1.0),
+        crop_voxel=(32, 32, 32),
+        outside=-1024,
+        normalise=(ByModality(window_hu=(-1024.0, 240.0), out=(-1.0, 1.0)),),
+    ),
+}
+"""How published encoders read images, by layout."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is extracted, checked, with the encoder on its device.
+
+    Args:
+        encoder: makes a feature of a patch.
+        locations: where the patches of a subject lie.
+        folder: of the results.
+        overwrite: make features anew.
+        stride_voxel: between the patches of a map; None for no maps.
+        untrained: seed of random weights; None for those of the file.
+        origin: what the features follow from besides the store, as JSON values.
+    """
+
+    encoder: PatchEncoder
+    locations: GridCrop
+    folder: Path
+    overwrite: bool
+    stride_voxel: tuple[int, int, int] | None
+    untrained: int | None
+    origin: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "Extraction":
+        """What a configuration asks for. Raises: ValueError: a setting or the weight file is wrong."""
+        if config.weights.path is None:
+            raise ValueError("weights is missing; give it as weights=RUN/encoder.safetensors")
+        for key in ("overwrite", "dense"):
+            if not isinstance(config[key], bool):
+                raise ValueError(f"{key} must be true or false; got {config[key]!r}")
+        if config.stride_voxel is not None and not config.dense:
+            raise ValueError("stride_voxel belongs to the maps of dense=true; give both or none")
+        path, device = Path(config.weights.path).expanduser(), find_device(config.device)
+        modules, where = list(config.allow_modules), {"layout": config.weights.layout, "branch": config.weights.branch}
+        card = read_card(path) if config.weights.layout is None else {}
+        reading = _reading(config, card, source=str(path))
+        if config.untrained is None:
+            network = load_encoder(path, allow_modules=modules, **where)
+        else:
+            torch.manual_seed(_whole("untrained", config.untrained, least=0))
+            network = build_network(encoder_recipe(path, **where), allow_modules=modules).eval()
+        batch_size = _whole("batch_size", config.batch_size, least=1, most=LARGEST_BATCH)
+        locations = _locations(config, card, reading)
+        stride = None
+        if config.dense:
+            half = [max(1, side // 2) for side in reading.crop_voxel]
+            stride = _three("stride_voxel", half if config.stride_voxel is None else config.stride_voxel)
+        origin = {
+            "weights": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **where},
+            "untrained": config.untrained,
+            "reading": reading_recipe(reading),
+            "locations": {"table": locations.table, "grid": locations.grid, "within": locations.within},
+            "stride_voxel": stride,
+        }
+        return cls(
+            encoder=PatchEncoder(network.to(device), reading, device, batch_size),
+            locations=locations,
+            folder=Path(config.output_dir).expanduser(),
+            overwrite=config.overwrite,
+            stride_voxel=stride,
+            untrained=config.untrained,
+            origin=json.loads(json.dumps(origin)),
+        )
+
+    def claim(self, store: VolumeStore) -> dict[str, Any]:
+        """What the features of the store follow from; the folder is made, and emptied where that is wanted.
+
+        Raises: ValueError: the folder holds features that follow from something else.
+        """
+        table = self.locations.table
+        recipe = store.derived_file(table, 0).parent.name if table else None
+        origin = {**self.origin, "store": str(store.root.resolve()), "table": recipe}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output_dir={self.folder} is a file; name a folder")
+        card = self.folder / CARD
+        found = json.loads(card.read_text())["origin"] if card.is_file() else None
+        if self.overwrite:
+            for file in (FILE, CARD):
+                (self.folder / file).unlink(missing_ok=True)
+            for part in ("cases", "dense"):
+                shutil.rmtree(self.folder / part, ignore_errors=True)
+        elif found is not None and (changed := [key for key, value in origin.items() if found.get(key) != value]):
+            raise ValueError(
+                f"{self.folder} holds features made with another {' and another '.join(changed)}; give another "
+                "output_dir, or replace them by overwrite=true"
+            )
+        elif found is None and (self.folder / FILE).exists():
+            raise ValueError(f"{self.folder / FILE} lies there without its {CARD}; give another output_dir")
+        (self.folder / "cases").mkdir(parents=True, exist_ok=True)
+        if self.stride_voxel:
+            (self.folder / "dense").mkdir(exist_ok=True)
+        write_text(card, json.dumps({"origin": origin}, indent=1, sort_keys=True))
+        return origin
+
+
+def extract_all(extraction: Extraction, store: VolumeStore) -> int:
+    """Make the features of all cases of the store that are not there yet, and their file; how many cases failed.
+
+    Raises: ValueError: see `Extraction.claim`, or there is no case with features.
+    """
+    origin, failed, made = extraction.claim(store), {}, 0
+    with alone_in(extraction.folder):
+        if extraction.untrained is not None:
+            measure_batch_norm(extraction.encoder, _first_patches(extraction, store))
+        rows: dict[str, Mapping[str, np.ndarray]] = {}
+        bar = tqdm(store.names, desc="features", unit=" cases", mininterval=0.1 if sys.stderr.isatty() else 30)
+        for case, name in enumerate(bar):
+            row = _finished(extraction, store, case)
+            try:
+                if row is None:
+                    row, made = _extract(extraction, store, case), made + 1
+                first = next(iter(rows.values()), row)
+                if not np.array_equal(first["coordinate"], row["coordinate"]):
+                    raise ValueError("its table has other locations than that of the first case; derive them together")
+                rows[name] = row
+            except ValueError as error:
+                failed[name] = str(error)
+                bar.write(f"error: {name}: {error}", file=sys.stderr)
+        if not rows:
+            raise ValueError(f"none of the {len(store)} cases of {store.root} has features")
+        coordinate = next(iter(rows.values()))["coordinate"]
+        features = Features.of(list(rows), list(rows.values()), coordinate=coordinate)
+        versions = {package: version(package) for package in ("medssl", "torch", "numpy")}
+        features.save(extraction.folder, {"origin": origin, "failed": failed, "versions": versions})
+    n, num_locations, dim = features.feature.shape
+    shown = features.valid.mean()
+    print(f"{n} subjects ({made} new), {num_locations} locations ({shown:.0%} shown), {dim} numbers each")
+    print(f"-> {extraction.folder / FILE}" + (f" and {extraction.folder / 'dense'}" * bool(extraction.stride_voxel)))
+    return len(failed)
+
+
+def _extract(extraction: Extraction, store: VolumeStore, case: int) -> dict[str, np.ndarray]:
+    """The features of a case, written as a file of its own so that a stopped run goes on; its map before that."""
+    known, record, encoder = _locations_of(extraction, store, case), store.record(case), extraction.encoder
+    if not known.valid.any():
+        raise ValueError("it shows none of the locations")
+    try:
+        if extraction.stride_voxel:
+            _write_map(extraction, store, case, known)
+        found = encoder(
+            store, case, centers_voxel=known.center_voxel[known.valid], coordinate=known.coordinate[known.valid]
+        )
+        shown = np.concatenate(list(found))
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise ValueError("it does not fit into memory; batch_size=1 needs least") from None
+    feature = np.full((len(known.valid), shown.shape[1]), np.nan, dtype=np.float32)
+    feature[known.valid] = shown
+    matrix = record.volume_to_mm
+    row = {
+        "feature": feature,
+        "valid": known.valid,
+        "coordinate": known.coordinate.astype(np.float32),
+        "centre_mm": (known.center_voxel @ matrix[:3, :3].T + matrix[:3, 3]).astype(np.float32),
+        "voxel_hash": np.array(record.voxel_hash),
+    }
+    with whole_file(_file_of(extraction, record.case)) as partial, partial.open("wb") as stream:
+        np.savez(stream, **row)
+    return row
+
+
+def _finished(extraction: Extraction, store: VolumeStore, case: int) -> dict[str, np.ndarray] | None:
+    """The features of a case that an earlier run made from the same voxels."""
+    record = store.record(case)
+    file = _file_of(extraction, record.case)
+    if not file.is_file() or (extraction.stride_voxel and not _map_of(extraction, record.case).is_file()):
+        return None
+    with np.load(file) as arrays:
+        row = dict(arrays)
+    return row if str(row["voxel_hash"]) == record.voxel_hash else None
+
+
+def _write_map(extraction: Extraction, store: VolumeStore, case: int, known: Locations) -> None:
+    """`dense/CASE.nii.gz`: the features of patches at every stride, the channels along the fourth axis."""
+    import nibabel
+
+    record, encoder = store.record(case), extraction.encoder
+    grid = CellGrid.over(record, encoder.step_voxel(record) * np.array(extraction.stride_voxel))
+    centers = grid.centers_voxel
+    coordinate = coordinate_at(centers, centers_voxel=known.center_voxel, coordinate=known.coordinate)
+    found = np.concatenate(list(encoder(store, case, centers_voxel=centers, coordinate=coordinate)))
+    image = nibabel.Nifti1Image(  # type: ignore[attr-defined]
+        found.reshape(*grid.shape, -1), record.volume_to_mm @ grid.cell_to_voxel
+    )
+    image.header.set_xyzt_units("mm")
+    with whole_file(_map_of(extraction, record.case)) as partial:
+        nibabel.save(image, partial)  # type: ignore[attr-defined]
+
+
+def _locations_of(extraction: Extraction, store: VolumeStore, case: int) -> Locations:
+    try:
+        return extraction.locations.locations(Scene(store, Request((case,), 0)))
+    except FileNotFoundError as error:
+        raise ValueError(f"it has no table {extraction.locations.table!r} ({error.filename}); derive again") from error
+
+
+def _first_patches(
+    extraction: Extraction, store: VolumeStore
+) -> Iterator[tuple[Float32[torch.Tensor, "batch c x y z"], np.ndarray]]:
+    """The patches of the first cases, with their coordinates."""
+    for case in range(min(MEASURED_CASES, len(store))):
+        known = _locations_of(extraction, store, case)
+        for part, patches in extraction.encoder.batches(store, case, known.center_voxel[known.valid]):
+            yield patches, known.coordinate[known.valid][part]
+
+
+def _file_of(extraction: Extraction, case: str) -> Path:
+    return extraction.folder / "cases" / f"{case}.npz"
+
+
+def _map_of(extraction: Extraction, case: str) -> Path:
+    return extraction.folder / "dense" / f"{case}.nii.gz"
+
+
+def _reading(config: DictConfig, card: Mapping[str, Any], *, source: str) -> Reading:
+    """How patches are read: as the card says, or as is known of the layout, with what the configuration changes."""
+    layout, size = config.weights.layout, config.size_voxel
+    if layout is None and card.get("kind") == "segmenter":
+        reading = Reading.from_card(card["reading"], allow_modules=list(config.allow_modules))
+    elif layout is None:
+        reading = reading_of(card, source=source, allow_modules=list(config.allow_modules))
+    elif layout in PUBLISHED:
+        reading = PUBLISHED[layout]
+    elif size is None or config.spacing_mm is None or config.window_hu is None:
+        raise ValueError(
+            f"weights.layout={layout} does not say how images are read; give size_voxel, spacing_mm and window_hu"
+        )
+    else:
+        reading = Reading(spacing_mm="native", crop_voxel=(1, 1, 1))
+    if size is not None:
+        reading = replace(reading, crop_voxel=_three("size_voxel", size))
+    if config.spacing_mm is not None:
+        reading = replace(reading, spacing_mm=_spacing(config.spacing_mm))
+    if config.window_hu is not None:
+        window = config.window_hu
+        if not isinstance(window, ListConfig) or len(window) != 2 or not window[0] < window[1]:
+            raise ValueError(f"window_hu={window} must be [low,high], low below high")
+        reading = replace(reading, normalise=(ByModality(window_hu=tuple(map(float, window))),))
+    return reading
+
+
+def _locations(config: DictConfig, card: Mapping[str, Any], reading: Reading) -> GridCrop:
+    """The locations that are asked for, else those of the first group of the card's views that has any."""
+    table, grid = config.locations, config.grid
+    within = "body"
+    if table is not None and grid is not None:
+        raise ValueError("give locations=TABLE or grid=[x,y,z], not both")
+    if table is None and grid is None:
+        views = card.get("reading", {}).get("views", {}).get("groups", {})
+        stated = [view for view in views.values() if view.get("grid") or view.get("table")]
+        group: Mapping[str, Any] = stated[0] if stated else {"grid": DEFAULT_GRID}
+        table, grid, within = group.get("table"), group.get("grid"), group.get("within", within)
+    cells = None if grid is None else list(_three("grid", grid))
+    return GridCrop(size=reading.crop_voxel, spacing_mm=reading.spacing_mm, grid=cells, table=table, within=within)
+
+
+def _spacing(given: Any) -> Any:
+    values = list(given) if isinstance(given, ListConfig) else [given] * 3
+    if values == ["native"] * 3:
+        return "native"
+    if len(values) != 3 or not all(isinstance(v, int | float) and v > 0 for v in values):
+        raise ValueError(f"spacing_mm={given} must be one or three positive numbers, or native")
+    return tuple(map(float, values))
+
+
+def _three(name: str, values: Any) -> tuple[int, int, int]:
+    given = [values] * 3 if isinstance(values, int) else list(values) if not isinstance(values, str) else []
+    if len(given) != 3 or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in given):
+        raise ValueError(f"{name}={values} must be three positive whole numbers [x,y,z]")
+    return given[0], given[1], given[2]
+
+
+def _whole(name: str, value: Any, *, least: int, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        allowed = f"from {least} up" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}={value} must be a whole number {allowed}")
+    return value
