@@ -63,3 +63,11 @@ def test_ras_is_our_own_order():
 def test_an_order_that_is_none_is_refused(axes):
     with pytest.raises(ValueError, match=f"three directions.*got '{axes}'"):
         Reoriented(VisionTransformer(size_voxel=16, dim=12, depth=1, num_heads=2), axes=axes)
+
+
+def test_a_network_without_representation_or_locations_has_none_behind_the_wrapper():
+    wrapped = Reoriented(net := Kept(), axes="SPL")
+    assert not hasattr(wrapped, "represent")
+    assert not wrapped.takes_location
+    wrapped(torch.zeros(1, 1, 2, 4, 6), torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
+    assert net.image.shape == (1, 1, 6, 4, 2), "its forward knows of no index"

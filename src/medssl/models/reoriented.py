@@ -1,5 +1,8 @@
 """Networks whose axes run otherwise than ours."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,12 +36,37 @@ class Reoriented(nn.Module):
         self.turned = [2 + axis for axis, letter in enumerate(axes) if letter in TURNED]
         self.strides = tuple(tuple(stride[axis] for axis in self.back) for stride in net.strides)  # type: ignore[union-attr]
 
+        self.takes_location = bool(getattr(net, "takes_location", False))
+
     def forward(
-        self, image: Float[Tensor, "batch channel x y z"], location: Tensor | None = None
+        self, image: Float[Tensor, "batch channel x y z"], location: Tensor | None = None, index: Tensor | None = None
     ) -> list[Float[Tensor, "batch dim i j k"]]:
-        """The maps of `net` along our axes; `location` is passed on as it is."""
-        own = image.permute(0, 1, *(2 + axis for axis in self.forth))
-        maps = self.net(own.flip(self.turned) if self.turned else own, location)
+        """The maps of `net` along our axes.
+
+        A map of locations, one for every voxel, is laid along the axes of `net` as the image is; the coordinates
+        themselves stay as they are. Networks that take locations get `index` too.
+        """
+        maps = self.net(self._own(image), *self._where(location, index))
         if self.turned:
             maps = [level.flip(self.turned) for level in maps]
         return [level.permute(0, 1, *(2 + axis for axis in self.back)) for level in maps]
+
+    @property
+    def represent(self) -> Callable[..., Tensor]:
+        """`represent` of `net` for images along our axes; networks without it give an AttributeError."""
+        inner: Callable[..., Tensor] = self.net.represent  # type: ignore[assignment]
+
+        def represent(image: Tensor, location: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+            return inner(self._own(image), *self._where(location, index))
+
+        return represent
+
+    def _own(self, volume: Tensor) -> Tensor:
+        """A batch of volumes along the axes of `net`."""
+        own = volume.permute(0, 1, *(2 + axis for axis in self.forth))
+        return own.flip(self.turned) if self.turned else own
+
+    def _where(self, location: Tensor | None, index: Tensor | None) -> tuple[Any, ...]:
+        if location is not None and location.ndim == 5:
+            location = self._own(location)
+        return (location, index) if self.takes_location else (location,)
