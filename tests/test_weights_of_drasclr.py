@@ -134,9 +134,7 @@ def test_an_extracted_network_loads_without_head(tmp_path, place, prefix):
 
 
 def test_a_segmenter_starts_from_it_without_the_last_convolution(training_file):
-    recipe = encoder_recipe(training_file, layout="drasclr")
-    recipe["net"]["num_maps"] = 5
-    segmenter, _ = build_segmenter(recipe, None, num_classes=2, in_channels=1)
+    segmenter, _ = build_segmenter(encoder_recipe(training_file, layout="drasclr"), None, num_classes=2, in_channels=1)
     (report,) = load_parts(training_file, {"encoder": segmenter.encoder}, layout="drasclr")
     assert len(report.matched) == 117 - 9
     assert len(report.left_out) == 9

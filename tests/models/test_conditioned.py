@@ -258,14 +258,14 @@ def test_maps_say_their_width_and_stride():
     assert encoder.takes_location
 
 
-@pytest.mark.parametrize("num_maps", [5, 6])
-def test_a_segmenter_builds_on_it(num_maps):
-    recipe = {"_target_": "medssl.models.conditioned.ConditionedEncoder", **NARROW, "num_maps": num_maps}
+@pytest.mark.parametrize(("options", "num_maps"), [({}, 5), ({"num_maps": 6}, 6)])
+def test_a_segmenter_builds_on_it(options, num_maps):
+    recipe = {"_target_": "medssl.models.conditioned.ConditionedEncoder", **NARROW, **options}
     segmenter, recipes = build_segmenter(recipe, None, num_classes=3, in_channels=1, deep_supervision=2)
     assert isinstance(segmenter.decoder, UNetDecoder)
     assert segmenter.decoder.channels == (2, 3, 4, 5, 7)[: num_maps - 1]
     assert segmenter.multiple_voxel == ((16,) * 3 if num_maps == 5 else (32,) * 3)
-    assert recipes["encoder"] == {**recipe, "in_channels": 1}
+    assert recipes["encoder"] == {**recipe, "in_channels": 1, "num_maps": num_maps}
     image, place = torch.randn(2, 1, 32, 32, 32), torch.rand(2, 3, 32, 32, 32) * 2 - 1
     segmenter.outputs(image, place)[0].square().sum().backward()
     assert all(parameter.grad is not None for parameter in segmenter.encoder.parameters()), "DDP waits for all"

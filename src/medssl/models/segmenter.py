@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medssl.building import NETWORKS, build_trusted, trusted_class
+from medssl.models.conditioned import ConditionedEncoder
 from medssl.models.reoriented import Reoriented
 from medssl.models.unet import halvings
 from medssl.models.vit import VisionTransformer
@@ -92,7 +93,8 @@ def build_segmenter(
     Without a decoder recipe, an encoder whose maps share one stride gets a `UNETRDecoder` with a sixteenth of its width
     at full resolution (16 to 48 channels, 48 for a ViT-B as in UNETR), any other a `UNetDecoder`. A `VisionTransformer`
     is built without CLS token unless its recipe names `class_token`, and for a `UNETRDecoder` with the maps that this
-    has steps for (see `skip_depths`) unless its recipe names `feature_depths`.
+    has steps for (see `skip_depths`) unless its recipe names `feature_depths`. A `ConditionedEncoder` ends at a
+    sixteenth of the resolution unless its recipe names `num_maps`.
 
     Raises:
         ValueError: a class outside the trusted packages, or networks that do not fit together.
@@ -130,6 +132,8 @@ def build_networks(
         if for_unetr and net.get("feature_depths") is None:
             num_steps = len(halvings(triple(_option(net, kind, "patch_voxel"))))
             net["feature_depths"] = skip_depths(_option(net, kind, "depth"), num_steps)
+    if issubclass(kind, ConditionedEncoder):
+        net.setdefault("num_maps", 5)
     encoder_recipe = {**encoder_recipe, "net": net} if wrapped else net
     encoder = build_trusted(encoder_recipe, packages, nn.Module)
     channels, strides = levels(encoder)
