@@ -1,6 +1,6 @@
 """Means, intervals and tests over cases and seeds: tables have one row a seed, one column a case; NaN is missing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,22 @@ class Resampling:
         Both take the same resampled cases, each resamples its own seeds.
         """
         return self._interval([scores, reference])
+
+    def of_score(
+        self, score: Callable[[Int[np.ndarray, "num items"]], Float[np.ndarray, " num"]], num_items: int
+    ) -> Interval:
+        """A score of weighted items: `score` is told how often each is drawn, a row a draw, and gives NaN without one.
+
+        The same number of items is drawn the same way whatever the score, so that differences are paired.
+        """
+        value = float(score(np.ones((1, num_items), dtype=np.int64))[0])
+        generator = np.random.default_rng(self.seed)
+        drawn = np.concatenate([score(_times_drawn(num_items, n, generator)) for n in self._portions(num_items)])
+        if num_items < 2 or np.isnan(drawn).all():
+            return Interval(value, np.nan, np.nan)
+        tail = (1 - self.confidence) / 2
+        low, high = np.nanquantile(drawn, [tail, 1 - tail])
+        return Interval(value, float(low), float(high))
 
     def _interval(self, tables: Sequence[Float[np.ndarray, "_ cases"]]) -> Interval:
         values = _difference([mean_present(table, 0) for table in tables])

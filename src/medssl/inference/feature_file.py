@@ -47,6 +47,17 @@ class Features:
         pooled = (total / valid.sum(1, keepdims=True)).astype(np.float32)
         return cls(np.array(cases), feature, valid, coordinate, centre_mm, pooled)
 
+    def of_location(self, location: int | None) -> Float32[np.ndarray, "n dim"]:
+        """The features at a location, NaN where it is not shown, or the pooled ones.
+
+        Raises: ValueError: there is no such location.
+        """
+        if location is None:
+            return self.pooled
+        if not 0 <= location < len(self.coordinate):
+            raise ValueError(f"location={location} does not exist; there are {len(self.coordinate)}, from 0 on")
+        return self.feature[:, location]
+
     def save(self, folder: Path, card: Mapping[str, Any]) -> None:
         """Write `features.npz`, then `features.json` with what they were made from; each all or nothing."""
         with whole_file(folder / FILE) as partial, partial.open("wb") as stream:
