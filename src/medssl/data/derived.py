@@ -32,8 +32,9 @@ DAMAGED = b"damaged"
 class Derivation(Protocol):
     """What can be derived: a picklable object, usually a frozen dataclass named by `_target_` in a file of `what/`.
 
-    It may have two more methods: `needs()` gives derivations whose tables are made first, for `table_of` to read, and
-    `rests_on(store, case)` the numbers of further cases that a table is made from: it holds as long as all of them do.
+    It may have more methods: `needs()` gives derivations whose tables are made first, for `table_of` to read;
+    `rests_on(store, case)` the numbers of further cases that a table is made from: it holds as long as all of them do;
+    `report(store, folder)` a closing message once all tables are there, and it may put pictures into their folder.
     """
 
     @property
@@ -52,16 +53,18 @@ class Derivation(Protocol):
 
 @dataclass(frozen=True)
 class DeriveSummary:
-    """Where the tables lie, how many were made now, and the mean of each quality."""
+    """Where the tables lie, how many were made now, the mean of each quality, and what the derivation reports."""
 
     folder: Path
     num_cases: int
     num_new: int
     mean_quality: dict[str, float]
+    report: str = ""
 
     def __str__(self) -> str:
         means = ", ".join(f"{name} {value:.4g}" for name, value in self.mean_quality.items())
-        return f"{self.num_cases} tables ({self.num_new} new) -> {self.folder}\nmean quality: {means}"
+        head = f"{self.num_cases} tables ({self.num_new} new) -> {self.folder}\nmean quality: {means}"
+        return f"{head}\n{self.report}" if self.report else head
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,9 @@ def derive(
         _write_quality(folder / "quality.csv", quality)
         pointer = json.dumps({"folder": folder.name, "recipe": derivation.recipe()}, indent=1, sort_keys=True)
         write_text(folder.parent / f"{derivation.name}.json", pointer)
-    means = {name: float(np.mean([row[name] for row in quality.values()])) for name in next(iter(quality.values()))}
-    return DeriveSummary(folder, len(cases), len(jobs), means)
+        report = derivation.report(opened, folder) if hasattr(derivation, "report") else ""
+    means = {name: _mean([row[name] for row in quality.values()]) for name in next(iter(quality.values()))}
+    return DeriveSummary(folder, len(cases), len(jobs), means, report)
 
 
 def derive_case(job: Job) -> None:
@@ -141,6 +145,20 @@ def folder_of(root: Path, derivation: Derivation) -> Path:
 def table_of(store: VolumeStore, derivation: Derivation, case: int) -> Table:
     """The table of a case that exactly this derivation made."""
     return _load(folder_of(store.root, derivation) / f"{store.record(case).case}.npz")
+
+
+def read_coarse(store: VolumeStore, case: int, *, spacing_mm: float) -> tuple[Volume, np.ndarray]:
+    """The first channel of the coarsest level that is at least as fine as `spacing_mm`, and voxels per voxel of it."""
+    record = store.record(case)
+    factors = np.array(record.level_factors)
+    fine = [level for level, f in enumerate(factors) if (f * record.spacing_mm).max() <= spacing_mm]
+    level = fine[-1] if fine else 0
+    factor = factors[level]
+    sides = -(-np.array(record.shape) // factor)
+    stored = store.read(case, level, [0, 0, 0], sides.tolist()).result()[:1]
+    step = np.diag([*factor.astype(float), 1.0])
+    step[:3, 3] = (factor - 1) / 2
+    return Volume(record.values(stored), record.volume_to_mm @ step, record.source), factor
 
 
 def _origins(store: VolumeStore, derivation: Derivation) -> list[bytes]:
@@ -190,14 +208,7 @@ class Body:
     def __call__(self, store: VolumeStore, case: int) -> Table:
         """Box, fill and volume."""
         record = store.record(case)
-        factors = np.array(record.level_factors)
-        fine = [level for level, f in enumerate(factors) if (f * record.spacing_mm).max() <= self.copy_spacing_mm]
-        level = fine[-1] if fine else 0
-        factor = factors[level]
-        sides = -(-np.array(record.shape) // factor)
-        stored = store.read(case, level, [0, 0, 0], sides.tolist()).result()[:1]
-        affine = record.volume_to_mm @ np.diag([*factor.astype(float), 1.0])
-        volume = Volume(record.values(stored), affine, record.source)
+        volume, factor = read_coarse(store, case, spacing_mm=self.copy_spacing_mm)
         box, mask, block = find_body(
             volume, modality=record.modality, threshold_hu=self.threshold_hu, copy_spacing_mm=self.copy_spacing_mm
         )
@@ -226,6 +237,11 @@ def _opened(root: Path) -> VolumeStore:
 
 def _load(path: Path) -> Table:
     return _read(path, dict)
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _quality(derivation: Derivation, path: Path) -> dict[str, float]:
