@@ -1,0 +1,75 @@
+"""Supervised contrast whose positives are views of nearly the same position, also of other volumes."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+Metric = Literal["axial", "linf"]
+METRICS = ("axial", "linf")
+EPSILON = 1e-8
+
+
+def near_positions(
+    position: Float64[Tensor, "row 3"], *, metric: Metric = "linf", threshold: float
+) -> Bool[Tensor, "row row"]:
+    """Which rows lie closer than `threshold` to each other, strictly; a row is near itself.
+
+    Args:
+        position: in [0, 1] along x, y, z.
+        metric: `axial` compares z alone, `linf` takes the largest difference of the three.
+        threshold: in the unit of the positions.
+
+    Source: arXiv:2106.09157, section 2.2.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}, allowed are {', '.join(METRICS)}")
+    apart = (position[:, None] - position[None]).abs()
+    return (apart[..., 2] if metric == "axial" else apart.amax(-1)) < threshold
+
+
+def overlapping_boxes(
+    lower: Float64[Tensor, "row 3"], upper: Float64[Tensor, "row 3"], *, threshold: float
+) -> Bool[Tensor, "row row"]:
+    """Which boxes share more than `threshold` of their union; a box shares all with itself."""
+    inner = (torch.minimum(upper[:, None], upper) - torch.maximum(lower[:, None], lower)).clamp(min=0).prod(-1)
+    volume = (upper - lower).prod(-1)
+    return inner / (volume[:, None] + volume - inner) > threshold
+
+
+def equal_labels(label: Int64[Tensor, " row"]) -> Bool[Tensor, "row row"]:
+    """Which rows have the same label, such as the two views of an image."""
+    return label[:, None] == label
+
+
+def contrast_of_positives(
+    vectors: Float[Tensor, "row dim"],
+    positive: Bool[Tensor, "row row"],
+    *,
+    temperature: float = 0.1,
+    base_temperature: float = 0.07,
+) -> Float[Tensor, ""]:
+    """Minus the mean log-probability of each row's positives among all other rows, times temperature over base.
+
+    Mean over the rows that have a positive, in nats; zero with a gradient of zero where none has. A row is no positive
+    of itself, whatever the mask says. `base_temperature=temperature` gives the equation of the paper.
+
+    Args:
+        vectors: of any length but zero; they are compared by their cosine.
+        positive: the mask of positives.
+        temperature: of the cosines.
+        base_temperature: what the loss is scaled by.
+
+    Source: arXiv:2004.11362, eq. 2; arXiv:2106.09157, eq. 3; repository zshyang/kaf, loss/contrast_loss.py.
+    """
+    directions = F.normalize(vectors, dim=1, eps=EPSILON)
+    itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    logits = (directions @ directions.T / temperature).masked_fill(itself, -torch.inf)
+    counted = positive & ~itself
+    numbers = counted.sum(1)
+    log_share = logits.log_softmax(1).masked_fill(~counted, 0.0).sum(1)
+    rows = numbers > 0
+    mean = log_share / numbers.clamp(min=1)
+    return -(temperature / base_temperature) * (mean * rows).sum() / rows.sum().clamp(min=1)
