@@ -81,6 +81,15 @@ def test_official_coordinates_have_the_published_range_and_neighbours_the_publis
     assert (distance == 26).all()
 
 
+def test_coordinates_grow_to_the_right_whatever_the_axes_of_the_grid(atlas_corners):
+    """The released atlas lies in a grid whose first axis grows to the left."""
+    left = np.diag([-1.0, 1.0, 1.0, 1.0])
+    along, against = (AnchorTable.of_corners(atlas_corners, grid, norm="official_max") for grid in (np.eye(4), left))
+    np.testing.assert_allclose(against.coordinate, along.coordinate * [-1, 1, 1])
+    rightmost = against.centre_mm[:, 0].argmax()
+    assert against.coordinate[rightmost, 0] == against.coordinate[:, 0].max()
+
+
 def test_minmax_coordinates_reach_from_end_to_end_and_a_single_plane_lies_at_zero():
     corners = np.array([[10, 0, 7], [20, 0, 7], [40, 26, 7]])
     assert coordinates(corners, norm="minmax").tolist() == [

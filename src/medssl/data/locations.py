@@ -28,7 +28,7 @@ class AnchorTable:
         index_voxel: lower corner of each patch on the reference's grid, in the order of its axes.
         grid_to_mm: index on that grid -> RAS mm; its columns say where the axes of the patches run.
         patch_voxel: side of a patch on that grid.
-        coordinate: of each location, in [-1, 1].
+        coordinate: of each location, in [-1, 1], growing to the right, to the front and upwards (RAS) on any grid.
         neighbours: other locations of each, nearest first; among equally near ones the first row comes first.
         roi_fraction: share of each patch that lies in the mask by which it was chosen; NaN where unknown.
         reference: what the anchors were found in.
@@ -57,12 +57,13 @@ class AnchorTable:
     ) -> "AnchorTable":
         """The table of given corners; coordinates and neighbours follow from them."""
         index_voxel = index_voxel.astype(np.int64)
+        direction = np.where(grid_to_mm.diagonal()[:3] < 0, -1, 1).astype(np.float32)
         unknown = np.full(len(index_voxel), np.nan)
         return cls(
             index_voxel,
             grid_to_mm,
             patch_voxel,
-            coordinates(index_voxel, norm=norm),
+            coordinates(index_voxel, norm=norm) * direction,
             neighbours_of(index_voxel),
             unknown if roi_fraction is None else roi_fraction,
             reference,
@@ -184,7 +185,7 @@ def find_anchors(
 
 
 def coordinates(index_voxel: Int64[np.ndarray, "location 3"], *, norm: str) -> Float32[np.ndarray, "location 3"]:
-    """Coordinates in [-1, 1] of the locations.
+    """Coordinates in [-1, 1] of the locations, along the axes of their grid.
 
     "minmax": from -1 at the first to 1 at the last along each axis, 0 where there is one. "official_max": 2 * corner /
     largest corner - 1, which the published weights were trained with.

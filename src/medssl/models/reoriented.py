@@ -34,6 +34,7 @@ class Reoriented(nn.Module):
         self.forth = [AXIS_OF[letter] for letter in axes]  # our axis under each of the net's
         self.back = [self.forth.index(axis) for axis in range(3)]
         self.turned = [2 + axis for axis, letter in enumerate(axes) if letter in TURNED]
+        self.directions = [-1.0 if letter in axes else 1.0 for letter in TURNED]  # along our x, y and z
         self.strides = tuple(tuple(stride[axis] for axis in self.back) for stride in net.strides)  # type: ignore[union-attr]
 
         self.takes_location = bool(getattr(net, "takes_location", False))
@@ -43,8 +44,9 @@ class Reoriented(nn.Module):
     ) -> list[Float[Tensor, "batch dim i j k"]]:
         """The maps of `net` along our axes.
 
-        A map of locations, one for every voxel, is laid along the axes of `net` as the image is; the coordinates
-        themselves stay as they are. Networks that take locations get `index` too.
+        Coordinates of locations, ours growing as RAS does, change their sign where an axis of `net` runs the other way,
+        and keep the order x, y, z. A map of them, one for every voxel, is laid along the axes of `net` as the image is.
+        Networks that take locations get `index` too.
         """
         maps = self.net(self._own(image), *self._where(location, index))
         if self.turned:
@@ -67,6 +69,8 @@ class Reoriented(nn.Module):
         return own.flip(self.turned) if self.turned else own
 
     def _where(self, location: Tensor | None, index: Tensor | None) -> tuple[Any, ...]:
-        if location is not None and location.ndim == 5:
-            location = self._own(location)
+        if location is not None:
+            signs = location.new_tensor(self.directions)
+            is_map = location.ndim == 5
+            location = self._own(location * signs.view(3, 1, 1, 1)) if is_map else location * signs
         return (location, index) if self.takes_location else (location,)
