@@ -1,5 +1,7 @@
 """Reductions over the processes of a run; plain pass-through where there is only one."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,3 +24,31 @@ def gather_ranks(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, those of rank 0 first; every rank must call it with equally many.
+
+    A loss of all rows that every rank computes alike has, once gradients are averaged over the ranks, the gradient that
+    one process would have: each rank gets back the sum of all ranks' gradients of its own rows.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    gathered: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """The rows of all ranks."""
+        ctx.num_rows = len(tensor)
+        return gather_ranks(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The summed gradient of the own rows."""
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        start = dist.get_rank() * ctx.num_rows
+        return total[start : start + ctx.num_rows]
