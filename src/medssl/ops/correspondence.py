@@ -1,0 +1,126 @@
+"""Which keypoints of two views are the same place: rows (sample, number in the first, number in the second)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+class Choice(NamedTuple):
+    """Keypoints that two views take from one list, and which of them are the same.
+
+    Args:
+        first: numbers in the list of the points that the first view takes, those that both take first.
+        second: likewise for the second view; the first ones are the same points in the same order.
+        first_valid: whether there is a point.
+        second_valid: likewise.
+        pairs: (sample, place in `first`, place in `second`); -1 where a point has no partner.
+    """
+
+    first: Int64[Tensor, "b n"]
+    second: Int64[Tensor, "b n"]
+    first_valid: Bool[Tensor, "b n"]
+    second_valid: Bool[Tensor, "b n"]
+    pairs: Int64[Tensor, "pair 3"]
+
+
+def choose_shared(
+    first_inside: Bool[Tensor, "b k"],
+    second_inside: Bool[Tensor, "b k"],
+    noise: Float[Tensor, "b k"],
+    *,
+    max_points: int,
+    max_matched_fraction: float = 0.9,
+) -> Choice:
+    """Points of a volume that two views see, in the random order of `noise`, shared ones first.
+
+    At most `max_matched_fraction * max_points` shared points are taken; the rest of a view are points that it alone
+    sees, so that partnerless points remain. A shared point that is left out is left out of both.
+
+    Args:
+        first_inside: which points of the list lie in the first view.
+        second_inside: likewise for the second.
+        noise: in [0, 1), one a point.
+        max_points: of a view.
+        max_matched_fraction: see above.
+    """
+    both = first_inside & second_inside
+    limit = int(max_matched_fraction * max_points)
+    order = torch.where(both, noise, 2.0).argsort(dim=1)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    shared = both & (rank < limit)
+    chosen = []
+    for inside in (first_inside, second_inside):
+        key = torch.where(shared, noise, torch.where(inside & ~both, 1 + noise, torch.inf))
+        values, places = key.sort(dim=1)
+        chosen.append((places[:, :max_points], values[:, :max_points].isfinite()))
+    (first, first_valid), (second, second_valid) = chosen
+    number = shared.sum(1, keepdim=True)
+    place = torch.arange(first.shape[1], device=first.device)
+    matched = (place < number).nonzero()
+    pairs = _with_partnerless(
+        torch.cat([matched, matched[:, 1:]], dim=1), first_valid=first_valid, second_valid=second_valid
+    )
+    return Choice(first, second, first_valid, second_valid, pairs)
+
+
+def mutual_nearest(
+    cost: Float[Tensor, "b m n"],
+    allowed: Bool[Tensor, "b m n"],
+    *,
+    first_valid: Bool[Tensor, "b m"],
+    second_valid: Bool[Tensor, "b n"],
+) -> Int64[Tensor, "pair 3"]:
+    """Pairs of points that are each other's cheapest among the allowed ones, then the points without a partner.
+
+    Source: repository zshyang/kaf, dataset/match_utils.py.
+    """
+    usable = allowed & first_valid[:, :, None] & second_valid[:, None]
+    cost = cost.masked_fill(~usable, torch.inf)
+    if not cost.numel():
+        return _with_partnerless(cost.new_empty(0, 3).long(), first_valid=first_valid, second_valid=second_valid)
+    forth, back = cost.argmin(2), cost.argmin(1)
+    here = torch.arange(cost.shape[1], device=cost.device)
+    is_pair = (back.gather(1, forth) == here) & cost.gather(2, forth[..., None])[..., 0].isfinite()
+    sample, first = is_pair.nonzero().unbind(1)
+    matched = torch.stack([sample, first, forth[sample, first]], dim=1)
+    return _with_partnerless(matched, first_valid=first_valid, second_valid=second_valid)
+
+
+def patch_descriptors(
+    image: Float[Tensor, "b c *spatial"], points: Float[Tensor, "b n d"], *, side: int = 5
+) -> Float[Tensor, "b n values"]:
+    """The voxels about each point (`side` along each axis, the nearest voxel in the middle), with mean 0 and length 1.
+
+    Points beyond the image see its edge; a patch of one value is all zeros.
+    """
+    spatial = image.shape[2:]
+    reach = torch.arange(side, device=image.device) - side // 2
+    offsets = torch.stack(torch.meshgrid(*[reach] * len(spatial), indexing="ij"), dim=-1).reshape(-1, len(spatial))
+    last = torch.tensor(spatial, device=image.device) - 1
+    place = ((points + 0.5).floor().long()[:, :, None] + offsets).clamp(min=0)
+    flat = torch.zeros_like(place[..., 0])
+    for axis, n in enumerate(spatial):
+        flat = flat * n + torch.minimum(place[..., axis], last[axis])
+    n, voxels = flat.shape[1:]
+    values = image.flatten(2).gather(2, flat.flatten(1)[:, None].expand(-1, image.shape[1], -1))
+    patches = values.unflatten(2, (n, voxels)).transpose(1, 2).flatten(2)  # (b n c*voxels)
+    return F.normalize(patches - patches.mean(2, keepdim=True), dim=2)
+
+
+def _with_partnerless(
+    matched: Int64[Tensor, "pair 3"], *, first_valid: Bool[Tensor, "b m"], second_valid: Bool[Tensor, "b n"]
+) -> Int64[Tensor, "row 3"]:
+    """The pairs, then a row for each valid point that is in none of them."""
+    rows = [matched]
+    for column, valid in ((1, first_valid), (2, second_valid)):
+        alone = valid.clone()
+        alone[matched[:, 0], matched[:, column]] = False
+        sample, place = alone.nonzero().unbind(1)
+        nobody = torch.full_like(sample, -1)
+        rows.append(torch.stack([sample, *((place, nobody) if column == 1 else (nobody, place))], dim=1))
+    return torch.cat(rows)
