@@ -1,0 +1,52 @@
+"""What KAF trains besides its encoder: embeddings of image and keypoints, and the tokens that are matched."""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from medssl.models.kaf_unet import KAFOutput
+from medssl.models.keypoint_attention import TokenBatchNorm
+
+
+class KAFEmbeddings(NamedTuple):
+    """Embeddings of a batch of views, not normalised, and fused tokens (0 where there is none)."""
+
+    image: Float[Tensor, "batch embed"]
+    keypoints: Float[Tensor, "batch embed"]
+    tokens: Float[Tensor, "batch dim n"]
+    has_keypoints: Bool[Tensor, " batch"]
+
+
+class KAFHeads(nn.Module):
+    """The bottleneck head, the fusion of the levels' tokens, and the head of their mean.
+
+    Args:
+        bottleneck_channels: of the encoder's last map.
+        token_channels: of the encoder's tokens, all levels together.
+        dim: of the fused tokens.
+        embed_dim: of both embeddings.
+
+    Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
+    """
+
+    def __init__(self, *, bottleneck_channels: int, token_channels: int, dim: int = 256, embed_dim: int = 512) -> None:
+        super().__init__()
+        half = bottleneck_channels // 2
+        self.bottleneck = nn.Sequential(nn.Linear(bottleneck_channels, half), nn.ReLU(), nn.Linear(half, embed_dim))
+        self.fusion = nn.Linear(token_channels, dim)
+        self.keypoint = nn.Sequential(nn.Linear(dim, dim), TokenBatchNorm(dim), nn.ReLU(), nn.Linear(dim, embed_dim))
+
+    def forward(self, output: KAFOutput) -> KAFEmbeddings:
+        """Embeddings of a batch.
+
+        A view without keypoints has a keypoint embedding of zeros, and no share in the batch norm of the others.
+        """
+        image = self.bottleneck(output.bottleneck.flatten(2).mean(2))
+        tokens = self.fusion(output.tokens.mT) * output.valid[:, :, None]  # (batch, n, dim)
+        counts, has_keypoints = output.valid.sum(1), output.valid.any(1)
+        mean = tokens.sum(1)[has_keypoints] / counts[has_keypoints, None]
+        embedded = self.keypoint(mean)
+        keypoints = embedded.new_zeros(len(image), embedded.shape[1])
+        keypoints = keypoints.index_copy(0, has_keypoints.nonzero().squeeze(1), embedded)
+        return KAFEmbeddings(image, keypoints, tokens.mT, has_keypoints)

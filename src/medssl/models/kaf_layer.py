@@ -1,0 +1,158 @@
+"""The keypoint-augmented fusion layer: features at keypoints, attention among them, and a map of what they learnt."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from medssl.models.keypoint_attention import MessageLayer, Packing, PositionCode
+from medssl.ops.sparse_convolution import SCATTERS, convolve_points, place, voxel_number, voxel_share
+
+GATHERS = ("nearest", "trilinear")
+CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class Keypoints(NamedTuple):
+    """The keypoints of a batch of images, packed."""
+
+    points: Float[Tensor, "token axis"]  # in voxels of the image, whole numbers are centres
+    packing: Packing
+
+    def voxel(self, stride: Sequence[int]) -> Int[Tensor, "token axis"]:
+        """The voxel of each in a map of this stride: that which holds the voxel next to the point."""
+        nearest = (self.points + 0.5).floor().long()
+        return nearest.div(nearest.new_tensor(stride), rounding_mode="floor")
+
+
+def find_tokens(
+    points: Float[Tensor, "batch n axis"], valid: Bool[Tensor, "batch n"], *, size_voxel: Sequence[int]
+) -> tuple[Keypoints, Bool[Tensor, "batch n"]]:
+    """The valid keypoints whose nearest voxel lies in an image of this size, and where they are among the rows."""
+    sides = torch.tensor(size_voxel, device=points.device)
+    valid = valid & ((points >= -0.5) & (points < sides - 0.5)).all(-1)  # not a number compares false
+    packing = Packing.of(valid)
+    return Keypoints(packing.pack(points.float()), packing), valid
+
+
+class KAFLayer(nn.Module):
+    """Tokens from a map and their keypoints, and a map of the same width from the tokens.
+
+    Features at the keypoints are embedded, get a code of their place, and pass `2 * num_layers` layers of
+    self-attention. The tokens are written into zeros and spread by two convolutions with a batch norm between.
+
+    Args:
+        channels: of the map.
+        spatial_dims: 2 or 3.
+        dim: of the tokens.
+        num_heads: of the attention.
+        num_layers: pairs of attention layers.
+        hidden: channels between the two convolutions.
+        position_widths: hidden layers of the position code.
+        gather: `nearest` voxel or `trilinear` (in two dimensions bilinear).
+        scatter: tokens of one voxel leave their `mean`, or the last one by `overwrite`.
+        sparse_first_conv: convolve tokens instead of a map of them; the result is the same.
+        token_norm: of the MLPs over tokens, `batch` or `layer`.
+        bn_momentum: of the batch norms in the attention layers. 0.19 is two updates with 0.1 at once, which the
+            released code does.
+        axis_swap: see `medssl.models.keypoint_attention.normalised`.
+
+    Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        spatial_dims: int,
+        dim: int = 256,
+        num_heads: int = 4,
+        num_layers: int = 6,
+        hidden: int = 64,
+        position_widths: Sequence[int] = (32, 64, 128, 256),
+        gather: str = "nearest",
+        scatter: str = "mean",
+        sparse_first_conv: bool = True,
+        token_norm: str = "batch",
+        bn_momentum: float = 0.1,
+        axis_swap: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (("gather", gather, GATHERS), ("scatter", scatter, SCATTERS)):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+        self.dim, self.gather, self.scatter, self.sparse_first_conv = dim, gather, scatter, sparse_first_conv
+        self.embed = nn.Linear(channels, dim)
+        self.position = PositionCode(spatial_dims, dim, widths=position_widths, norm=token_norm, axis_swap=axis_swap)
+        self.attention = nn.ModuleList(
+            MessageLayer(dim, num_heads=num_heads, norm=token_norm, bn_momentum=bn_momentum)
+            for _ in range(2 * num_layers)
+        )
+        conv = CONVOLUTIONS[spatial_dims]
+        self.spread, self.norm = conv(dim, hidden, 3, padding=1), BATCH_NORMS[spatial_dims](hidden)
+        self.restore = conv(hidden, channels, 3, padding=1)
+
+    def forward(
+        self, features: Float[Tensor, "batch channel *spatial"], keypoints: Keypoints, *, stride: Sequence[int]
+    ) -> tuple[Float[Tensor, "batch channel *spatial"], Float[Tensor, "token dim"]]:
+        """The map of the keypoints and their tokens; `stride` is that of `features`, in voxels of the image."""
+        size, packing = features.shape[2:], keypoints.packing
+        voxel = keypoints.voxel(stride)
+        if self.gather == "nearest":
+            gathered = features.flatten(2)[packing.sample, :, _number(voxel, size)]
+        else:
+            gathered = interpolate(features, _level_points(keypoints.points, stride), packing.sample)
+        tokens = self.embed(gathered) + self.position(voxel, size)
+        for layer in self.attention:
+            tokens = tokens + layer(tokens, tokens, at=packing, of=packing)
+        spread = self.diffuse(tokens, voxel, packing.sample, batch=len(features), size_voxel=size)
+        return self.restore(torch.relu(self.norm(spread))), tokens
+
+    def diffuse(
+        self,
+        tokens: Float[Tensor, "token dim"],
+        voxel: Int[Tensor, "token axis"],
+        sample: Int[Tensor, " token"],
+        *,
+        batch: int,
+        size_voxel: Sequence[int],
+    ) -> Float[Tensor, "batch hidden *spatial"]:
+        """The first convolution over the map that holds the tokens at their voxels and is zero elsewhere."""
+        number = voxel_number(voxel, sample, size_voxel=size_voxel)
+        num_voxels = batch * int(torch.Size(size_voxel).numel())
+        share = voxel_share(number, num_voxels=num_voxels, scatter=self.scatter, dtype=tokens.dtype)
+        shared = tokens * share[:, None]
+        if not self.sparse_first_conv:
+            return self.spread(place(shared, number, batch=batch, size_voxel=size_voxel))
+        weight, bias = self.spread.weight, self.spread.bias
+        return convolve_points(shared, voxel, sample, weight=weight, bias=bias, batch=batch, size_voxel=size_voxel)
+
+
+def interpolate(
+    features: Float[Tensor, "batch channel *spatial"],
+    points: Float[Tensor, "token axis"],
+    sample: Int[Tensor, " token"],
+) -> Float[Tensor, "token channel"]:
+    """Features at points (in voxels of the map), linear along every axis; beyond the outermost centres, theirs."""
+    flat, size = features.flatten(2), features.shape[2:]
+    last = torch.tensor(size, device=points.device) - 1
+    low = points.floor()
+    total = torch.zeros((), dtype=features.dtype, device=features.device)
+    for corner in product((0, 1), repeat=len(size)):
+        offset = points.new_tensor(corner)
+        part = (1 - (points - low - offset).abs()).prod(1).to(features.dtype)
+        voxel = (low + offset).long().clamp(min=torch.zeros_like(last), max=last)
+        total = total + part[:, None] * flat[sample, :, _number(voxel, size)]
+    return total
+
+
+def _number(voxel: Tensor, size_voxel: Sequence[int]) -> Tensor:
+    return voxel_number(voxel, torch.zeros_like(voxel[:, 0]), size_voxel=size_voxel)
+
+
+def _level_points(points: Tensor, stride: Sequence[int]) -> Tensor:
+    """Points in voxels of a map of this stride, whose voxels are cells of the image's."""
+    return (points + 0.5) / points.new_tensor(stride) - 0.5

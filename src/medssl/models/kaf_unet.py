@@ -1,0 +1,318 @@
+"""The U-Net whose levels know their keypoints: encoder, and decoder for segmentation."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from medssl.models.kaf_layer import BATCH_NORMS, CONVOLUTIONS, KAFLayer, Keypoints, find_tokens
+from medssl.models.stem import fit_stem
+from medssl.models.unet import SLOPE, InstanceNorm
+
+MODES = ("use", "duplicate", "zero")
+NORMS = ("batch", "instance")
+UPSAMPLINGS: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+class KAFOutput(NamedTuple):
+    """Maps of a batch, the tokens of all levels on top of each other (0 where there is none), and where tokens are."""
+
+    bottleneck: Float[Tensor, "batch channel *coarsest"]
+    skips: list[Tensor]
+    tokens: Float[Tensor, "batch token_channel n"]
+    valid: Bool[Tensor, "batch n"]
+
+
+class KAFEncoder(nn.Module):
+    """Levels of two convolutions, whose map is joined by that of a `KAFLayer` and pooled, and two convolutions at last.
+
+    Level l of L has `base_channels * 2^l` channels before and twice as many after the joining. The five (L + 1) maps
+    are those after joining and the bottleneck.
+
+    Args:
+        spatial_dims: 2 or 3 axes of image and keypoints.
+        in_channels: of the image.
+        base_channels: of the first level.
+        dim: of the tokens.
+        num_heads: of the attention.
+        num_layers: pairs of attention layers at each level.
+        hidden: channels between the two convolutions that spread tokens.
+        levels: for each level whether it has a `KAFLayer`; where not, zeros are joined.
+        strides: step to each map, a number or one an axis, the first is 1; null is 1, then 2.
+        position_widths: hidden layers of the position codes.
+        detector: finds keypoints where none are given; null is `DifferenceOfGaussians` with its defaults.
+        max_points: keypoints that are looked for in an image.
+        mode: `use` keypoints, or for comparison join a `duplicate` of the map or `zero` and have no `KAFLayer`.
+        gather: see `KAFLayer`, like `scatter`, `sparse_first_conv`, `token_norm`, `bn_momentum` and `axis_swap`.
+        scatter: see `KAFLayer`.
+        sparse_first_conv: see `KAFLayer`.
+        token_norm: see `KAFLayer`.
+        bn_momentum: see `KAFLayer`.
+        axis_swap: see `KAFLayer`.
+        norm: of the convolutions at the levels, `batch` or `instance`.
+        max_channels: limit for the channels of the maps.
+
+    The attributes `channels` and `strides` describe the maps, `token_channels` the tokens.
+
+    Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
+    """
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        base_channels: int = 16,
+        dim: int = 256,
+        num_heads: int = 4,
+        num_layers: int = 6,
+        hidden: int = 64,
+        levels: Sequence[int] = (1, 1, 1, 1),
+        strides: Sequence[int | Sequence[int]] | None = None,
+        position_widths: Sequence[int] = (32, 64, 128, 256),
+        detector: Any = None,
+        max_points: int = 512,
+        mode: str = "use",
+        gather: str = "nearest",
+        scatter: str = "mean",
+        sparse_first_conv: bool = True,
+        token_norm: str = "batch",
+        bn_momentum: float = 0.1,
+        axis_swap: bool = False,
+        norm: str = "batch",
+        max_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims is {spatial_dims}, allowed are 2 and 3")
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, allowed are {', '.join(MODES)}")
+        self.spatial_dims, self.in_channels, self.mode = spatial_dims, in_channels, mode
+        self.detector, self.max_points = detector, max_points
+        limit = max_channels or 2 * base_channels << len(levels)
+        widths = [min(base_channels << level, limit // 2) for level in range(len(levels))]
+        bottleneck = min(2 * base_channels << len(levels), limit)
+        self.channels = (*(2 * width for width in widths), bottleneck)
+        self.steps = _steps(strides, num_maps=len(levels) + 1, spatial_dims=spatial_dims)
+        self.strides = _cumulative(self.steps)
+        conv = CONVOLUTIONS[spatial_dims]
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(conv_block(a, b, spatial_dims=spatial_dims, norm=norm) for a, b in pairwise(inner)))
+            for inner in zip((in_channels, *self.channels), widths, widths, strict=False)
+        )
+        self.center = nn.Sequential(
+            *(conv(self.channels[-2], bottleneck, 3, padding=1), nn.ReLU(inplace=True)),
+            *(conv(bottleneck, bottleneck, 3, padding=1), nn.ReLU(inplace=True)),
+        )
+        self.kaf = nn.ModuleDict(
+            {
+                str(level): KAFLayer(
+                    widths[level],
+                    spatial_dims=spatial_dims,
+                    dim=dim,
+                    num_heads=num_heads,
+                    num_layers=num_layers,
+                    hidden=hidden,
+                    position_widths=position_widths,
+                    gather=gather,
+                    scatter=scatter,
+                    sparse_first_conv=sparse_first_conv,
+                    token_norm=token_norm,
+                    bn_momentum=bn_momentum,
+                    axis_swap=axis_swap,
+                )
+                for level, switch in enumerate(levels)
+                if switch and mode == "use"
+            }
+        )
+        self.token_channels = dim * len(self.kaf)
+
+    def forward(
+        self,
+        image: Float[Tensor, "batch channel *spatial"],
+        location: Tensor | None = None,
+        *,
+        points: Float[Tensor, "batch n axis"] | None = None,
+        valid: Bool[Tensor, "batch n"] | None = None,
+    ) -> list[Tensor]:
+        """The maps, fine to coarse; `location` is accepted and not used.
+
+        Args:
+            image: sides are multiples of the coarsest stride.
+            location: see above.
+            points: keypoints in voxels of the image; without them the detector finds some on the image as it is.
+            valid: which of the points count; null is all. Points that are no numbers or lie outside never do.
+
+        Raises:
+            ValueError: the image does not fit.
+        """
+        if points is None:
+            points, valid = self.find(image)
+        output = self.encode(image, points, valid)
+        return [*output.skips, output.bottleneck]
+
+    def encode(
+        self,
+        image: Float[Tensor, "batch channel *spatial"],
+        points: Float[Tensor, "batch n axis"],
+        valid: Bool[Tensor, "batch n"] | None = None,
+    ) -> KAFOutput:
+        """Maps and tokens; arguments as of `forward`."""
+        size = tuple(image.shape[2:])
+        if len(size) != self.spatial_dims or any(a % b for a, b in zip(size, self.strides[-1], strict=True)):
+            raise ValueError(f"an image of {size} voxels does not fit; sides must be multiples of {self.strides[-1]}")
+        known = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device) if valid is None else valid
+        keypoints, known = find_tokens(*_one_row_at_least(points, known), size_voxel=size)
+        skips, tokens, x = [], [], image
+        for level, stage in enumerate(self.stages):
+            x = stage(x if level == 0 else self._pooled(x, level))
+            joined, learnt = self._joined(x, level, keypoints)
+            x = torch.cat([x, joined], dim=1)
+            skips.append(x)
+            tokens += learnt
+        stacked = torch.cat(tokens, dim=1) if tokens else image.new_zeros(len(keypoints.packing.rows), 0)
+        padded = keypoints.packing.pad(stacked).mT[:, :, : points.shape[1]]
+        bottleneck = self.center(self._pooled(x, len(self.stages)))
+        return KAFOutput(bottleneck, skips, padded, known[:, : points.shape[1]])
+
+    def find(self, image: Float[Tensor, "batch channel *spatial"]) -> tuple[Tensor, Tensor]:
+        """Keypoints of images and which of them count; none where the network has no use for them."""
+        if not len(self.kaf):
+            nothing = image.new_zeros(len(image), 0, self.spatial_dims)
+            return nothing, torch.zeros(len(image), 0, dtype=torch.bool, device=image.device)
+        from medssl.models.keypoints import DifferenceOfGaussians, detect
+
+        found = detect(image, max_points=self.max_points, detector=self.detector or DifferenceOfGaussians())
+        return found.points, found.valid
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same weights without those of levels that have no `KAFLayer` here, and fitted to this network.
+
+        Fitted are input channels, and weights of two dimensions to three: kernels stand in the middle plane of the last
+        axis, whose coordinate counts nothing.
+        """
+        fitted = {
+            key: inflated(tensor) if self.spatial_dims == 3 and tensor.ndim == 4 else tensor
+            for key, tensor in tensors.items()
+            if not key.startswith("kaf.") or key.split(".")[1] in self.kaf
+        }
+        for level in self.kaf:
+            key = f"kaf.{level}.position.mlp.0.weight"
+            weight = fitted.get(key)
+            if weight is not None and weight.shape[1] == 2 and self.spatial_dims == 3:
+                fitted[key] = F.pad(weight, (0, 1))
+        return fit_stem(fitted, "stages.0.0.conv.weight", self.in_channels)
+
+    def _pooled(self, x: Tensor, level: int) -> Tensor:
+        step = self.steps[level]
+        return F.max_pool3d(x, step) if self.spatial_dims == 3 else F.max_pool2d(x, step)
+
+    def _joined(self, x: Tensor, level: int, keypoints: Keypoints) -> tuple[Tensor, list[Tensor]]:
+        """What is joined to the map of a level, and the tokens if there are any."""
+        if str(level) in self.kaf:
+            joined, tokens = self.kaf[str(level)](x, keypoints, stride=self.strides[level])
+            return joined.to(x.dtype), [tokens]
+        return x if self.mode == "duplicate" else torch.zeros_like(x), []
+
+
+class KAFDecoder(nn.Module):
+    """Transposed convolutions, and two convolutions over each joined with the encoder's map: no attention, no heads.
+
+    Args:
+        in_channels: of the image, which it does not look at.
+        encoder_channels: of the encoder's maps, fine to coarse.
+        encoder_strides: of the encoder's maps, in voxels; the first is full resolution.
+        norm: of the convolutions, `batch` or `instance`.
+
+    The decoded maps have the channels of the encoder's. With a 1x1x1 convolution without bias, which a `Segmenter` has
+    with bias, this is the decoder of the paper.
+
+    Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        encoder_channels: Sequence[int],
+        encoder_strides: Sequence[Sequence[int]],
+        norm: str = "batch",
+    ) -> None:
+        super().__init__()
+        strides = [tuple(stride) for stride in encoder_strides]
+        dims = len(strides[0])
+        steps = [tuple(b // a for a, b in zip(fine, coarse, strict=True)) for fine, coarse in pairwise(strides)]
+        if set(strides[0]) != {1} or any(min(step) < 1 or max(step) == 1 for step in steps):
+            raise ValueError(
+                f"encoder maps of strides {strides} do not fit: the first must have full resolution and each be "
+                "coarser than the one before (for other encoders take medssl.models.unet.UNetDecoder)"
+            )
+        self.in_channels = in_channels
+        self.channels, self.strides = tuple(encoder_channels[:-1]), tuple(strides[:-1])
+        self.ups = nn.ModuleList(
+            UPSAMPLINGS[dims](coarse, fine, step, stride=step)
+            for (fine, coarse), step in zip(pairwise(encoder_channels), steps, strict=True)
+        )
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                conv_block(2 * width, width, spatial_dims=dims, norm=norm),
+                conv_block(width, width, spatial_dims=dims, norm=norm),
+            )
+            for width in self.channels
+        )
+
+    def forward(self, image: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
+        """Decoded maps, full resolution first."""
+        current, decoded = features[-1], []
+        for up, stage, skip in zip(reversed(self.ups), reversed(self.stages), reversed(features[:-1]), strict=True):
+            current = stage(torch.cat([up(current), skip], dim=1))
+            decoded.append(current)
+        return decoded[::-1]
+
+
+def conv_block(in_channels: int, out_channels: int, *, spatial_dims: int, norm: str) -> nn.Sequential:
+    """Convolution with bias, norm, leaky rectifier in place."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}, allowed are {', '.join(NORMS)}")
+    if norm == "batch":
+        layer = BATCH_NORMS[spatial_dims](out_channels)
+    else:
+        layer = InstanceNorm(out_channels) if spatial_dims == 3 else nn.InstanceNorm2d(out_channels, affine=True)
+    conv = CONVOLUTIONS[spatial_dims](in_channels, out_channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(conv=conv, norm=layer, act=nn.LeakyReLU(SLOPE, inplace=True)))
+
+
+def inflated(kernel: Float[Tensor, "out channel 3 3"]) -> Float[Tensor, "out channel 3 3 3"]:
+    """The kernel in the middle plane of the last axis, zeros in the others."""
+    return F.pad(kernel[..., None], (1, 1))
+
+
+def _steps(strides: Sequence[Any] | None, *, num_maps: int, spatial_dims: int) -> list[tuple[int, ...]]:
+    entries = [1] + [2] * (num_maps - 1) if strides is None else list(strides)
+    steps = [(entry,) * spatial_dims if isinstance(entry, int) else tuple(entry) for entry in entries]
+    wrong = any(len(step) != spatial_dims or min(step) < 1 for step in steps)
+    if len(steps) != num_maps or wrong or set(steps[0]) != {1}:
+        raise ValueError(
+            f"strides need an entry for each of {num_maps} maps, a number or {spatial_dims} of them, the first of them "
+            f"1; got {entries}"
+        )
+    return steps
+
+
+def _cumulative(steps: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    done = [steps[0]]
+    for step in steps[1:]:
+        done.append(tuple(a * b for a, b in zip(done[-1], step, strict=True)))
+    return tuple(done)
+
+
+def _one_row_at_least(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of keypoints, or a single one that is none: attention needs something to look at."""
+    if points.shape[1]:
+        return points, valid
+    return points.new_zeros(len(points), 1, points.shape[2]), valid.new_zeros(len(points), 1)
