@@ -81,7 +81,8 @@ def test_a_training_file_loads_whole_and_sees_superior_anterior_left(training_fi
     image, place = torch.randn(2, 1, 16, 16, 32), torch.rand(2, 3) * 2 - 1
     state = {key: tensor.double() for key, tensor in ours(network_state(seed=seed)).items()}
     own = image.flip(2).permute(0, 1, 4, 3, 2).double()
-    expected = network(state, own, place.double(), training=False)[-1][:, :, 0, 0, 0]
+    left = torch.tensor([-1.0, 1, 1])  # where our coordinate grows to the right
+    expected = network(state, own, (place * left).double(), training=False)[-1][:, :, 0, 0, 0]
     features = encoder.represent(image, place)
     assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
 

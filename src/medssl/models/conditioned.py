@@ -165,7 +165,7 @@ class ConditionedEncoder(nn.Module):
             ValueError: the shapes do not fit together, or a coordinate is no number or far outside [-1, 1].
         """
         places = self._places(image, location, index)
-        maps = [level.contiguous() for level in self._maps(image, places)]
+        maps = self._maps(image, places)
         return maps if places.order is None else [level[places.order.argsort()] for level in maps]
 
     def represent(

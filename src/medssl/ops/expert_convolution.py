@@ -112,8 +112,6 @@ def _loop(x: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, counts: Sequen
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, counts: Sequence[int], stride: int) -> Tensor:
     """One convolution for each place."""
     kernels = synthesise(weight, gates)
-    if x.device.type == "cpu" and len(x) >= SHARED * len(counts):
-        x = x.to(memory_format=torch.channels_last_3d)  # takes two thirds of the time, and later layers keep it
     if len(kernels) == 1:
         return _conv3d(x, kernels[0], bias, stride)
     parts = zip(x.split(list(counts)), kernels, strict=True)
