@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from medssl.config import main
+from medssl.data.body_points import draw_body_points
 from medssl.data.derived import derive, table_of
 from medssl.data.matching import TableMatcher
 from medssl.data.sampling import Pairs as PairSampler
@@ -17,7 +18,7 @@ from medssl.derive import run as run_derive
 from medssl.inference import pairs as pairs_module
 from medssl.inference.embedder import Embedder
 from medssl.inference.embedding import match_points
-from medssl.inference.pairs import PairPoints, Pairs, draw_body_points
+from medssl.inference.pairs import PairPoints, Pairs
 
 from .conftest import reading, smooth
 from .embedding_stand_in import FixedFeatures
@@ -167,6 +168,20 @@ def test_settings_that_cannot_work_are_refused(tmp_path, build, message):
         build(str(tmp_path / "file"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda", "device=cuda: PyTorch finds no CUDA device here"), ("tpu", "device=tpu is not known; it takes auto")],
+)
+def test_a_device_that_is_not_there_is_a_mistake_of_one_line(store, embedding_weights, capsys, device, message):
+    arguments = ["what=pairs", f"store={store.root}", f"weights={embedding_weights}", f"what.points.device={device}"]
+    with pytest.raises(SystemExit) as stop:
+        main("derive", run_derive, arguments=arguments)
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert message in error
+
+
 def test_points_are_embedded_alike_in_a_process_of_their_own(store, embedding_weights):
     points = PairPoints(weights=str(embedding_weights), num_candidates=8, low_hu=-900)
     derive(store.root, points, num_workers=1, progress=False)
@@ -184,6 +199,8 @@ def test_the_command_writes_the_table_that_placements_read(store, embedding_weig
     assert "4 tables (4 new)" in out
     assert "threshold" in out
     assert len(VolumeStore(store.root).derived("pairs", 0)["partner"]) == 2
+    main("derive", run_derive, arguments=[*arguments, f"weights={embedding_weights}", "what.points.device=auto"])
+    assert "4 tables (0 new)" in capsys.readouterr().out, "the device changes no table"
     with pytest.raises(SystemExit) as stop:
         main("derive", run_derive, arguments=arguments)
     assert stop.value.code == 2

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 
+from medssl.data.body_points import draw_body_points
 from medssl.data.derived import Table, folder_of, table_of
 from medssl.data.randomness import counter_generator
 from medssl.data.sampling import NUM_LINKS, linked_cases
 from medssl.data.store import VolumeStore
 from medssl.inference.embedder import Embedder
+from medssl.inference.predicting import find_device
 
 CALIBRATION_CASES = 64
 """Volumes, evenly spread over the store, whose matches say what the median score is."""
@@ -38,7 +39,7 @@ class PairPoints:
         num_candidates: points a case.
         low_hu: points of CT lie in voxels above it.
         margin_voxel: least distance of points from the faces of the volume, at most a quarter of a side.
-        device: where embeddings are computed.
+        device: where embeddings are computed: "auto", "cpu" or "cuda".
         tile_voxel: slices along z a call of the network, for less memory; None for all.
         allow_modules: packages whose networks a file may name.
     """
@@ -60,6 +61,7 @@ class PairPoints:
             raise ValueError(f"num_candidates must be at least 1, got {self.num_candidates}")
         if not Path(self.weights).expanduser().is_file():
             raise ValueError(f"there is no weight file {self.weights}")
+        find_device(self.device)
 
     @property
     def name(self) -> str:
@@ -86,8 +88,8 @@ class PairPoints:
     @property
     def embedder(self) -> Embedder:
         """The embedding, loaded once a process."""
-        path = str(Path(str(self.weights)).expanduser())
-        return _embedder(path, self.digest, self.layout, self.device, self.tile_voxel, tuple(self.allow_modules))
+        path, device = str(Path(str(self.weights)).expanduser()), find_device(self.device).type
+        return _embedder(path, self.digest, self.layout, device, self.tile_voxel, tuple(self.allow_modules))
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
         """Points and vectors."""
@@ -264,33 +266,6 @@ class Pairs:
             "above": _mean(above),
             "threshold": float(table["threshold"]),
         }
-
-
-def draw_body_points(
-    store: VolumeStore, case: int, count: int, *, rng: np.random.Generator, low_hu: float, margin_voxel: int
-) -> Int64[np.ndarray, "n 3"]:
-    """At most `count` body voxels of a case in random order, away from the faces of the volume.
-
-    Of CT only voxels above `low_hu` in the first channel: no lung, no air. Where there is none, any body voxel; where
-    all lie near the faces, these.
-    """
-    record, points = store.record(case), store.points(case)
-    body = rng.permutation(points[points[:, 3] == -1, :3].astype(np.int64))
-    shape = np.array(record.shape)
-    margin = np.minimum(margin_voxel, shape // 4)
-    inner = body[np.all((body >= margin) & (body < shape - margin), axis=1)]
-    inner = inner if len(inner) else body
-    if record.modality != "ct":
-        return inner[:count]
-    accepted: list[np.ndarray] = []
-    for start in range(0, len(inner), count):
-        some = inner[start : start + count]
-        reads = [store.read(case, 0, point, point + 1) for point in some]
-        hu = np.array([record.values(read.result())[0, 0, 0, 0] for read in reads])
-        accepted += list(some[hu > low_hu])
-        if len(accepted) >= count:
-            break
-    return np.array(accepted[:count]) if accepted else inner[:count]
 
 
 def partners_of(store: VolumeStore, case: int, num_links: int) -> list[int]:
