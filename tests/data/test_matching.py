@@ -62,6 +62,8 @@ def test_partners_that_a_table_does_not_know_are_named_with_what_to_do(store, ta
         propose(TableMatcher(), store, (1, 0))
     with pytest.raises(ValueError, match=r"no derived data 'other'; run `python -m medssl.derive what=other"):
         propose(TableMatcher(table="other"), store, (0, 1))
+    with pytest.raises(ValueError, match="derive what=embeddings weights=FILE store="):
+        propose(TableMatcher(table="embeddings"), store, (0, 1))
 
 
 def test_a_case_matched_with_itself_gives_a_body_point_twice(store):
@@ -83,6 +85,65 @@ class Pointing:
 
     def propose(self, scene, rng):
         return self.point_mm, self.point_mm, 1.0
+
+
+def test_a_point_a_little_outside_is_moved_into_the_volume_and_one_far_away_is_refused(store):
+    record = store.record(0)
+    scene, rng = Scene(store, Request((0, 1), 0)), np.random.default_rng(0)
+    for voxel, expected in (((-3, 5, 5), (0, 5, 5)), ((24, 23, 8), (19, 21, 8)), ((4, 5, 6), (4, 5, 6))):
+        placed = Matched(size=[11, 11, 11], matcher=Pointing(record, voxel)).place(scene, {}, rng)
+        assert [placement.frame.center.tolist() for placement in placed] == [list(expected)] * 2
+    for voxel in ((-6, 5, 5), (5, 28, 5), (float("nan"), 5, 5)):
+        far = Matched(size=[11, 11, 11], matcher=Pointing(record, voxel))
+        with pytest.raises(
+            ValueError, match=r"Pointing proposes \[.*\] for case_000, which covers x .* RAS millimetres"
+        ):
+            far.place(scene, {}, rng)
+    with pytest.raises(
+        ValueError, match=r"\[-32.0, 10.0, 22.0\] for case_000, which covers x -21 to 19, y 4 to 26, z 6"
+    ):
+        Matched(size=[11, 11, 11], matcher=Pointing(record, (-6, 5, 5))).place(scene, {}, rng)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on_fail": "skip"}, "on_fail must be best or last, got 'skip'"),
+        ({"score_threshold": "median"}, "score_threshold must be a number, or auto; got 'median'"),
+        ({"tries": 0}, "tries must be a whole number of at least 1, got 0"),
+        (
+            {"score_threshold": "auto"},
+            "score_threshold=auto is for OnlineMatcher, BodyCoordinateMatcher knows no scores",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Matched(size=[4, 4, 4], **settings)
+
+
+class Scoring:
+    """Proposes points with the scores 0.1, 0.2, ... and says that 0.25 is the median."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def propose(self, scene, rng):
+        self.asked += 1
+        point_mm = scene.record(0).volume_to_mm[:3] @ np.array([self.asked, 8, 8, 1.0])
+        return point_mm, point_mm, self.asked / 10
+
+    def auto_threshold(self, scene):
+        return 0.25
+
+
+@pytest.mark.parametrize(("threshold", "asked"), [("auto", 3), (0.45, 5), (0, 1), (2.0, 7)])
+def test_proposals_are_asked_for_until_one_exceeds_the_threshold(store, threshold, asked):
+    matcher = Scoring()
+    spec = Matched(size=[5, 5, 5], matcher=matcher, score_threshold=threshold, tries=7)
+    query, _ = spec.place(Scene(store, Request((0, 1), 0)), {}, np.random.default_rng(0))
+    assert matcher.asked == asked
+    assert query.frame.center.tolist() == [asked, 8, 8]
 
 
 @pytest.mark.parity

@@ -52,11 +52,51 @@ def test_embeddings_are_kept_in_memory_up_to_a_number(store):
         OnlineMatcher(num_cached=1)
 
 
-def test_crops_are_placed_about_what_it_finds(store):
-    spec = Matched(size=[8, 8, 8], matcher=OnlineMatcher(), score_threshold=0.99, tries=5)
-    query, key = spec.place(Scene(store, Request((0, 1), 0)), {}, np.random.default_rng(0))
-    assert (query.slot, key.slot) == (0, 1)
-    for placement in (query, key):
-        middle = placement.frame.center
-        assert (middle > -1).all()
-        assert (middle < np.array([36, 32, 20])).all()
+class Counting(OnlineMatcher):
+    """Remembers what it proposed."""
+
+    def propose(self, scene, rng):
+        """See `Matcher`."""
+        self.proposed = [*getattr(self, "proposed", []), super().propose(scene, rng)]
+        return self.proposed[-1]
+
+
+def test_crops_are_placed_about_the_best_of_its_proposals(store):
+    scene = Scene(store, Request((0, 1), 0))
+    for threshold, number in ((2.0, 5), (-1.0, 1)):
+        counting, rng = Counting(), np.random.default_rng(0)
+        spec = Matched(size=[9, 9, 9], matcher=counting, score_threshold=threshold, tries=5)
+        placed = spec.place(scene, {}, np.random.default_rng(0))
+        expected = [OnlineMatcher().propose(scene, rng) for _ in range(number)]
+        assert len(counting.proposed) == number
+        assert [score for _, _, score in counting.proposed] == [score for _, _, score in expected]
+        best = max(reversed(expected), key=lambda proposal: proposal[2])
+        assert [placement.slot for placement in placed] == [0, 1]
+        for placement, point_mm in zip(placed, best[:2], strict=True):
+            np.testing.assert_array_equal(placement.frame.center, np.floor(point_mm / 2 + 0.5))
+
+
+def test_the_automatic_threshold_is_the_median_score_of_random_matches(store, embedding_weights):
+    scene, matcher = Scene(store, Request((0, 1), 0)), OnlineMatcher()
+    threshold = matcher.auto_threshold(scene)
+    scores = []
+    for seed in range(200):
+        cases = tuple(np.random.default_rng(seed).choice(3, 2, replace=False).tolist())
+        scores.append(matcher.propose(Scene(store, Request(cases, 0)), np.random.default_rng(seed))[2])
+    assert threshold == pytest.approx(np.median(scores), abs=0.01)
+    assert 0.3 < np.mean(np.array(scores) > threshold) < 0.7
+    spec = Matched(size=[9, 9, 9], matcher=matcher, score_threshold="auto", tries=50)
+    assert len(spec.place(scene, {}, np.random.default_rng(0))) == 2
+    points = PairPoints(weights=str(embedding_weights), num_candidates=32, low_hu=-900.0)
+    summary = derive(store.root, Embeddings(points=points), num_workers=0, progress=False)
+    assert summary.num_new == 0
+    assert f"median score of random matches {threshold:.4f}: what Matched takes for score_threshold=auto" in str(
+        summary
+    )
+
+
+def test_embeddings_without_a_median_score_say_how_to_get_it(store):
+    for file in (store.root / "derived").glob("embeddings-*/threshold.json"):
+        file.unlink()
+    with pytest.raises(ValueError, match="derive what=embeddings weights=FILE again, which measures it"):
+        OnlineMatcher().auto_threshold(Scene(store, Request((0, 1), 0)))

@@ -5,13 +5,20 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from medssl.data.body_points import draw_body_point
 from medssl.data.placements import ViewSpec
 from medssl.data.scene import Placement, Scene
+from medssl.data.store import Record
+
+ON_FAIL = ("best", "last")
 
 
 @runtime_checkable
 class Matcher(Protocol):
-    """Proposes corresponding points of a request's two cases; it may be asked again."""
+    """Proposes corresponding points of a request's two cases; it may be asked again.
+
+    One that also has `auto_threshold(scene)` says what `Matched(score_threshold="auto")` means.
+    """
 
     def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
         """A point of the first case, its counterpart in the second (both RAS mm), and a score: higher is better."""
@@ -21,18 +28,27 @@ class BodyCoordinateMatcher:
     """Pairs points of one body coordinate: a random body voxel of the first case and its place in the second's box.
 
     The score falls from 1 as the counterpart lies farther from the second case's body: 1 / (1 + distance / `scale_mm`).
+
+    Args:
+        scale_mm: distance at which the score is a half.
+        low_hu: points of CT lie in voxels above it, where the body has any; None takes any body voxel.
+        margin_voxel: least distance of points from the faces of the first volume, at most a quarter of a side.
     """
 
-    def __init__(self, *, scale_mm: float = 10.0) -> None:
-        self.scale_mm = scale_mm
+    def __init__(self, *, scale_mm: float = 10.0, low_hu: float | None = None, margin_voxel: float = 0) -> None:
+        if scale_mm <= 0:
+            raise ValueError(f"BodyCoordinateMatcher: scale_mm must be positive, got {scale_mm}")
+        _check_bounds("BodyCoordinateMatcher", margin_voxel)
+        self.scale_mm, self.low_hu, self.margin_voxel = scale_mm, low_hu, margin_voxel
 
     def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
         """See `Matcher`."""
-        (first, second), points = scene.records[:2], [scene.points(slot) for slot in (0, 1)]
-        bodies = [p[p[:, 3] == -1, :3].astype(np.float64) for p in points]
-        point = bodies[0][rng.integers(len(bodies[0]))]
+        (first, second), case = scene.records[:2], scene.request.cases[0]
+        point = draw_body_point(scene.store, case, rng=rng, low_hu=self.low_hu, margin_voxel=self.margin_voxel)
         counterpart = second.body.to_volume(first.body.to_body(point))
-        distance = np.linalg.norm((bodies[1] - counterpart) * np.array(second.spacing_mm), axis=1).min()
+        points = scene.points(1)
+        body = points[points[:, 3] == -1, :3].astype(np.float64)
+        distance = np.linalg.norm((body - counterpart) * np.array(second.spacing_mm), axis=1).min()
         to_mm = [r.volume_to_mm for r in (first, second)]
         in_mm = [m[:3, :3] @ p + m[:3, 3] for m, p in zip(to_mm, (point, counterpart), strict=True)]
         return in_mm[0], in_mm[1], float(1 / (1 + distance / self.scale_mm))
@@ -42,16 +58,23 @@ class SelfMatcher:
     """Gives a random body point of a case as its own counterpart, with score 1: for two crops of one place.
 
     It wants requests of a case and itself: sampler `Pairs(partner="self")`.
+
+    Args:
+        low_hu: as in `BodyCoordinateMatcher`.
+        margin_voxel: likewise.
     """
+
+    def __init__(self, *, low_hu: float | None = None, margin_voxel: float = 0) -> None:
+        _check_bounds("SelfMatcher", margin_voxel)
+        self.low_hu, self.margin_voxel = low_hu, margin_voxel
 
     def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
         """See `Matcher`."""
         if len(set(scene.request.cases)) != 1:
             raise ValueError("SelfMatcher matches a case with itself; use sampler Pairs with partner=self")
-        points = scene.points()
-        bodies = points[points[:, 3] == -1, :3].astype(np.float64)
-        to_mm = scene.record(0).volume_to_mm
-        point_mm = to_mm[:3, :3] @ bodies[rng.integers(len(bodies))] + to_mm[:3, 3]
+        case, to_mm = scene.request.cases[0], scene.record(0).volume_to_mm
+        point = draw_body_point(scene.store, case, rng=rng, low_hu=self.low_hu, margin_voxel=self.margin_voxel)
+        point_mm = to_mm[:3, :3] @ point + to_mm[:3, 3]
         return point_mm, point_mm, 1.0
 
 
@@ -79,7 +102,8 @@ class TableMatcher:
         if not len(found):
             raise ValueError(
                 f"the table {self.table!r} of {query} knows no pairs with {key}; use sampler Pairs with partner=linked "
-                f"and the table's num_links, and derive what={self.table} again where the store has changed"
+                f"and the table's num_links, and run `python -m medssl.derive what={self.table} weights=FILE "
+                f"store={scene.store.root}` again where the store has changed"
             )
         first, last = table["first"][found[0] : found[0] + 2]
         row = rng.integers(first, last)
@@ -90,17 +114,19 @@ class TableMatcher:
 class Matched(ViewSpec):
     """Two crops about corresponding points of two cases: the query, then the key (`count` is 2).
 
-    Along axes at native spacing the voxel nearest to the point is number `size // 2` of the crop.
+    Along axes at native spacing the voxel nearest to the point is number `size // 2` of the crop. Points beyond the
+    volume are moved to its nearest voxel, and refused where they lie half a crop away from it.
 
     Args:
         matcher: proposes pairs of points.
-        score_threshold: a proposal is taken once its score exceeds this.
+        score_threshold: a proposal is taken once its score exceeds this; "auto" asks the matcher (`OnlineMatcher`
+            knows the median score of random matches).
         tries: proposals before giving up.
         on_fail: what is taken then: the "best" or the "last" proposal.
     """
 
     matcher: Matcher = field(default_factory=BodyCoordinateMatcher)
-    score_threshold: float = 0.0
+    score_threshold: float | str = 0.0
     tries: int = 101
     on_fail: str = "best"
     count: int = 2
@@ -108,10 +134,19 @@ class Matched(ViewSpec):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        if self.on_fail not in ("best", "last"):
+        who, threshold = type(self.matcher).__name__, self.score_threshold
+        if self.on_fail not in ON_FAIL:
             raise ValueError(f"Matched: on_fail must be best or last, got {self.on_fail!r}")
-        if self.tries < 1:
-            raise ValueError(f"Matched: tries must be at least 1, got {self.tries}")
+        if isinstance(self.tries, bool) or not isinstance(self.tries, int) or self.tries < 1:
+            raise ValueError(f"Matched: tries must be a whole number of at least 1, got {self.tries!r}")
+        if isinstance(threshold, bool) or (threshold != "auto" and not isinstance(threshold, int | float)):
+            raise ValueError(f"Matched: score_threshold must be a number, or auto; got {threshold!r}")
+        if threshold == "auto" and not hasattr(self.matcher, "auto_threshold"):
+            raise ValueError(
+                f"Matched: score_threshold=auto is for OnlineMatcher, {who} knows no scores of random matches; give "
+                "a number (0 for a table, which holds selected pairs: its own threshold is what.score_threshold of "
+                "derive what=pairs)"
+            )
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
         """Query and key."""
@@ -119,17 +154,39 @@ class Matched(ViewSpec):
             raise ValueError(
                 f"Matched places 2 views in 2 cases, got count {self.count} and {len(scene.records)}; use sampler Pairs"
             )
+        threshold = self.score_threshold
+        if isinstance(threshold, str):
+            threshold = self.matcher.auto_threshold(scene)  # type: ignore[attr-defined]
         chosen = self.matcher.propose(scene, rng)
         for _ in range(self.tries - 1):
-            if chosen[2] > self.score_threshold:
+            if chosen[2] > threshold:
                 break
             proposal = self.matcher.propose(scene, rng)
             chosen = proposal if self.on_fail == "last" or proposal[2] >= chosen[2] else chosen
-        placements = []
-        for slot, point_mm in enumerate(chosen[:2]):
-            record = scene.record(slot)
-            step, sides = self.step_voxel(record), np.array(self.size)
-            center = record.mm_to_volume[:3, :3] @ point_mm + record.mm_to_volume[:3, 3]
-            center = center - np.where((step == 1) & (sides % 2 == 0), 0.5, 0.0)
-            placements.append(Placement(slot, self.frame(center, step)))
-        return placements
+        return [self._about(scene.record(slot), np.asarray(chosen[slot], np.float64), slot) for slot in (0, 1)]
+
+    def _about(self, record: Record, point_mm: np.ndarray, slot: int) -> Placement:
+        step, sides = self.step_voxel(record), np.array(self.size)
+        proposed = record.mm_to_volume[:3, :3] @ point_mm + record.mm_to_volume[:3, 3]
+        center = np.clip(proposed, 0, np.array(record.shape) - 1)
+        if np.any(np.abs(proposed - center) > step * sides / 2) or not np.isfinite(proposed).all():
+            point = ", ".join(f"{value:.1f}" for value in point_mm)
+            raise ValueError(
+                f"{type(self.matcher).__name__} proposes [{point}] for {record.case}, {extent_text(record)}; "
+                "points are RAS millimetres in the space of the file, no voxel numbers and no LPS"
+            )
+        center = center - np.where((step == 1) & (sides % 2 == 0), 0.5, 0.0)
+        return Placement(slot, self.frame(center, step))
+
+
+def extent_text(record: Record) -> str:
+    """Which millimetres a volume covers, in words."""
+    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * np.array(record.shape) - 0.5
+    in_mm = corners @ record.volume_to_mm[:3, :3].T + record.volume_to_mm[:3, 3]
+    ranges = [f"{name} {a:.0f} to {b:.0f}" for name, a, b in zip("xyz", in_mm.min(0), in_mm.max(0), strict=True)]
+    return f"which covers {', '.join(ranges)} mm (RAS)"
+
+
+def _check_bounds(who: str, margin_voxel: float) -> None:
+    if margin_voxel < 0:
+        raise ValueError(f"{who}: margin_voxel must be at least 0, got {margin_voxel}")

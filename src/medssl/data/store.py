@@ -1,8 +1,8 @@
 """The volume store: one OME-Zarr multiscale group per case, an index, and derived tables.
 
 Layout of a store: `store.json` (format and recipe), `index.jsonl` (one record a case, sorted), `<case>.zarr/` (arrays
-`0`, `1`, ... of shape (channel, x, y, z) from
-fine to coarse; `labels/segmentation/0`; `points`), `derived/<name>-<recipe hash>/<case>.npz`.
+`0`, `1`, ... of shape (channel, x, y, z) from fine to coarse; `labels/segmentation/0`; `points`),
+`derived/<name>-<recipe hash>/<case>.npz`.
 """
 
 import json
@@ -313,9 +313,8 @@ class VolumeStore:
         """The derived table `name` of a case, as `medssl.derive` made it; `derived` gives its arrays and keeps them."""
         pointer = self.root / "derived" / f"{name}.json"
         if not pointer.is_file():
-            raise ValueError(
-                f"{self.root} has no derived data {name!r}; run `python -m medssl.derive what={name} store={self.root}`"
-            )
+            options = f"what={name}{' weights=FILE' * (name in ('pairs', 'embeddings'))} store={self.root}"
+            raise ValueError(f"{self.root} has no derived data {name!r}; run `python -m medssl.derive {options}`")
         folder = self.root / "derived" / json.loads(pointer.read_text())["folder"]
         return folder / f"{self.record(case).case}.npz"
 

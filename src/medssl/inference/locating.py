@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from medssl.data.matching import extent_text
 from medssl.data.reading import check_channels
 from medssl.data.store import Record
 from medssl.data.volume import find_body
@@ -72,7 +73,7 @@ def locate(config: DictConfig) -> None:
     inside = contains(query_record, points_mm)
     if not inside.all():
         outside = _text(points_mm[~inside][0])
-        raise ValueError(f"point_mm={outside} lies outside of {config.query}, {_extent(query_record)}")
+        raise ValueError(f"point_mm={outside} lies outside of {config.query}, {extent_text(query_record)}")
     start = time.monotonic()
     query = Scan(query_file, query_record, embedder.of_array(query_file.volume.array, query_record))
     reference_file, reference_record = _read(config.reference, config, embedder)
@@ -158,13 +159,6 @@ def _points(given: object) -> Float64[np.ndarray, "n 3"] | None:
     if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
         raise ValueError(f"point_mm={values}: give [x,y,z] in RAS millimetres, or several as [[x,y,z],[x,y,z]]")
     return points
-
-
-def _extent(record: Record) -> str:
-    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * np.array(record.shape) - 0.5
-    in_mm = corners @ record.volume_to_mm[:3, :3].T + record.volume_to_mm[:3, 3]
-    ranges = [f"{name} {a:.0f} to {b:.0f}" for name, a, b in zip("xyz", in_mm.min(0), in_mm.max(0), strict=True)]
-    return f"which covers {', '.join(ranges)} mm (RAS)"
 
 
 def _text(point_mm: Float[np.ndarray, "3"]) -> str:

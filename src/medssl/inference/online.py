@@ -1,5 +1,6 @@
 """Pair mining while training: whole embeddings on disk, and a matcher that searches them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,10 +11,16 @@ import numpy as np
 import torch
 
 from medssl.data.derived import Table, table_of
+from medssl.data.randomness import counter_generator
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
+from medssl.data.writing import write_text
 from medssl.inference.embedding import Embedding, match_points
 from medssl.inference.pairs import PairPoints
+
+THRESHOLD_FILE = "threshold.json"
+CALIBRATION_PAIRS, POINTS_A_PAIR = 25, 20
+"""Pairs of volumes, and points of the first looked up in the second, whose 500 scores give the threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +62,24 @@ class Embeddings:
         """Number of body points."""
         return {"points": float(len(table["points_mm"]))}
 
+    def report(self, store: VolumeStore, folder: Path) -> str:
+        """The median score of random matches between volumes, which is kept beside the tables."""
+        files = [folder / f"{record.case}.npz" for record in store.records()]
+        if len(files) < 2:
+            return "a store of one volume has no matches between volumes: score_threshold=auto will not work"
+        kept = folder / THRESHOLD_FILE
+        if not kept.is_file() or kept.stat().st_mtime_ns < max(file.stat().st_mtime_ns for file in files):
+            write_text(kept, json.dumps({"median_score": median_score(files)}))
+        threshold = json.loads(kept.read_text())["median_score"]
+        return f"median score of random matches {threshold:.4f}: what Matched takes for score_threshold=auto"
+
 
 class OnlineMatcher:
     """Searches for a random body point of the first case in the second, for any two cases of the store.
 
     Every proposal costs a search through an embedding; `TableMatcher` has done that before. The scores of published
-    SAM weights mean something above 0.7, those of others what `derive what=pairs` prints as threshold.
+    SAM weights mean something above 0.7; for others `Matched` takes `score_threshold="auto"`, the median score of
+    random matches, which `derive what=embeddings` measures.
 
     Args:
         table: name of the table that `python -m medssl.derive what=embeddings` made.
@@ -81,6 +100,36 @@ class OnlineMatcher:
         point_mm = points_mm[rng.integers(len(points_mm))]
         found_mm, scores = match_points(query, point_mm[None], key)
         return point_mm, found_mm[0], float(scores[0])
+
+    def auto_threshold(self, scene: Scene) -> float:
+        """The median score of random matches between volumes of the store.
+
+        Raises: ValueError: nobody has measured it.
+        """
+        return _threshold(scene.store.derived_file(self.table, scene.request.cases[0]).parent)
+
+
+def median_score(files: Sequence[Path]) -> float:
+    """The median score of random points of random volumes, looked up in other volumes; the same for the same files."""
+    rng = counter_generator("median score", len(files))
+    scores = []
+    for _ in range(CALIBRATION_PAIRS):
+        first, second = rng.choice(len(files), 2, replace=False)
+        (query, points_mm), (key, _) = _load(files[first]), _load(files[second])
+        drawn = points_mm[rng.permutation(len(points_mm))[:POINTS_A_PAIR]]
+        scores.append(match_points(query, drawn, key)[1])
+    return float(np.median(np.concatenate(scores)))
+
+
+@lru_cache(maxsize=4)
+def _threshold(folder: Path) -> float:
+    file = folder / THRESHOLD_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"score_threshold=auto: there is no {file}; derive what=embeddings weights=FILE again, which measures it "
+            "in a store of two volumes or more, or give a number"
+        )
+    return float(json.loads(file.read_text())["median_score"])
 
 
 def _load(file: Path) -> tuple[Embedding, np.ndarray]:
