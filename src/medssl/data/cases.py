@@ -14,8 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from medssl.data.emphysema import draw_severity, low_attenuation
 from medssl.data.formats import ReadError, stem
-from medssl.data.phantoms import draw_phantom
+from medssl.data.phantoms import LABELS, draw_phantom
 from medssl.data.reading import check_label_file, read_label, read_volume
 from medssl.data.volume import Volume
 
@@ -90,6 +91,10 @@ class Case:
             volume = _stack(volume, (read_volume(file, **options) for file in files[1:]))
         return volume, None if self.label is None else read_label(self.label, volume)
 
+    def targets(self, volume: Volume, label: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
+        """What is known of the subject as a number, by name; most sources know nothing."""
+        return {}
+
 
 @dataclass(frozen=True)
 class PhantomCase(Case):
@@ -98,6 +103,7 @@ class PhantomCase(Case):
     size_voxel: tuple[int, int, int] = (96, 96, 96)
     spacing_mm: float = 4.0
     seed: int = 0
+    emphysema: bool = False
 
     @property
     def has_label(self) -> bool:
@@ -106,7 +112,8 @@ class PhantomCase(Case):
 
     def fingerprint(self) -> str:
         """A hash of what is drawn."""
-        return _hash(json.dumps([self.size_voxel, self.spacing_mm, self.seed]))[:32]
+        facts = [self.size_voxel, self.spacing_mm, self.seed, *(["emphysema"] if self.emphysema else [])]
+        return _hash(json.dumps(facts))[:32]
 
     def problem(self) -> None:
         """Nothing can be wrong with it."""
@@ -115,7 +122,14 @@ class PhantomCase(Case):
         self, *, channels: str | int | None, min_side_voxel: int
     ) -> tuple[Volume, Int[np.ndarray, "x y z"] | None]:
         """The torso of this seed and its organs."""
-        return draw_phantom(self.seed, size_voxel=self.size_voxel, spacing_mm=self.spacing_mm)
+        return draw_phantom(self.seed, size_voxel=self.size_voxel, spacing_mm=self.spacing_mm, emphysema=self.emphysema)
+
+    def targets(self, volume: Volume, label: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
+        """Of emphysema the severity that was drawn, and `laa950`: the share of the lungs below -950 HU."""
+        if not self.emphysema or label is None:
+            return {}
+        laa950 = low_attenuation(volume.array[0], label == LABELS["lungs"])
+        return {"severity": draw_severity(self.seed), "laa950": laa950}
 
 
 @dataclass

@@ -75,10 +75,18 @@ class Subject:
 class Canvas:
     """The voxels of one subject in atlas coordinates, flat, painted organ over organ with soft edges."""
 
-    def __init__(self, size_voxel: Sequence[int], spacing_mm: float, rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        size_voxel: Sequence[int],
+        spacing_mm: float,
+        rng: np.random.Generator,
+        *,
+        emphysema_seed: int | None = None,
+    ) -> None:
         self.size = tuple(size_voxel)
         self.spacing_mm = spacing_mm
         self.rng = rng
+        self.emphysema_seed = emphysema_seed
         self.subject = Subject.drawn(rng)
         self.jitter = lambda sd: rng.normal(0, sd, 3).clip(-2 * sd, 2 * sd)
         self.point = self._warped()  # (3, voxel)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float, Int, Int16
 
+from medssl.data.emphysema import HOLE_HU, draw_severity, hole_share
 from medssl.data.phantom_canvas import (
     FAT_HU,
     GAS_HU,
@@ -153,6 +154,8 @@ def draw_chest(canvas: Canvas) -> None:
     dorsal = np.clip((-y - 20) / 80, -0.5, 1)
     texture = 16 * canvas.field(14.0)[place] + 22 * canvas.field(60.0)[place]
     canvas.paint(place, lung, (subject.lung_hu + 45 * dorsal + texture).astype(np.float32), "lungs")
+    if canvas.emphysema_seed is not None:
+        _draw_emphysema(canvas, canvas.emphysema_seed, place[lung < 0], lung[lung < 0])
     hilum = np.minimum(*(ellipsoid(point, (sign * 38, -14, 82), (1, 1, 1)) for sign in (1, -1)))
     wide = np.clip(6.4 - hilum / 26, 1.9, 6.4)
     for wave in (38.0, 27.0, 20.0):
@@ -176,6 +179,14 @@ def draw_chest(canvas: Canvas) -> None:
         airway = tube(point, path, [radius] * len(path))
         canvas.paint(place, airway - 2, 20.0, "body")
         canvas.paint(place, airway, -985.0)
+
+
+def _draw_emphysema(
+    canvas: Canvas, seed: int, place: Int[np.ndarray, " some"], lung: Float[np.ndarray, " some"]
+) -> None:
+    severity, spacing_mm = draw_severity(seed), canvas.spacing_mm
+    share = hole_share(canvas.point[:, place], seed=seed, severity=severity, spacing_mm=spacing_mm)
+    canvas.paint(place, np.maximum((0.5 - share) * spacing_mm, lung + 1), HOLE_HU)  # under a pleura of 1 mm
 
 
 def _draw_heart(
@@ -323,15 +334,16 @@ PARTS: tuple[Callable[[Canvas], None], ...] = (draw_wall, draw_chest, draw_abdom
 
 
 def draw_phantom(
-    seed: int, *, size_voxel: Sequence[int] = (96, 96, 96), spacing_mm: float = 4.0
+    seed: int, *, size_voxel: Sequence[int] = (96, 96, 96), spacing_mm: float = 4.0, emphysema: bool = False
 ) -> tuple[Volume, Int16[np.ndarray, "x y z"]]:
     """One torso CT in HU (int16) and its label map (`LABELS`), the same for the same arguments.
 
     Size, pose, shape, fat, breath, contrast phase, noise and table vary with the seed. The field of view
     is what `size_voxel` and `spacing_mm` make it, about the middle of the trunk: 384 mm reach from the tips of the
-    lungs to below the kidneys. The same field at another spacing shows the same subject.
+    lungs to below the kidneys. The same field at another spacing shows the same subject. With `emphysema` the lungs
+    have as many holes as `draw_severity` of the seed says, and nothing else is different.
     """
-    canvas = Canvas(size_voxel, spacing_mm, np.random.default_rng(seed))
+    canvas = Canvas(size_voxel, spacing_mm, np.random.default_rng(seed), emphysema_seed=seed if emphysema else None)
     for draw in PARTS:
         draw(canvas)
     hu = canvas.hu.reshape(canvas.size)

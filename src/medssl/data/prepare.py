@@ -30,6 +30,7 @@ from medssl.data.workers import check_num_workers, run_all
 from medssl.data.writing import alone_in, clear_partial, read_lines, write_lines, write_text
 
 NUM_LISTED = 20
+TARGETS = "targets.csv"
 NO_MEMORY = "the image does not fit into memory"
 
 
@@ -68,7 +69,8 @@ class PrepareSummary:
             parts.append(f"{self.num_rejected} rejected (see rejected.jsonl)")
         if self.num_skipped:
             parts.append(f"{self.num_skipped} files skipped (see skipped.jsonl)")
-        return f"{', '.join(parts)} -> {self.root}"
+        targets = self.root / TARGETS
+        return f"{', '.join(parts)} -> {self.root}" + (f"; targets: {targets}" if targets.is_file() else "")
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def prepare_case(job: Job) -> Outcome:
         voxel_hash=digest,
         source=str(case.image),
     )
-    _publish(partial / f"{case.case}.zarr", job)
+    _publish(partial / f"{case.case}.zarr", job, case.targets(volume, label))
     return Outcome(case.case, "done")
 
 
@@ -234,11 +236,13 @@ def read_fingerprint(folder: Path) -> str:
         return ""
 
 
-def _publish(folder: Path, job: Job) -> None:
-    """Put the fingerprint into a written case and move it into the store: both are there, or neither."""
+def _publish(folder: Path, job: Job, targets: dict[str, float]) -> None:
+    """Put fingerprint and targets into a written case and move it into the store: all are there, or nothing."""
     description, finished = folder / "zarr.json", job.root / folder.name
     group = json.loads(description.read_text())
     group["attributes"]["fingerprint"] = job.fingerprint
+    if targets:
+        group["attributes"]["targets"] = targets
     description.write_text(json.dumps(group, indent=1, sort_keys=True))
     shutil.rmtree(finished, ignore_errors=True)
     folder.rename(finished)
@@ -303,6 +307,7 @@ def _finish(
     num_new = sum(outcome.kind == "done" for outcome in outcomes)
     if num_new or before != now:
         write_index(root, records)
+    _write_targets(root, sorted(now))
     if prune:
         _prune(root, {record.case for record in finished})
     return PrepareSummary(
@@ -325,6 +330,18 @@ def _write_label_names(root: Path, source: Source) -> None:
         write_text(path, json.dumps({str(value): names[value] for value in sorted(names)}, indent=1) + "\n")
     elif path.exists():
         path.unlink()
+
+
+def _write_targets(root: Path, cases: Sequence[str]) -> None:
+    """Write `targets.csv`, what is known of each subject as numbers; no file where nothing is."""
+    attributes = (json.loads((root / f"{case}.zarr" / "zarr.json").read_text())["attributes"] for case in cases)
+    known = {case: found["targets"] for case, found in zip(cases, attributes, strict=True) if "targets" in found}
+    if known:
+        names = list(dict.fromkeys(name for targets in known.values() for name in targets))
+        lines = [[case, *(repr(targets.get(name, float("nan"))) for name in names)] for case, targets in known.items()]
+        write_text(root / TARGETS, "".join(",".join(line) + "\n" for line in [["case", *names], *lines]))
+    else:
+        (root / TARGETS).unlink(missing_ok=True)
 
 
 def _prune(root: Path, cases: Collection[str]) -> None:

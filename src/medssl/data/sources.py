@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.data.cases import Case, PhantomCase, Scan, case_names, file_name
+from medssl.data.emphysema import VERSION as EMPHYSEMA_VERSION
 from medssl.data.formats import dicom_class, has_image_suffix, is_image_class, stem
 from medssl.data.phantoms import LABELS, VERSION
 
@@ -219,16 +220,18 @@ class Csv:
 
 @dataclass(frozen=True, kw_only=True)
 class Phantoms:
-    """Procedural torso CTs: `num_cases` subjects, the same for the same seed."""
+    """Procedural torso CTs: `num_cases` subjects, the same for the same seed; with `emphysema` most of them are ill."""
 
     num_cases: int = 32
     size_voxel: int | Sequence[int] = 96
     spacing_mm: float = 4.0
     seed: int = 0
+    emphysema: bool = False
 
     def recipe(self) -> dict[str, Any]:
         """All parameters, and the version of the drawing."""
         own = {"num_cases": self.num_cases, "spacing_mm": float(self.spacing_mm), "seed": self.seed}
+        own |= {"emphysema": EMPHYSEMA_VERSION} if self.emphysema else {}
         return {"kind": "phantoms", "version": VERSION, "size_voxel": list(self._size()), **own}
 
     def label_names(self) -> dict[int, str]:
@@ -241,7 +244,7 @@ class Phantoms:
         for number in range(self.num_cases):
             name, seed = f"phantom_{number:04d}", self.seed * 1_000_003 + number
             case = PhantomCase(name, Path(name), group="phantoms", modality="ct", size_voxel=size, seed=seed)
-            scan.cases.append(replace(case, spacing_mm=float(self.spacing_mm)))
+            scan.cases.append(replace(case, spacing_mm=float(self.spacing_mm), emphysema=self.emphysema))
         return scan
 
     def _size(self) -> tuple[int, int, int]:
