@@ -234,7 +234,7 @@ def test_an_atlas_with_files_of_ants_gives_its_own_rows_and_coordinates(root, at
     corner = apply_affine(ATLAS_TO_MM, np.array([6.0, 6, 6]))
     assert person["centre_mm"][1] == pytest.approx(np.add(corner, HALF_MM))
     assert moved["centre_mm"][1] == pytest.approx(np.add(apply_affine(TRUTH, corner), HALF_MM))
-    assert person["coordinate"].tolist() == [[-1, 0, 0], [0, 0, 0], [1, 0, -1], [1, 1, 1]]
+    assert person["coordinate"].tolist() == [[1, 0, 0], [0, 0, 0], [-1, 0, -1], [-1, 1, 1]], "RAS"
     assert not noise["valid"].any(), "nothing to fall back on"
     assert str(noise["provider"]) == "none"
     assert "noise: volumes change by a factor of 3.00; all its locations are invalid" in summary.report

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 PICTURE = "locations.png"
 NUM_LISTED = 50
+NUM_EXAMPLES = 5
 NUM_ROWS = 5
 """Subjects in the picture, below the reference."""
-PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
 
 
 def closing_message(derivation: "AnatomicalLocations", tables: dict[str, Table], reference: Reference) -> str:
@@ -50,11 +50,11 @@ def closing_message(derivation: "AnatomicalLocations", tables: dict[str, Table],
             f"the body reaches both the first and the last slice of {len(boxed)} that use body_box: what is cut off "
             "is not known there, so their locations along z correspond roughly at best:"
         )
-        lines += _listed(boxed)
+        lines += _listed(boxed, NUM_EXAMPLES)
     unseen = [case for case, table in tables.items() if table["valid"].mean() < 0.5]
     if unseen:
         lines.append(f"{len(unseen)} show fewer than half of the locations:")
-        lines += _listed([f"{case}: {tables[case]['valid'].mean():.0%}" for case in unseen])
+        lines += _listed([f"{case}: {tables[case]['valid'].mean():.0%}" for case in unseen], NUM_EXAMPLES)
     return "\n".join(lines)
 
 
@@ -82,7 +82,7 @@ def worst_first(tables: Sequence[Table]) -> list[int]:
 
 
 def location_figure(reference: Reference, subjects: Sequence[tuple[str, Table, Coarse]]) -> "Figure":
-    """Three planes through the middle of the reference, then of each subject moved onto it.
+    """Sagittal, coronal and axial plane through the middle of the reference, then of each subject moved onto it.
 
     The outline is that of the reference's body (or mask) in every row; dots are the anchors within half a patch of the
     plane, filled where the subject shows the location.
@@ -103,10 +103,9 @@ def location_figure(reference: Reference, subjects: Sequence[tuple[str, Table, C
     anchors = apply_affine(to_voxel, reference.anchors.centre_mm)
     spacing = np.linalg.norm(fixed.affine[:3, :3], axis=0)
     for panels, (title, values, valid) in zip(axes, rows, strict=True):
-        for panel, (_, axis) in zip(panels, PLANES, strict=True):
+        for axis, panel in enumerate(panels):
             near = np.abs(anchors[:, axis] - middle[axis]) * spacing[axis] <= reference.anchors.patch_mm[axis] / 2
             _draw(panel, fixed, values, anchors[near], valid[near], axis=axis, number=int(middle[axis]))
-        panels[0].set_ylabel("moved onto the reference" if panels is not axes[0] else "")
         panels[1].set_title(title, fontsize=9)
     return figure
 
@@ -132,6 +131,6 @@ def _draw(
         panel.scatter(anchors[kept, a], anchors[kept, b], s=9, facecolors=fill, edgecolors="tab:cyan", linewidths=0.6)
 
 
-def _listed(rows: Sequence[str]) -> list[str]:
-    more = [f"  ... and {len(rows) - NUM_LISTED} more, see quality.csv"] if len(rows) > NUM_LISTED else []
-    return [f"  {row}" for row in rows[:NUM_LISTED]] + more
+def _listed(rows: Sequence[str], limit: int = NUM_LISTED) -> list[str]:
+    more = [f"  ... and {len(rows) - limit} more, see quality.csv"] if len(rows) > limit else []
+    return [f"  {row}" for row in rows[:limit]] + more
