@@ -5,23 +5,33 @@
 
 Published widths, float32, forward and backward over a batch of 32 patches of 32^3, which lie at one location, at 8, or
 at 32. The loop makes a kernel and a convolution for each sample, as the released code does; all the rest is the same.
-Every number of threads and of locations is a process of its own, in which the implementations take turns.
+Every number of threads and of locations is a process of its own, in which the implementations take turns. Then whole
+steps of `method=drasclr` with its queues (581 locations of 4096 keys), optimiser and key encoder, on 32 subjects of a
+batch, each implementation in a process of its own, so that its peak memory is its own.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from medssl.config import compose
+from medssl.data.views import View
+from medssl.methods.base import Progress
 from medssl.models.conditioned import ConditionedEncoder
+from medssl.training.optim import build_optimizer
 
 BATCH, SIDE = 32, 32
+LOCATIONS, SUBJECTS = 581, 9179
 PLACES = {1: "one location", 8: "8 locations", 32: "32 locations"}
 
 
@@ -78,6 +88,57 @@ def difference(dtype: torch.dtype, device: torch.device) -> list[float]:
     return [((ours - loops).abs().max() / loops.abs().max()).item(), apart / largest]
 
 
+def whole_steps(impl: str, *, steps: int, device: torch.device) -> list[float]:
+    """Median seconds of a step after a first one, and the process' peak memory in GB."""
+    config = compose("pretrain", ["~data", "method=drasclr", f"method.encoder.impl={impl}"])
+    config.facts = {
+        "num_cases": SUBJECTS,
+        "num_channels": 1,
+        "num_locations": LOCATIONS,
+        "steps_per_epoch": SUBJECTS / config.batch_size,
+    }
+    values = OmegaConf.to_container(config, resolve=True)
+    torch.manual_seed(0)
+    method = instantiate(values["method"], _convert_="all").to(device).train()
+    optimizer, schedule = build_optimizer(values["optimizer"], method.param_groups(), total_steps=1000)
+    seconds = []
+    for step in range(1 + steps):
+        batch = {"anchor": views(2, 0, device), "neighbours": views(2, 1, device)}
+        start = time.perf_counter()
+        progress = Progress(step, 1000, 0.0, 100.0, 0)
+        method(batch, progress).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        method.after_step(progress)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return [statistics.median(seconds[1:]), peak_gb]
+
+
+def views(count: int, first_location: int, device: torch.device) -> View:
+    """Noise at one location, or at as many as there are views from the second location on."""
+    image = torch.randn(BATCH, count, 1, SIDE, SIDE, SIDE).to(device)
+    eye = torch.eye(4, dtype=torch.float64, device=device).expand(BATCH, count, 4, 4)
+    case = torch.arange(BATCH, device=device)[:, None].expand(BATCH, count)
+    places = torch.zeros(count, dtype=torch.int64) if first_location == 0 else 1 + torch.arange(count)
+    index = places.to(device).expand(BATCH, count)
+    made = View(
+        image,
+        eye,
+        eye,
+        torch.full((BATCH, count, 3), SIDE, device=device),
+        case,
+        case * 0,
+        image.new_zeros(BATCH, count, 3).double(),
+    )
+    made.location_index, made.location_valid = index, torch.ones_like(index, dtype=torch.bool)
+    made.coordinate = (index[..., None] / LOCATIONS * torch.tensor([1.0, -1.0, 0.5], device=device)).float()
+    return made
+
+
 def run(words: list[str], threads: int) -> dict[str, list[float]]:
     """What a process of its own finds."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -97,6 +158,9 @@ def main() -> None:
     if arguments.only == "difference":
         print(json.dumps({str(dtype): difference(dtype, device) for dtype in (torch.float32, torch.float64)}))
         return
+    if arguments.only == "step":
+        print(json.dumps(whole_steps(impls[0], steps=min(2, arguments.steps), device=device)))
+        return
     if arguments.only:
         print(json.dumps(measure(impls, int(arguments.only), steps=arguments.steps, device=device)))
         return
@@ -113,6 +177,12 @@ def main() -> None:
                 ratios = [f"{found[reference][row] / found[impl][row]:.1f}" for impl in ours]
                 cells = [*(f"{found[impl][row]:.3f}" for impl in impls), *ratios]
                 print(f"| {place}, {unit} | {threads} | {' | '.join(cells)} |", flush=True)
+    threads = arguments.threads[-1]
+    print(f"\n| step of method=drasclr, {threads} threads | {' | '.join(impls)} |\n|{'---|' * (1 + len(impls))}")
+    options = ["--only", "step", "--steps", str(arguments.steps), "--device", arguments.device, "--impl"]
+    found = {impl: run([*options, impl], threads) for impl in impls}
+    for row, what in enumerate(("s", "peak memory of the process, GB")):
+        print(f"| {what} | {' | '.join(f'{found[impl][row]:.2f}' for impl in impls)} |", flush=True)
     for dtype, (features, gradients) in run(["--only", "difference", *words], arguments.threads[0]).items():
         print(f"\n{dtype}: representations differ from the loop's by {features:.0e}, gradients by {gradients:.0e}")
 
