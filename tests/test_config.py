@@ -1,5 +1,7 @@
 """Composition, help and error messages: in one process, but for what a fresh interpreter imports."""
 
+import importlib
+import re
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import medssl
-from medssl.config import CommandLine, compose, config_dir, help_text, main, to_yaml, user_message
+from medssl.config import CommandLine, compose, config_dir, help_text, main, mistyped, to_yaml, user_message
 
 
 def run_like_a_command(config):
@@ -170,6 +172,48 @@ def test_a_wrong_keyword_of_a_class_named_in_yaml_is_one_line(capsys):
         instantiate({"_target_": "medssl.data.sampling.Pairs", "patner": "random"})
 
     assert "patner" in failure(capsys, run=run)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("views.groups.pair.tries=abc", "views.groups.pair.tries must be int, got 'abc'"),
+        ("views.groups.pair.size=40", "views.groups.pair.size must be Sequence[int], got 40"),
+        ("views.groups.pair.size=[4,4,x]", "views.groups.pair.size must be Sequence[int], got [4, 4, 'x']"),
+        ("method.weight_reconstruction=abc", "method.weight_reconstruction must be float, got 'abc'"),
+        ("method.clip_per_parameter=abc", "method.clip_per_parameter must be float | None, got 'abc'"),
+        ("method.mask_per_sample=null", "method.mask_per_sample must be bool, got None"),
+        ("model.encoder.feature_size=wide", "model.encoder.feature_size must be int, got 'wide'"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named_wherever_it_made_the_run_fail(capsys, setting, message):
+    def run(config):
+        import medssl.data.matching
+        import medssl.methods.alice
+        import medssl.models.nnformer  # noqa: F401
+
+        raise TypeError("can't multiply sequence by non-int of type 'float'")
+
+    assert failure(capsys, "method=alice_tiny", setting, run=run) == f"error: {message}\n"
+
+
+def test_no_setting_of_ours_counts_as_one_of_the_wrong_type():
+    """Else a fault of the program would be blamed on it."""
+    targets = set()
+    for command, groups in {
+        "pretrain": ("method", "model", "data"),
+        "derive": ("what",),
+        "finetune": ("model",),
+    }.items():
+        for group in groups:
+            for file in sorted((config_dir() / group).glob("*.yaml")):
+                config = compose(command, [f"{group}={file.stem}"])
+                names = set(re.findall(r"_target_: (medssl[.\w]+)", OmegaConf.to_yaml(config)))
+                for name in names:
+                    importlib.import_module(name.rpartition(".")[0])
+                assert mistyped(config) is None, (command, file)
+                targets |= names
+    assert len(targets) > 20
 
 
 def test_a_missing_file_is_the_users_to_mend(tmp_path):

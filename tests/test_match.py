@@ -48,7 +48,7 @@ def test_a_point_of_a_scan_is_found_at_the_same_place_of_that_scan(tmp_path, cap
         capsys, weights=embedding_weights, query=query, reference=query, point_mm="[11.0,-8.5,-150.0]", output=image
     )
     assert code == 0, out
-    line, last = out.splitlines()
+    line, last, caution = out.splitlines()
     found = re.fullmatch(r"\[11.0, -8.5, -150.0\] mm -> \[(.*)\] mm, voxel \[(.*)\], score (.*)", line)
     place = np.array([float(v) for v in found[1].split(",")])
     assert np.abs(place - [11.0, -8.5, -150.0]).max() <= 2.0
@@ -57,6 +57,7 @@ def test_a_point_of_a_scan_is_found_at_the_same_place_of_that_scan(tmp_path, cap
     assert float(found[3]) == pytest.approx(1, abs=2e-3)
     assert re.fullmatch(rf"1 point of {query} in {query}, [\d.]+ s -> {image}", last)
     assert image.read_bytes().startswith(b"\x89PNG")
+    assert caution.startswith("scores compare places under this network alone; they are no probabilities")
 
 
 def test_a_grid_is_nine_points_and_a_list_is_taken_whole(tmp_path, capsys, scan, embedding_weights):
@@ -99,6 +100,21 @@ def test_mistakes_are_named_in_one_line_with_exit_code_two(tmp_path, capsys, sca
     assert re.search(message, error), error
     assert error.count("\n") == 1
     assert not (tmp_path / "m.png").exists()
+
+
+@pytest.mark.parametrize(("output", "reason"), [("q.nii.gz/m.png", "File exists"), ("folder.png", "it is a folder")])
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_embedded(
+    tmp_path, capsys, scan, embedding_weights, monkeypatch, output, reason
+):
+    monkeypatch.setattr("medssl.inference.locating.Embedder.load", None)
+    query = scan("q.nii.gz")
+    (tmp_path / "folder.png").mkdir()
+    settings = {"weights": embedding_weights, "query": query, "reference": query, "point_mm": "[0,0,-150]"}
+    code, error = match(capsys, **settings, output=tmp_path / output)
+    assert code == 2
+    assert error.startswith(f"error: output={tmp_path / output} cannot be written: ")
+    assert reason in error
+    assert error.count("\n") == 1
 
 
 def test_an_encoder_of_another_method_is_refused_with_what_is_needed(tmp_path, capsys, scan):

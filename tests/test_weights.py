@@ -1,6 +1,7 @@
 import argparse
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -275,9 +276,11 @@ class Payload:
 def test_a_published_file_cannot_run_code(tmp_path, capsys):
     path = tmp_path / "evil.pth"
     torch.save({"student": {}, "args": Payload()}, path)
-    with pytest.raises(ValueError, match=r"evil\.pth is no PyTorch checkpoint that loads without running code"):
+    with pytest.raises(ValueError, match=r"evil\.pth is no PyTorch checkpoint that loads without running") as caught:
         load_encoder(path, layout="glmae")
     assert capsys.readouterr().out == ""
+    assert not re.search("weights_only|safe_globals|likely succeed", str(caught.value)), "no advice to run it after all"
+    assert "GLOBAL print was not an allowed global" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
 import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,6 +176,7 @@ def main(
     The docstring of `run`'s module is the description in `--help`. A mistake of the user becomes one message on stderr
     and exit code 2; a fault of the program keeps its traceback.
     """
+    config = None
     try:
         line = CommandLine.parse(sys.argv[1:] if arguments is None else arguments, positional=positional is not None)
         if line.extra_dir is not None:
@@ -193,7 +197,7 @@ def main(
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = user_message(error)
+        message = user_message(error) or mistyped(config)
         if message is None or os.environ.get("MEDSSL_DEBUG", "0") not in ("", "0"):
             raise
         if isinstance(error, OSError) or not _rank():  # the settings are wrong on all ranks, a file may be on one
@@ -232,6 +236,55 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and not _is_foreign(error):
         return str(error)
     return None
+
+
+def mistyped(config: DictConfig | None) -> str | None:
+    """The first setting of a class of ours that is of another type than the class says, in words; None without any.
+
+    It is asked once something has failed for no reason that the user was told: a text where a number is wanted fails
+    anywhere, in a comparison or steps later.
+    """
+    from omegaconf import OmegaConf
+
+    pending: list[tuple[str, Any]] = [] if config is None else [("", OmegaConf.to_container(config, resolve=False))]
+    while pending:
+        path, node = pending.pop(0)
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        hints = _hints(node.get("_target_")) if isinstance(node, dict) else {}
+        for key, value in items:
+            name = f"{path}[{key}]" if isinstance(node, list) else f"{path}.{key}".lstrip(".")
+            if key in hints and not _fits(value, hints[key]):
+                wanted = str(hints[key]) if typing.get_args(hints[key]) else hints[key].__name__
+                return f"{name} must be {re.sub(r'[a-z_]+[.]', '', wanted)}, got {value!r}"
+            pending.append((name, value))
+    return None
+
+
+def _hints(target: object) -> dict[str, Any]:
+    """Types of the arguments of a class or function of ours that has been imported."""
+    module, _, name = str(target).rpartition(".")
+    found: Any = getattr(sys.modules.get(module), name, None) if module.startswith("medssl.") else None
+    try:
+        return typing.get_type_hints(found.__init__ if isinstance(found, type) else found)  # type: ignore[misc]
+    except (NameError, TypeError):  # names that are known to type checkers only
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value may be of a type; what YAML cannot state, and what follows from other values, may be."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin in (collections.abc.Sequence, list, tuple) or hint in (list, tuple):
+        elements = [one for one in inner if one is not Ellipsis]
+        return isinstance(value, list) and (len(elements) != 1 or all(_fits(one, elements[0]) for one in value))
+    if origin in (collections.abc.Mapping, dict) or hint in (Mapping, dict):
+        return isinstance(value, dict)
+    plain: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+    plain[type(None)] = (type(None),)
+    return isinstance(value, plain[hint]) if hint in plain else True
 
 
 def _raised_in(error: BaseException) -> str:

@@ -22,7 +22,10 @@ def run(config: "DictConfig") -> None:
 
     from medssl.data.derived import derive
 
-    print(derive(config.store, instantiate(config.what, _convert_="all"), num_workers=config.num_workers))
+    derivation = instantiate(config.what, _convert_="all")
+    if hasattr(derivation, "check"):
+        derivation.check()
+    print(derive(config.store, derivation, num_workers=config.num_workers))
 
 
 if __name__ == "__main__":

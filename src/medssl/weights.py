@@ -6,6 +6,7 @@ The card (JSON in the header) says how to rebuild the encoder and how its images
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,9 +279,16 @@ def _published(path: str | Path, layout: str, branch: str) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(layouts.SAFE_GLOBALS):
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for files that are no checkpoints
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _reason(error)
         raise ValueError(f"{source} is no PyTorch checkpoint that loads without running code: {reason}") from None
     return read(checkpoint, source=str(source), branch=branch)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without PyTorch's advice to load the file in a way that may run code in it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not re.search("weights_only|still be loaded|Check the documentation", line)]
+    return re.split(r"\.? Please use ", lines[0])[0] if lines else type(error).__name__
 
 
 def _existing(path: str | Path) -> Path:

@@ -260,6 +260,17 @@ def test_a_matcher_is_asked_again_until_the_score_or_the_tries_are_reached(noise
         (lambda: RandomCrop(size=[4] * 3, spacing_mm=[1, 0, 1]), "spacing_mm must be positive"),
         (lambda: RandomCrop(size=[4] * 3, label_share=3.0), r"must lie in \[0, 1\], got 3.0 and 0.0"),
         (lambda: RandomCrop(size=[4] * 3, augment=[Flip(share="veiw")]), "share=veiw is stated by one view only"),
+        (lambda: Containing(size=[4] * 3, scale=[1.2, 0.8]), r"scale must be \[low, high\] with 0 < low <= high, got"),
+        (lambda: Containing(size=[4] * 3, scale=[1.0]), r"scale must be \[low, high\]"),
+        (lambda: Containing(size=[4] * 3, independent=1.5), r"independent must lie in \[0, 1\], got 1.5"),
+        (
+            lambda: Containing(size=[4] * 3, margin_voxel=[1, 2]),
+            r"margin_voxel must be one number or three, .*\[1, 2\]",
+        ),
+        (
+            lambda: Containing(size=[4] * 3, margin_voxel=-1.0),
+            "margin_voxel must be one number or three, all at least 0",
+        ),
         (lambda: GridCrop(size=[4] * 3), "either grid"),
         (lambda: GridCrop(size=[4] * 3, grid=[2, 1, 1], neighbours=True, count=2), "2 neighbours, but grid"),
         (lambda: GridCrop(size=[4] * 3, grid=[2, 1, 1]), "needs a request with a location; use sampler SameLocation"),

@@ -182,6 +182,18 @@ def test_a_device_that_is_not_there_is_a_mistake_of_one_line(store, embedding_we
     assert message in error
 
 
+@pytest.mark.parametrize("what", ["pairs", "embeddings"])
+def test_a_file_that_holds_no_embedding_is_refused_before_a_table_is_begun(store, tmp_path, capsys, what):
+    (tmp_path / "SAM.pth").write_bytes(b"no network")
+    arguments = [f"what={what}", f"store={store.root}", f"weights={tmp_path / 'SAM.pth'}", "weights.layout=sam"]
+    with pytest.raises(SystemExit) as stop:
+        main("derive", run_derive, arguments=[*arguments, "num_workers=2"])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert "SAM.pth is no PyTorch checkpoint" in error
+    assert not (store.root / "derived").exists()
+
+
 def test_points_are_embedded_alike_in_a_process_of_their_own(store, embedding_weights):
     points = PairPoints(weights=str(embedding_weights), num_candidates=8, low_hu=-900)
     derive(store.root, points, num_workers=1, progress=False)

@@ -254,6 +254,10 @@ def test_a_row_without_negatives_has_no_loss():
         (FineMining, {"mask_value": "none"}, "FineMining: mask_value is 'none', allowed are neginf, zero"),
         (CoarseMining, {"temperature": 0.0}, "CoarseMining: temperature must be positive, got 0.0"),
         (FineMining, {"num_hard": 0}, "FineMining: num_hard must be at least 1, got 0"),
+        (CoarseMining, {"height_mm": (8.0,)}, r"CoarseMining: height_mm must be two positive lengths.*got \[8.0\]"),
+        (CoarseMining, {"height_mm": (8.0, -6.0)}, r"CoarseMining: height_mm must be two positive .*\[8.0, -6.0\]"),
+        (FineMining, {"positive_mm": 0.0}, "FineMining: positive_mm must be positive, got 0.0"),
+        (CoarseMining, {"ignore_mm": -1.0}, "CoarseMining: ignore_mm must be at least 0, got -1.0"),
         (CoarseMining, {"num_global": -1}, "CoarseMining: num_global must be at least 0, got -1"),
     ],
 )

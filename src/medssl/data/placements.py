@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from medssl.data.augment.base import Augmentation
 from medssl.data.geometry import Frame
-from medssl.data.scene import Placement, Region, Scene
+from medssl.data.scene import Locations, Placement, Region, Scene
 from medssl.data.store import Record
 from medssl.data.volume import SAME_SPACING, Box
 
@@ -163,23 +163,6 @@ class RandomCrop(ViewSpec):
             value = labels[rng.integers(len(labels))] if labels else -1
         chosen = points[points[:, 3] == value]
         return chosen[rng.integers(len(chosen)), :3].astype(np.float64) if len(chosen) else None
-
-
-@dataclass(frozen=True)
-class Locations:
-    """The locations of a case.
-
-    Args:
-        center_voxel: middle of each crop in volume voxels.
-        coordinate: in [-1, 1] along each axis, equal for all cases.
-        neighbours: numbers of other locations, nearest first.
-        valid: whether the case shows the location.
-    """
-
-    center_voxel: Float[np.ndarray, "location 3"]
-    coordinate: Float[np.ndarray, "location 3"]
-    neighbours: Int[np.ndarray, "location near"]
-    valid: Bool[np.ndarray, " location"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,6 +337,18 @@ class Containing(ViewSpec):
     independent: float = 0.0
     within: Region = "volume"
     margin_voxel: float | Sequence[float] = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"Containing: scale must be [low, high] with 0 < low <= high, got {list(self.scale)}")
+        if not 0 <= self.independent <= 1:
+            raise ValueError(f"Containing: independent must lie in [0, 1], got {self.independent}")
+        if np.size(self.margin_voxel) not in (1, 3) or np.min(self.margin_voxel) < 0:
+            raise ValueError(
+                f"Containing: margin_voxel must be one number or three, all at least 0; got {self.margin_voxel}"
+            )
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
         """`count` crops about one point, or wherever they fall."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from medssl.data.geometry import Frame
 from medssl.data.sampling import Request
@@ -65,3 +66,20 @@ class Placement:
     location_index: int | None = None
     coordinate: tuple[float, float, float] = (0.0, 0.0, 0.0)
     is_valid: bool = True
+
+
+@dataclass(frozen=True)
+class Locations:
+    """The locations of a case.
+
+    Args:
+        center_voxel: middle of each crop in volume voxels.
+        coordinate: in [-1, 1] along each axis, equal for all cases.
+        neighbours: numbers of other locations, nearest first.
+        valid: whether the case shows the location.
+    """
+
+    center_voxel: Float[np.ndarray, "location 3"]
+    coordinate: Float[np.ndarray, "location 3"]
+    neighbours: Int[np.ndarray, "location near"]
+    valid: Bool[np.ndarray, " location"]

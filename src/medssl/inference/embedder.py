@@ -23,9 +23,10 @@ from medssl.weights import load_encoder, read_card
 PUBLISHED = Reading(
     spacing_mm=(2.0, 2.0, 2.0),
     crop_voxel=(1, 1, 1),
+    outside=-1024.0,
     normalise=(ByModality(window_hu=(-1024.0, 3071.0), percentiles=(0.5, 99.5), out=(-50.0, 205.0)),),
 )
-"""How published embedding networks read images: 2 mm, and the whole range of CT."""
+"""How published embedding networks read images: 2 mm, the whole range of CT, and -1024 beyond the volume."""
 TILE_MARGIN_VOXEL = 32
 """What a tile sees beyond its own slices, on each side; SAM sees 28 either way, so that tiles change nothing."""
 NORM_TOLERANCE = 0.02

@@ -1,5 +1,6 @@
 """The match command: read two scans, embed them, say and draw where points of one lie in the other."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def locate(config: DictConfig) -> None:
     output = Path(config.output).expanduser()
     if output.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"output={output} is no picture; give a name that ends in .png, .pdf or .svg")
+    _check_output(output)
     embedder = Embedder.load(
         Path(config.weights.path).expanduser(),
         layout=config.weights.layout,
@@ -84,10 +86,12 @@ def locate(config: DictConfig) -> None:
     for point_mm, match_mm, score in zip(points_mm, matches_mm, scores, strict=True):
         voxel = reference.voxel_of_file(match_mm)
         print(f"{_text(point_mm)} mm -> {_text(match_mm)} mm, voxel {voxel}, score {score:.3f}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     match_figure(query, reference, points_mm, matches_mm, scores).savefig(output, dpi=100)
     number = f"{len(points_mm)} point{'s' * (len(points_mm) != 1)}"
     print(f"{number} of {config.query} in {config.reference}, {seconds:.1f} s -> {output}")
+    print(
+        "scores compare places under this network alone; they are no probabilities, nor comparable with 0.7 of others"
+    )
 
 
 def grid_points(file: ImageFile, record: Record) -> Float64[np.ndarray, "n 3"]:
@@ -136,6 +140,18 @@ def _draw_slice(panel: "Axes", scan: Scan, point_mm: Float[np.ndarray, "3"], axi
     aspect = record.spacing_mm[b] / record.spacing_mm[a]
     panel.imshow(np.flipud(values.T), cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
     panel.plot(place[a], record.shape[b] - 1 - place[b], "+", color="red", markersize=14, markeredgewidth=1.5)
+
+
+def _check_output(output: Path) -> None:
+    """Make the folder of the picture. Raises: ValueError: it cannot be written there."""
+    folder = output.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output={output} cannot be written: {error.strerror or error}, {error.filename}") from None
+    if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
+        what = "it is a folder" if output.is_dir() else "there is no permission to write"
+        raise ValueError(f"output={output} cannot be written: {what}; give another file")
 
 
 def _read(path: str, config: DictConfig, embedder: Embedder) -> tuple[ImageFile, Record]:

@@ -46,6 +46,10 @@ class Embeddings:
         """The points."""
         return [self.points]
 
+    def check(self) -> None:
+        """See `PairPoints.check`."""
+        self.points.check()
+
     def __call__(self, store: VolumeStore, case: int) -> Table:
         """Embedding and points."""
         embedding = self.points.embedder.of_case(store, case).half()

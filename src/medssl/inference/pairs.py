@@ -91,6 +91,13 @@ class PairPoints:
         path, device = str(Path(str(self.weights)).expanduser()), find_device(self.device).type
         return _embedder(path, self.digest, self.layout, device, self.tile_voxel, tuple(self.allow_modules))
 
+    def check(self) -> None:
+        """Load the network now: a file that cannot be used is refused before processes start and volumes are read.
+
+        Raises: ValueError: it cannot be loaded, or holds no embedding.
+        """
+        _ = self.embedder
+
     def __call__(self, store: VolumeStore, case: int) -> Table:
         """Points and vectors."""
         record = store.record(case)
@@ -196,6 +203,10 @@ class Pairs:
     def name(self) -> str:
         """`pairs`."""
         return "pairs"
+
+    def check(self) -> None:
+        """See `PairPoints.check`."""
+        self.points.check()
 
     @property
     def matches(self) -> PairMatches:

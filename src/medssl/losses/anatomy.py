@@ -310,8 +310,14 @@ def _check(mining: FineMining | CoarseMining) -> None:
     name = type(mining).__name__
     if mining.mask_value not in MASK_VALUES:
         raise ValueError(f"{name}: mask_value is {mining.mask_value!r}, allowed are {', '.join(MASK_VALUES)}")
-    if mining.temperature <= 0:
-        raise ValueError(f"{name}: temperature must be positive, got {mining.temperature}")
+    for key in ("temperature", "positive_mm"):
+        if getattr(mining, key) <= 0:
+            raise ValueError(f"{name}: {key} must be positive, got {getattr(mining, key)}")
+    if mining.ignore_mm < 0:
+        raise ValueError(f"{name}: ignore_mm must be at least 0, got {mining.ignore_mm}")
+    if isinstance(mining, CoarseMining) and (len(mining.height_mm) != 2 or min(mining.height_mm) <= 0):
+        got = list(mining.height_mm)
+        raise ValueError(f"{name}: height_mm must be two positive lengths, of view 1 and view 2; got {got}")
     for key, value in vars(mining).items():
         least = 0 if key == "num_global" else 1
         if key.startswith("num_") and value < least:
