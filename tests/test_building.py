@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 
 from medssl.building import build_network, build_trusted
@@ -46,3 +48,22 @@ def test_objects_of_another_kind_are_built_from_their_own_packages():
         build_trusted({"_target_": "medssl.data.augment.Flip"}, ("medssl.data.augment",), IntensityAugmentation)
     with pytest.raises(ValueError, match=r"which is outside medssl.models, monai.networks"):
         build_network(recipe)
+
+
+def test_settings_inside_networks_are_dataclasses_of_trusted_packages(monkeypatch):
+    @dataclass(frozen=True)
+    class Detector:
+        contrast: float
+
+    monkeypatch.setattr("medssl.models.vit.Detector", Detector, raising=False)
+    recipe = {
+        "_target_": "medssl.models.kaf_unet.KAFEncoder",
+        **{"base_channels": 4, "dim": 8, "num_layers": 1, "position_widths": [8]},
+        "detector": {"_target_": "medssl.models.vit.Detector", "contrast": 0.5},
+    }
+    with pytest.raises(ValueError, match=r"names medssl.models.vit.Detector, which is no torch.nn.Module"):
+        build_network(recipe)  # a dataclass that is only imported there
+    Detector.__module__ = "medssl.models.vit"
+    assert build_network(recipe).detector == Detector(0.5)
+    with pytest.raises(ValueError, match=r"which is no torch.nn.Module"):
+        build_network(recipe["detector"])

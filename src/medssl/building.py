@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,15 +11,17 @@ NETWORKS = ("medssl.models", "monai.networks")
 Built = TypeVar("Built")
 
 
-def trusted_class(recipe: Mapping[str, Any], packages: Sequence[str], *, base: type[Built]) -> type[Built]:
-    """The class that a recipe names.
+def trusted_class(
+    recipe: Mapping[str, Any], packages: Sequence[str], *, base: type[Built], dataclasses: bool = False
+) -> type[Built]:
+    """The class that a recipe names; with `dataclasses` one of these will do, of the packages themselves.
 
     Raises:
         ValueError: it is not in one of the packages, cannot be imported, or is no subclass of `base`.
     """
     target = str(recipe.get("_target_"))
     package, _, name = target.rpartition(".")
-    if not any(package == root or package.startswith(f"{root}.") for root in packages):
+    if not _inside(package, packages):
         raise ValueError(
             f"the recipe names the class {target}, which is outside {', '.join(packages)}; if you trust where it comes "
             f"from, pass allow_modules=[{package!r}]"
@@ -27,24 +30,31 @@ def trusted_class(recipe: Mapping[str, Any], packages: Sequence[str], *, base: t
         named = getattr(importlib.import_module(package), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"the recipe names the class {target}, which cannot be imported: {error}") from None
-    if not (isinstance(named, type) and issubclass(named, base)):
+    settings = dataclasses and is_dataclass(named) and _inside(getattr(named, "__module__", ""), packages)
+    if not (isinstance(named, type) and (issubclass(named, base) or settings)):
         kind = "torch.nn.Module" if base is nn.Module else f"{base.__module__}.{base.__qualname__}"
         raise ValueError(f"the recipe names {target}, which is no {kind}")
     return named
 
 
-def build_trusted(recipe: Mapping[str, Any], packages: Sequence[str], base: type[Built]) -> Built:
+def build_trusted(
+    recipe: Mapping[str, Any], packages: Sequence[str], base: type[Built], *, dataclasses: bool = False
+) -> Built:
     """Build what a recipe describes, recipes among its keywords first; only classes of `packages` are built.
+
+    Those among the keywords may be dataclasses instead, such as the settings of a detector.
 
     Raises:
         ValueError: as `trusted_class`, or the class refuses its keywords.
     """
     keywords = {
-        key: build_trusted(value, packages, base) if isinstance(value, Mapping) and "_target_" in value else value
+        key: build_trusted(value, packages, base, dataclasses=True)
+        if isinstance(value, Mapping) and "_target_" in value
+        else value
         for key, value in recipe.items()
         if key != "_target_"
     }
-    named = trusted_class(recipe, packages, base=base)
+    named = trusted_class(recipe, packages, base=base, dataclasses=dataclasses)
     try:
         return named(**keywords)
     except TypeError as error:
@@ -58,3 +68,7 @@ def build_network(recipe: Mapping[str, Any], *, allow_modules: Sequence[str] = (
         ValueError: the class is not in a trusted or allowed package, is no network, or refuses its keywords.
     """
     return build_trusted(recipe, (*NETWORKS, *allow_modules), nn.Module)
+
+
+def _inside(package: str, packages: Sequence[str]) -> bool:
+    return any(package == root or package.startswith(f"{root}.") for root in packages)

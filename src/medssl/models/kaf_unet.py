@@ -57,7 +57,7 @@ class KAFEncoder(nn.Module):
         norm: of the convolutions at the levels, `batch` or `instance`.
         max_channels: limit for the channels of the maps.
 
-    The attributes `channels` and `strides` describe the maps, `token_channels` the tokens.
+    The attributes `channels` and `strides` describe the maps, `token_channels` the tokens, `usual_decoder` is a recipe.
 
     Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
     """
@@ -94,6 +94,7 @@ class KAFEncoder(nn.Module):
             raise ValueError(f"mode is {mode!r}, allowed are {', '.join(MODES)}")
         self.spatial_dims, self.in_channels, self.mode = spatial_dims, in_channels, mode
         self.detector, self.max_points = detector, max_points
+        self.usual_decoder = {"_target_": "medssl.models.kaf_unet.KAFDecoder", "norm": norm}
         limit = max_channels or 2 * base_channels << len(levels)
         widths = [min(base_channels << level, limit // 2) for level in range(len(levels))]
         bottleneck = min(2 * base_channels << len(levels), limit)

@@ -91,7 +91,8 @@ def build_segmenter(
     """A segmenter with fresh weights, and the completed recipes that build the same one again.
 
     Without a decoder recipe, an encoder whose maps share one stride gets a `UNETRDecoder` with a sixteenth of its width
-    at full resolution (16 to 48 channels, 48 for a ViT-B as in UNETR), any other a `UNetDecoder`. A `VisionTransformer`
+    at full resolution (16 to 48 channels, 48 for a ViT-B as in UNETR), any other its `usual_decoder` (a recipe) or a
+    `UNetDecoder`. A `VisionTransformer`
     is built without CLS token unless its recipe names `class_token`, and for a `UNETRDecoder` with the maps that this
     has steps for (see `skip_depths`) unless its recipe names `feature_depths`. A `ConditionedEncoder` ends at a
     sixteenth of the resolution unless its recipe names `num_maps`.
@@ -138,7 +139,8 @@ def build_networks(
     encoder = build_trusted(encoder_recipe, packages, nn.Module)
     channels, strides = levels(encoder)
     if decoder_recipe is None:
-        decoder_recipe = _unetr_recipe(channels[-1]) if len(set(strides)) == 1 else {"_target_": UNET}
+        usual = getattr(getattr(encoder, "net", encoder), "usual_decoder", {"_target_": UNET})
+        decoder_recipe = _unetr_recipe(channels[-1]) if len(set(strides)) == 1 else usual
     fitted = {"in_channels": in_channels, "encoder_channels": channels, "encoder_strides": strides}
     decoder = build_trusted({**decoder_recipe, **fitted}, packages, nn.Module)
     return encoder, decoder, {"encoder": encoder_recipe, "decoder": decoder_recipe}

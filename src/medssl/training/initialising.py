@@ -58,6 +58,8 @@ def find_initial(config: DictConfig) -> Initial:
     card = None if path is None else card_of(path, layout=layout, branch=branch)
     if config.model.get("encoder") is None:
         if config.model.get("like") is None:
+            if config.model.get("keypoints") is not None:
+                raise ValueError("model.keypoints needs a network that has them; give weights=FILE or model=kaf too")
             config.model = OmegaConf.load(config_dir() / "model" / "unet.yaml")
         else:
             _take_network(config, Path(config.model.like).expanduser(), layout=layout, branch=branch)
@@ -65,7 +67,13 @@ def find_initial(config: DictConfig) -> Initial:
 
 
 def _take_network(config: DictConfig, like: Path, *, layout: str | None, branch: str) -> None:
-    config.model.encoder = encoder_recipe(like, layout=layout, branch=branch)
+    encoder = encoder_recipe(like, layout=layout, branch=branch)
+    if (keypoints := config.model.get("keypoints")) is not None:
+        net = encoder.get("net", encoder)
+        if not str(net["_target_"]).endswith(".KAFEncoder"):
+            raise ValueError(f"model.keypoints={keypoints}: the network of {like} knows no keypoints; leave it out")
+        net["mode"] = keypoints
+    config.model.encoder = encoder
     card = card_of(like, layout=layout, branch=branch)
     if config.model.get("decoder") is None and "decoder" in transferred(card):
         config.model.decoder = card["decoder"]
