@@ -1,12 +1,13 @@
 """Does pre-training pay with few labels? The hippocampus protocol: 100 volumes train, few of them with labels; 60 test.
 
-Pre-trains a method on the 100 training volumes, fine-tunes the encoder on `--labelled` of them, trains the same network
+Pre-trains a method on the 100 training volumes, fine-tunes its network on `--labelled` of them, trains the same network
 and a U-Net from scratch on the very same, with three seeds each, and compares all runs on the 60 test volumes.
 
     python scripts/label_efficiency.py --root /data/Task04_Hippocampus --output runs/label-efficiency
     python scripts/label_efficiency.py --root ... --output ... --arms unet --labelled 60 --steps 1000 --seeds 0
+    python scripts/label_efficiency.py --root ... --output ... --method alice_tiny --twins optimizer.lr=3e-3
 
-Finished runs are kept, so that a second start goes on with what is missing.
+Finished runs are kept, so that a second start goes on with what is missing, and the U-Net serves every method.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--pretrain", nargs="*", default=[], help="further KEY=VALUE of medssl.pretrain")
     parser.add_argument("--finetune", nargs="*", default=[], help="further KEY=VALUE of medssl.finetune")
+    parser.add_argument("--twins", nargs="*", default=[], help="likewise, of pretrained and scratch only")
     options = parser.parse_args()
     split = options.output / "split.json"
     write_split(options.root, split)
@@ -61,7 +63,8 @@ def main() -> None:
                 budget = [f"trainer.max_steps={options.steps}", f"seed={seed}", "overwrite=true", *options.pretrain]
                 where = [f"method={options.method}", f"output_dir={encoder.parent}", "validate_every=null"]
                 command("pretrain", *where, *data, *budget)
-            run = options.output / f"{arm}-{options.labelled}labels-{options.steps}steps-seed{seed}"
+            name = arm if arm == "unet" else f"{options.method}-{arm}"
+            run = options.output / f"{name}-{options.labelled}labels-{options.steps}steps-seed{seed}"
             runs[arm].append(run)
             if (run / "metrics.json").is_file():
                 continue
@@ -71,10 +74,11 @@ def main() -> None:
                 "unet": ["model=unet"],
             }[arm]
             budget = [f"data.labelled={options.labelled}", f"trainer.max_steps={options.steps}", f"seed={seed}"]
-            command("finetune", *network, *data, *budget, f"output_dir={run}", "overwrite=true", *options.finetune)
+            settings = [*options.finetune, *(options.twins if arm != "unet" else [])]
+            command("finetune", *network, *data, *budget, f"output_dir={run}", "overwrite=true", *settings)
     every = [str(run) for arm in runs.values() for run in arm]
     if len(runs) > 1:
-        command("compare", *every, f"output_dir={options.output / 'comparison'}", "overwrite=true")
+        command("compare", *every, f"output_dir={options.output / f'comparison-{options.method}'}", "overwrite=true")
 
 
 if __name__ == "__main__":
