@@ -14,6 +14,7 @@ from medssl.methods.base import Method, Progress, StepOutput
 from medssl.models.alice_backbones import Backbone
 from medssl.models.alice_head import AliceHead
 from medssl.models.cafa import CAFA
+from medssl.models.segmenter import levels
 from medssl.ops import schedules
 from medssl.ops.ema import frozen_copy, update_ema
 from medssl.ops.gather import sum_over_ranks
@@ -49,7 +50,7 @@ class Alice(Method):
         student_temperature: of both cross-entropies.
         teacher_temperature: likewise, at the end of its ramp.
         teacher_temperature_start: where the ramp starts.
-        teacher_temperature_epochs: its length.
+        teacher_temperature_epochs: its length; it is over within the last of these epochs.
         centre_momentum: of both centres.
         ema_momentum: of the teacher at the start.
         ema_momentum_end: at the end of the run.
@@ -98,6 +99,8 @@ class Alice(Method):
         teacher_drop_path: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie in [0, 1), got {mask_ratio}: something has to stay visible")
         if teacher_tokens not in TEACHER_TOKENS:
             raise ValueError(f"teacher_tokens is {teacher_tokens!r}, allowed are {', '.join(TEACHER_TOKENS)}")
         if min(student_temperature, teacher_temperature, teacher_temperature_start) <= 0:
@@ -144,7 +147,8 @@ class Alice(Method):
             cafa = self.cafa if self.teacher_cafa is None else self.teacher_cafa
             aligned_target = cafa(student.bottleneck.detach(), context).float()
 
-        temperature = self._teacher_temperature(progress)
+        start, end, epochs = self.temperature_ramp
+        temperature = teacher_temperature_at(progress.epoch, epochs, start=start, end=end)
         temperatures = {"student_temperature": self.student_temperature, "teacher_temperature": temperature}
         crops, anchors = (logits.float().unflatten(0, (2, -1)) for logits in (student.pooled, target.pooled))
         terms = {
@@ -241,10 +245,22 @@ class Alice(Method):
             raise ValueError(
                 f"the view groups `pair` and `student` must agree in count and size; the batch has {found}"
             )
+        self._check_sides(found["pair"][2:])
         image, seen = (
             batch[name].image.transpose(0, 1) for name in ("pair", "student" if "student" in batch else "pair")
         )
         return image.flatten(0, 1), seen.flatten(0, 1)
+
+    def _check_sides(self, sides: tuple[int, ...]) -> None:
+        """Raises: ValueError: the crops fit neither the backbone nor the blocks of the mask."""
+        strides = levels(self.backbone.encoder)[1]
+        for name, step in (("the encoder's stride", strides[-1]), ("method.mask_patch_voxel", self.mask_patch_voxel)):
+            if any(side % one for side, one in zip(sides, step, strict=True)):
+                fitting = [-(-side // one) * one for side, one in zip(sides, step, strict=True)]
+                raise ValueError(
+                    f"views.groups.pair.size={list(sides)} is no multiple of {name}, which is {list(step)}; it would "
+                    f"be with views.groups.pair.size={fitting}"
+                )
 
     def _mask(self, image: Tensor, progress: Progress) -> Bool[Tensor, "row 1 i j k"]:
         grid = patch_grid(image.shape[2:], self.mask_patch_voxel)
@@ -277,9 +293,13 @@ class Alice(Method):
         start, end = self.ema_range
         return schedules.cosine(progress.step, progress.total_steps, start=start, end=end)
 
-    def _teacher_temperature(self, progress: Progress) -> float:
-        start, end, epochs = self.temperature_ramp
-        return schedules.linear_ramp(progress.epoch, epochs, start=start, end=end)
+
+def teacher_temperature_at(epoch: float, epochs: float, *, start: float, end: float) -> float:
+    """The teacher's temperature: `start` in epoch 0 (the first), `end` from epoch `epochs - 1` on, straight between.
+
+    Source: repository alibaba-damo-academy/alice, loss.py.
+    """
+    return schedules.linear_ramp(epoch, max(epochs - 1, 0), start=start, end=end)
 
 
 def _check_widths(backbone: Backbone, head: AliceHead, cafa: CAFA) -> None:
