@@ -21,7 +21,8 @@ def test_facts_count_training_cases_steps_and_locations(noise_store):
     module = _module(
         noise_store, views=ViewPlan(groups={"x": GridCrop(size=[4] * 3, grid=[2, 3, 4])}), training_cases=[0, 1, 3]
     )
-    assert module.facts() == {"num_cases": 3, "num_channels": 1, "num_locations": 24, "steps_per_epoch": 1.5}
+    facts = {"num_cases": 3, "num_channels": 1, "num_locations": 24, "crop_voxel": [4, 4, 4], "steps_per_epoch": 1.5}
+    assert module.facts() == facts
 
 
 def test_validation_draws_the_same_crops_each_time_whatever_the_seed(noise_store):

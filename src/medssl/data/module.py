@@ -67,13 +67,17 @@ class VolumeDataModule(lightning.LightningDataModule):
         self.training_cases, self.validation_cases = list(training_cases), list(validation_cases)
         self.group_numbers = {name: n for n, name in enumerate(sorted({group for group, _ in store.cohorts}))}
 
-    def facts(self) -> dict[str, int | float]:
-        """Plain numbers that schedules, queue sizes and networks are made of; an epoch need not be whole steps."""
+    def facts(self) -> dict[str, int | float | list[int]]:
+        """Plain numbers that schedules, queue sizes and networks are made of; an epoch need not be whole steps.
+
+        `crop_voxel` is the size of the first group of views.
+        """
         num_cases = len(self.training_cases)
         return {
             "num_cases": num_cases,
             "num_channels": self.store.record(self.training_cases[0]).channels,
             "num_locations": self.plan.locations_in(self.store),
+            "crop_voxel": [int(side) for side in next(iter(self.plan.groups.values())).size],
             "steps_per_epoch": num_cases / self.batch_size,
         }
 
