@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,29 +134,22 @@ def test_an_option_reaches_the_method_and_every_trained_weight_gets_a_gradient(o
     values = resolved("method=alice_tiny", *SMALL, option)
     torch.manual_seed(0)
     method = instantiate(values["method"], _convert_="all")
-    output = method(batch_of(), Progress(0, 10, 0.0, 5.0, 0))
+    optimizer, _ = build_optimizer({**values["optimizer"], "warmup_steps": 0}, method.param_groups(), total_steps=10)
+    progress = Progress(2, 10, 1.0, 5.0, 0)  # in the second epoch, where the prototypes train too
+    output = method(batch_of(), progress)
     output.loss.backward()
     assert output.loss.isfinite()
     assert not [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
-
-
-@pytest.mark.parametrize(
-    ("model", "overrides", "side", "widths"),
-    [
-        ("swinunetr", ["feature_size=12", "num_heads=[1,2,3,6]", "window_voxel=4"], 32, (192, 96)),
-        ("unetr", ["size_voxel=32", "dim=48", "depth=4", "num_heads=4"], 32, (48, 384)),
-    ],
-)
-def test_another_network_takes_the_place_of_nnformer(model, overrides, side, widths):
-    settings = [f"model.encoder.{override}" for override in overrides]
-    settings += [f"method.head.{name}_channels={n}" for name, n in zip(("bottleneck", "decoded"), widths, strict=True)]
-    values = resolved("method=alice_tiny", f"model={model}", *settings)
-    method = instantiate(values["method"], _convert_="all")
-    assert (method.backbone.bottleneck_channels, method.backbone.decoded_channels) == widths
-    output = method(batch_of(side=side), Progress(0, 10, 0.0, 5.0, 0))
-    output.loss.backward()
-    assert output.loss.isfinite()
-    assert not [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    before = copy.deepcopy(method.teacher_backbone.state_dict())
+    method.after_backward(progress)
+    optimizer.step()
+    method.after_step(progress)
+    share, student = 1 - output.logs["ema_momentum"].item(), method.backbone.state_dict()
+    moved = 0
+    for name, teacher in method.teacher_backbone.named_parameters():
+        torch.testing.assert_close(teacher, before[name] + share * (student[name] - before[name]), atol=1e-6, rtol=1e-4)
+        moved += not torch.equal(teacher, before[name])
+    assert moved > 20
 
 
 def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
