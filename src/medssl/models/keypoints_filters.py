@@ -1,0 +1,114 @@
+"""Filters along one axis after the other, exact in float32, edge values repeated; for images of any dimension.
+
+A filter is a matrix product. On a CPU this takes a fraction of the time of a convolution of one channel.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+TRUNCATE_SIGMA = 4.0
+"""Gaussians end there."""
+DERIVATIVE = (1 / 12, -8 / 12, 0.0, 8 / 12, -1 / 12)
+"""Central differences of fourth order."""
+ROWS = 64
+"""Rows of a filter that share one product: beyond them, and the reach of the filter, its matrix holds zeros only."""
+
+
+def gaussian(sigma_voxel: float) -> tuple[float, ...]:
+    """Taps of a sampled Gaussian; they sum to 1."""
+    reach = reach_of(sigma_voxel)
+    taps = [math.exp(-0.5 * (tap / sigma_voxel) ** 2) for tap in range(-reach, reach + 1)]
+    return tuple(tap / sum(taps) for tap in taps)
+
+
+def reach_of(sigma_voxel: float) -> int:
+    """Voxels on each side that a Gaussian sees."""
+    return int(TRUNCATE_SIGMA * sigma_voxel + 0.5)
+
+
+def blurred(image: Float32[Tensor, "b *spatial"], sigma_voxel: float) -> Float32[Tensor, "b *spatial"]:
+    """The image after a Gaussian along every axis."""
+    for axis in range(1, image.ndim):
+        image = filtered(image, axis, gaussian(sigma_voxel))
+    return image
+
+
+def filtered(image: Float32[Tensor, "b *spatial"], axis: int, taps: Sequence[float]) -> Float32[Tensor, "b *spatial"]:
+    """The image correlated with an odd number of taps along an axis."""
+    side, reach = image.shape[axis], len(taps) // 2
+    matrix = filter_matrix(side, tuple(taps)).to(image.device)
+    parts = []
+    for start in range(0, side, ROWS):
+        stop = min(start + ROWS, side)
+        lower, upper = max(0, start - reach), min(side, stop + reach)
+        rows, seen = matrix[start:stop, lower:upper], image.narrow(axis, lower, upper - lower)
+        if axis == image.ndim - 1:
+            parts.append(seen @ rows.mT)
+        else:
+            parts.append((rows @ seen.flatten(axis + 1)).unflatten(-1, seen.shape[axis + 1 :]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+
+@lru_cache(maxsize=256)
+def filter_matrix(side: int, taps: tuple[float, ...]) -> Float32[Tensor, "{side} {side}"]:
+    """What correlates `side` values with an odd number of taps, the first and the last value repeated beyond."""
+    rows = torch.arange(side)[:, None]
+    seen = (rows + torch.arange(len(taps)) - len(taps) // 2).clamp(0, side - 1)
+    matrix = torch.zeros(side, side, dtype=torch.float64)
+    weights = torch.tensor(taps, dtype=torch.float64).expand_as(seen)
+    return matrix.index_put_((rows.expand_as(seen), seen), weights, accumulate=True).float()
+
+
+def extreme_within(
+    values: Float32[Tensor, "b *axes"], reach: int, extreme: Callable[[Tensor, Tensor], Tensor]
+) -> Float32[Tensor, "b *inner"]:
+    """The `torch.maximum` or `torch.minimum` of each cube of `2 * reach + 1` along the axes, where it fits."""
+    for axis in range(1, values.ndim):
+        length = values.shape[axis] - 2 * reach
+        found = values.narrow(axis, 0, length)
+        for shift in range(1, 2 * reach + 1):
+            found = extreme(found, values.narrow(axis, shift, length))
+        values = found
+    return values
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products in float32 throughout: with ten bits of mantissa differences of Gaussians would be noise."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def stretched(
+    image: Float32[Tensor, "b *spatial"], value_range: Sequence[float] | None
+) -> Float32[Tensor, "b *spatial"]:
+    """The image with `value_range`, or its own smallest and largest value, at 0 and 1; all 0 where these are equal."""
+    if value_range is not None:
+        low, high = value_range
+        return (image - low) / (high - low)
+    ones = (-1, *[1] * (image.ndim - 1))
+    flat = image.flatten(1)
+    smallest, largest = flat.amin(1).view(ones), flat.amax(1).view(ones)
+    spread = largest - smallest
+    return torch.where(spread > 1e-6 * largest.abs(), (image - smallest) / spread, 0.0)
+
+
+def check_value_range(value_range: Sequence[float] | None) -> None:
+    """Raises a ValueError unless there are two ascending values, or none."""
+    if value_range is not None and (len(value_range) != 2 or not value_range[0] < value_range[1]):
+        raise ValueError(f"value_range must be two ascending values or null, got {list(value_range)}")
+
+
+def halved(image: Float32[Tensor, "b *spatial"]) -> Float32[Tensor, "b *half"]:
+    """Every second voxel along each axis, the first among them."""
+    return image[(slice(None), *[slice(None, None, 2)] * (image.ndim - 1))]
