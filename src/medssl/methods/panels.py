@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -80,5 +80,43 @@ def point_matches(
                 panel.plot(*match.truth[:2], "o", color="deepskyblue", markersize=9, fillstyle="none")
             panel.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:])
         row[1].set_xlabel(f"{match.error_mm:.1f} mm off")
+    figure.suptitle(title)
+    return figure
+
+
+class MatchedPoints(NamedTuple):
+    """Keypoints of two volumes in voxels, and pairs: number in the first, number in the second, whether it is right."""
+
+    first: Float[Tensor, "n 3"]
+    second: Float[Tensor, "m 3"]
+    pairs: Sequence[tuple[int, int, bool]]
+    first_valid: Bool[Tensor, " n"]
+    second_valid: Bool[Tensor, " m"]
+
+
+def matched_points(
+    first: Float[Tensor, "x y z"], second: Float[Tensor, "x y z"], points: MatchedPoints, *, title: str = ""
+) -> "Figure":
+    """Both volumes side by side from the front, each at its brightest along the sight, with keypoints and pairs.
+
+    Right pairs are joined by green lines, wrong ones by red; left and right are those of the picture, superior is up.
+    """
+    from matplotlib.figure import Figure
+
+    projected = [volume.detach().float().cpu().amax(1) for volume in (first, second)]  # (x z)
+    low, high = torch.cat([picture.flatten() for picture in projected]).aminmax()
+    beside = torch.cat([torch.nn.functional.pad(projected[0], (0, 0, 0, 2), value=float(low)), projected[1]])
+    figure = Figure(figsize=(9.0, 9.0 * beside.shape[1] / beside.shape[0] + 0.6), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(beside.T.numpy(), origin="lower", cmap="gray", vmin=float(low), vmax=float(high))
+    offset = projected[0].shape[0] + 2
+    for place, valid, shift in ((points.first, points.first_valid, 0), (points.second, points.second_valid, offset)):
+        axes.plot(place[valid, 0].numpy() + shift, place[valid, 2].numpy(), ".", color="gold", markersize=4)
+    for i, j, is_right in points.pairs:
+        (x, _, z), (x2, _, z2) = points.first[i].tolist(), points.second[j].tolist()
+        color = "limegreen" if is_right else "tomato"
+        axes.plot([x, x2 + offset], [z, z2], "-", color=color, linewidth=0.6, alpha=0.7)
+    right = sum(is_right for _, _, is_right in points.pairs)
+    axes.set(xticks=[], yticks=[], xlabel=f"{right} of {len(points.pairs)} found pairs are right")
     figure.suptitle(title)
     return figure

@@ -1,0 +1,212 @@
+"""KAF: an image and its keypoints contrast by position, and the keypoints of two views are matched."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor, nn
+
+from medssl.data.views import View
+from medssl.losses.optimal_transport import REDUCTIONS, log_transport, matching_accuracy, matching_loss
+from medssl.losses.position_contrast import METRICS, contrast_of_positives, equal_labels, near_positions
+from medssl.methods.base import Method, Progress, StepOutput
+from medssl.methods.kaf_points import PointPair, PointRule
+from medssl.models.kaf_heads import KAFHeads
+from medssl.models.kaf_unet import KAFEncoder
+from medssl.models.keypoint_matcher import KeypointMatcher
+from medssl.ops.gather import gather_ranks, gather_with_gradient
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+POSITIVES = ("position", "views", "partition")
+NUM_PARTITIONS = 4
+
+
+class KAF(Method):
+    """Global contrast of an image and of its keypoints by position in the body, and local matching of keypoints.
+
+    The view groups `first` and `second` hold one view each, of neighbouring places in one volume. Views of any volumes
+    whose places are near each other are positives, for the embedding of the coarsest map and for that of the mean of
+    the keypoints. A matcher then finds the partners of the keypoints of both views, with a dustbin for those without.
+
+    Args:
+        encoder: U-Net encoder with keypoints.
+        heads: embeddings of image and keypoints, and the fusion of tokens.
+        matcher: scores of pairs of keypoints.
+        points: how keypoints are chosen and put in correspondence.
+        weight_image: of the contrast of images.
+        weight_keypoints: of the contrast of keypoints.
+        weight_matching: of the matching.
+        positives: by `position` in the body; the two `views` of a volume; or equal `partition` of the body's height.
+        metric: of positions, see `near_positions`.
+        threshold: of positions, which run from 0 to 1 over the places that a crop can have.
+        position_per_view: each view has its own place; otherwise both have the first one's.
+        temperature: of both contrasts.
+        base_temperature: they are scaled by `temperature / base_temperature`.
+        transport_iterations: of Sinkhorn's algorithm.
+        reduction: of the matching loss.
+
+    Source: arXiv:2310.01680; repository zshyang/kaf, pretrain1.py.
+    """
+
+    encoder: KAFEncoder
+
+    def __init__(
+        self,
+        *,
+        encoder: KAFEncoder,
+        heads: KAFHeads,
+        matcher: KeypointMatcher,
+        points: PointRule | None = None,
+        weight_image: float = 1.0,
+        weight_keypoints: float = 1.0,
+        weight_matching: float = 0.01,
+        positives: str = "position",
+        metric: str = "linf",
+        threshold: float = 0.35,
+        position_per_view: bool = True,
+        temperature: float = 0.1,
+        base_temperature: float = 0.07,
+        transport_iterations: int = 50,
+        reduction: str = "weighted_mean",
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("positives", positives, POSITIVES),
+            ("metric", metric, METRICS),
+            ("reduction", reduction, REDUCTIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+        if min(temperature, base_temperature, threshold) <= 0 or transport_iterations < 1:
+            raise ValueError("temperature, base_temperature, threshold and transport_iterations must be positive")
+        if not encoder.token_channels:
+            raise ValueError(
+                "KAF pre-trains keypoints, but the encoder uses none: set method.encoder.mode=use and a level"
+            )
+        self.encoder, self.heads, self.matcher, self.points = encoder, heads, matcher, points or PointRule()
+        self.weights = {"image": weight_image, "keypoints": weight_keypoints, "matching": weight_matching}
+        self.positives, self.metric, self.threshold = positives, metric, threshold
+        self.position_per_view = position_per_view
+        self.temperatures = {"temperature": temperature, "base_temperature": base_temperature}
+        self.transport_iterations, self.reduction = transport_iterations, reduction
+
+    def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
+        """Weighted sum of both contrasts and of the matching."""
+        views = _views(batch)
+        points = self.points(*views, progress, is_random=self.training)
+        embedded = [
+            self.heads(self.encoder.encode(view.image[:, 0], *chosen))
+            for view, chosen in zip(views, _by_view(points), strict=True)
+        ]
+        with torch.autocast(points.first.device.type, enabled=False):
+            positive = self._positives(views)
+            image = self._gathered([views_of.image for views_of in embedded])
+            keypoints = self._gathered([views_of.keypoints for views_of in embedded])
+            shown = torch.cat([gather_ranks(views_of.has_keypoints) for views_of in embedded])
+            terms = {"image": contrast_of_positives(image, positive, **self.temperatures)}
+            terms["keypoints"] = contrast_of_positives(keypoints[shown], positive[shown][:, shown], **self.temperatures)
+            plan = self._plan([views_of.tokens for views_of in embedded], points, views[0])
+            terms["matching"] = matching_loss(plan, points.pairs, reduction=self.reduction)  # type: ignore[arg-type]
+        loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
+        itself = torch.eye(len(positive), dtype=torch.bool, device=positive.device)
+        directions = nn.functional.normalize(image.detach(), dim=1)
+        logs = {name: term.detach() for name, term in terms.items()}
+        logs |= {
+            "matching_accuracy": matching_accuracy(plan, points.pairs),
+            "matched_share": points.matched_share(),
+            "points": (points.first_valid.sum(1) + points.second_valid.sum(1)).float().mean() / 2,
+            "num_positives": (positive & ~itself).sum(1).float().mean(),
+            "feature_std": directions.std(0, correction=0).mean() * directions.shape[1] ** 0.5,
+        }
+        return StepOutput(loss, logs)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All parameters alike: the released recipe decays biases and norms too."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    @torch.no_grad()
+    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+        """The keypoints of the first pair of views, and where the matcher sees partners: right or wrong."""
+        from medssl.methods.panels import MatchedPoints, matched_points
+
+        views, was_training = _views(batch), self.training
+        self.eval()
+        points = self.points(*views, progress, is_random=False)
+        tokens = [
+            self.heads(self.encoder.encode(view.image[:, 0], *chosen)).tokens
+            for view, chosen in zip(views, _by_view(points), strict=True)
+        ]
+        plan = self._plan([t.float() for t in tokens], points, views[0])[0]
+        self.train(was_training)
+        mine = points.pairs[points.pairs[:, 0] == 0, 1:]
+        truth = {int(i): int(j) for i, j in mine.tolist() if i >= 0}
+        found = plan[:-1].argmax(1).tolist()
+        dustbin = plan.shape[1] - 1
+        shown = MatchedPoints(
+            points.first[0].cpu(),
+            points.second[0].cpu(),
+            [(i, j, truth[i] == j) for i, j in enumerate(found) if i in truth and j != dustbin],
+            points.first_valid[0].cpu(),
+            points.second_valid[0].cpu(),
+        )
+        title = f"keypoints and their matches, step {progress.step}"
+        return {"matches": matched_points(views[0].image[0, 0, 0], views[1].image[0, 0, 0], shown, title=title)}
+
+    def _plan(self, tokens: list[Tensor], points: PointPair, view: View) -> Float[Tensor, "b rows columns"]:
+        scores = self.matcher(
+            *tokens,
+            points=(points.first, points.second),
+            valid=(points.first_valid, points.second_valid),
+            size_voxel=tuple(view.image.shape[3:]),
+        )
+        return log_transport(
+            scores.float(),
+            self.matcher.dustbin.float(),
+            num_iterations=self.transport_iterations,
+            row_valid=points.first_valid,
+            column_valid=points.second_valid,
+        )
+
+    def _gathered(self, vectors: list[Tensor]) -> Float[Tensor, "row dim"]:
+        """First views of all ranks, then second ones."""
+        return torch.cat([gather_with_gradient(part.float()) for part in vectors])
+
+    @torch.no_grad()
+    def _positives(self, views: tuple[View, View]) -> Bool[Tensor, "row row"]:
+        """Which views of the whole batch are positives of each other."""
+        position = [places(view) for view in (views if self.position_per_view else (views[0], views[0]))]
+        everywhere = torch.cat([gather_ranks(part) for part in position])
+        if self.positives == "position":
+            return near_positions(everywhere, metric=self.metric, threshold=self.threshold)  # type: ignore[arg-type]
+        if self.positives == "partition":
+            return equal_labels((everywhere[:, 2] * NUM_PARTITIONS).long().clamp(0, NUM_PARTITIONS - 1))
+        return equal_labels(torch.arange(len(everywhere) // 2, device=everywhere.device).repeat(2))
+
+
+def places(view: View) -> Float64[Tensor, "b 3"]:
+    """Body coordinates of the views' places, stretched so that those that a crop can have run from 0 to 1.
+
+    A crop as large as the body has one place only, the middle.
+    """
+    if view.body_faces is None:
+        return view.location[:, 0]
+    sides = torch.tensor(view.image.shape[3:], dtype=torch.float64, device=view.image.device)
+    crop = view.matrix[:, 0, :3, :3].norm(dim=1) * sides  # voxels of the volume, along the axes of the view
+    share = crop / (view.body_faces[:, 0, 1] - view.body_faces[:, 0, 0])
+    free = 1 - share
+    stretched = (view.location[:, 0] - share / 2) / free.clamp(min=1e-6)
+    return torch.where(free > 1e-6, stretched.clamp(0, 1), 0.5)
+
+
+def _views(batch: Mapping[str, View]) -> tuple[View, View]:
+    found = {name: tuple(view.image.shape[1:]) for name, view in batch.items()}
+    if not {"first", "second"} <= found.keys() or found["first"] != found["second"] or found["first"][0] != 1:
+        raise ValueError(f"KAF needs view groups `first` and `second` with one view of one size; the batch has {found}")
+    return batch["first"], batch["second"]
+
+
+def _by_view(points: PointPair) -> list[tuple[Tensor, Tensor]]:
+    return [(points.first, points.first_valid), (points.second, points.second_valid)]

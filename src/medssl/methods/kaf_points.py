@@ -1,0 +1,153 @@
+"""Which keypoints the two views of KAF have, and which of them are the same."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from medssl.data.views import View
+from medssl.methods.base import Progress
+from medssl.models.keypoints import DifferenceOfGaussians, Foerstner, detect
+from medssl.ops.correspondence import choose_shared, mutual_nearest, patch_descriptors
+
+MATCHES = ("shared", "geometric", "descriptor")
+
+
+class PointPair(NamedTuple):
+    """Keypoints of two views in voxels of each, which of them count, and rows (sample, first, second); -1 is nobody."""
+
+    first: Float[Tensor, "b n 3"]
+    second: Float[Tensor, "b m 3"]
+    first_valid: Bool[Tensor, "b n"]
+    second_valid: Bool[Tensor, "b m"]
+    pairs: Int64[Tensor, "pair 3"]
+
+    def matched_share(self) -> Float[Tensor, ""]:
+        """Share of the points of both views that have a partner."""
+        number = self.first_valid.sum() + self.second_valid.sum()
+        matched = (self.pairs[:, 1:] >= 0).all(1).sum()
+        return 2 * matched / number.clamp(min=1)
+
+
+class PointRule:
+    """How keypoints of two views are chosen and put in correspondence.
+
+    Args:
+        match: `shared`: points of the volume's table, the same in both views by their number; `geometric`: found in
+            each view, nearest in the volume; `descriptor`: found in each view, alike within a gate, without a
+            transform.
+        max_points: of a view.
+        min_points: a view with fewer gets random voxels that match nobody.
+        max_matched_fraction: of `max_points`, for `shared`.
+        dropout: share of the points that a view does not see, each view for itself, for `shared`.
+        radius_voxel: largest distance of a pair in voxels of the first view, for `geometric`.
+        gate_share: largest distance of a pair, its components added, in shares of the view's side, for `descriptor`.
+        detector: for `geometric` and `descriptor`; null is `Foerstner`, which finds the same points again most often,
+            and `DifferenceOfGaussians`.
+
+    Source: arXiv:2310.01680, section 3.3; repository zshyang/kaf, dataset/match_utils.py.
+    """
+
+    def __init__(
+        self,
+        *,
+        match: str = "shared",
+        max_points: int = 512,
+        min_points: int = 8,
+        max_matched_fraction: float = 0.9,
+        dropout: float = 0.0,
+        radius_voxel: float = 2.0,
+        gate_share: float = 20 / 512,
+        detector: Any = None,
+    ) -> None:
+        if match not in MATCHES:
+            raise ValueError(f"match is {match!r}, allowed are {', '.join(MATCHES)}")
+        if not 0 <= min_points <= max_points or max_points < 1:
+            raise ValueError(f"0 <= min_points <= max_points is wanted, got {min_points} and {max_points}")
+        if not 0 < max_matched_fraction <= 1 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"max_matched_fraction lies in (0, 1] and dropout in [0, 1), got {max_matched_fraction} and {dropout}"
+            )
+        self.match, self.max_points, self.min_points = match, max_points, min_points
+        self.max_matched_fraction, self.dropout = max_matched_fraction, dropout
+        self.radius_voxel, self.gate_share, self.detector = radius_voxel, gate_share, detector
+
+    def __call__(self, first: View, second: View, progress: Progress, *, is_random: bool) -> PointPair:
+        """The points of two views of one volume; without chance the strongest ones, else a random choice."""
+        with torch.no_grad():
+            found = (
+                self._shared(first, second, progress, is_random=is_random)
+                if self.match == "shared"
+                else self._found(first, second)
+            )
+            return self._filled(found, (first, second), progress)
+
+    def _shared(self, first: View, second: View, progress: Progress, *, is_random: bool) -> PointPair:
+        places, inside = [], []
+        for name, view in (("first", first), ("second", second)):
+            if view.points is None or view.inside is None:
+                raise ValueError(
+                    "KAF matches points of a table: give the views `points: keypoints`, made by "
+                    "`python -m medssl.derive what=keypoints`, or set method.points.match=geometric"
+                )
+            seen = view.inside[:, 0]
+            if self.dropout and is_random:
+                noise = torch.rand(
+                    seen.shape, generator=progress.generator(f"seen {name}", seen.device), device=seen.device
+                )
+                seen = seen & (noise >= self.dropout)
+            places.append(view.to_view(view.points)[:, 0].nan_to_num().float())
+            inside.append(seen)
+        shape, device = inside[0].shape, inside[0].device
+        if is_random:
+            order = torch.rand(shape, generator=progress.generator("points", device), device=device)
+        else:  # tables list the strongest points first
+            order = torch.arange(shape[1], device=device).expand(shape) / shape[1]
+        limits = {"max_points": self.max_points, "max_matched_fraction": self.max_matched_fraction}
+        choice = choose_shared(inside[0], inside[1], order, **limits)  # type: ignore[arg-type]
+        numbers, valids = (choice.first, choice.second), (choice.first_valid, choice.second_valid)
+        a, b = (
+            place.gather(1, number[..., None].expand(-1, -1, 3)) * valid[..., None]
+            for place, number, valid in zip(places, numbers, valids, strict=True)
+        )
+        return PointPair(a, b, choice.first_valid, choice.second_valid, choice.pairs)
+
+    def _found(self, first: View, second: View) -> PointPair:
+        detector = self.detector or (Foerstner() if self.match == "geometric" else DifferenceOfGaussians())
+        images = [view.image[:, 0].float() for view in (first, second)]
+        found = [detect(image, max_points=self.max_points, detector=detector) for image in images]
+        (a, b), (a_valid, b_valid) = ([f.points.float() for f in found], [f.valid for f in found])
+        if self.match == "geometric":
+            moved = first.to_view(second.to_volume(b[:, None]))[:, 0].float()
+            cost = torch.cdist(a, moved.nan_to_num(nan=1e6))
+            allowed = cost < self.radius_voxel
+        else:
+            cost = torch.cdist(patch_descriptors(images[0], a), patch_descriptors(images[1], b))
+            sides = a.new_tensor(images[0].shape[2:])
+            allowed = ((a[:, :, None] - b[:, None]) / sides).abs().sum(-1) < self.gate_share
+        pairs = mutual_nearest(cost, allowed, first_valid=a_valid, second_valid=b_valid)
+        return PointPair(a, b, a_valid, b_valid, pairs)
+
+    def _filled(self, found: PointPair, views: tuple[View, View], progress: Progress) -> PointPair:
+        """The points, with random voxels that match nobody where a view has fewer than `min_points`."""
+        filled, pairs = [], [found.pairs]
+        by_view = ((found.first, found.first_valid), (found.second, found.second_valid))
+        for column, (view, (points, valid)) in enumerate(zip(views, by_view, strict=True)):
+            missing = (self.min_points - valid.sum(1)).clamp(min=0)
+            if missing.any():
+                image = view.image[:, 0].float().mean(1).flatten(1)
+                generator = progress.generator(f"filled {column}", image.device)
+                noise = torch.rand(image.shape, generator=generator, device=image.device)
+                noise = torch.where(image > image.amin(1, keepdim=True), noise, -1.0)  # voxels of the background last
+                drawn = noise.topk(self.min_points, dim=1).indices
+                extra = torch.stack(torch.unravel_index(drawn, view.image.shape[3:]), dim=2).to(points)
+                extra_valid = torch.arange(self.min_points, device=drawn.device) < missing[:, None]
+                sample, place = extra_valid.nonzero().unbind(1)
+                row = torch.full((len(sample), 3), -1, device=sample.device)
+                row[:, 0], row[:, 1 + column] = sample, points.shape[1] + place
+                pairs.append(row)
+                points, valid = torch.cat([points, extra], dim=1), torch.cat([valid, extra_valid], dim=1)
+            filled.append((points, valid))
+        (a, a_valid), (b, b_valid) = filled
+        return PointPair(a, b, a_valid, b_valid, torch.cat(pairs))

@@ -1,0 +1,235 @@
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles.transport import matching, plan, positive_contrast
+
+from medssl.data.views import View
+from medssl.methods.base import Progress
+from medssl.methods.kaf import KAF, places
+from medssl.methods.kaf_points import PointRule
+from medssl.models.kaf_heads import KAFHeads
+from medssl.models.kaf_unet import KAFEncoder
+from medssl.models.keypoint_matcher import KeypointMatcher
+
+SIDE = 16
+
+
+def make(*, points=None, **options):
+    torch.manual_seed(0)
+    sizes = {"dim": 8, "num_heads": 2, "position_widths": [4]}
+    encoder = KAFEncoder(base_channels=2, num_layers=1, hidden=4, levels=(1, 1), **sizes)
+    heads = KAFHeads(bottleneck_channels=16, token_channels=16, dim=8, embed_dim=6)
+    matcher = KeypointMatcher(layers=("self", "cross"), **sizes)
+    rule = PointRule(**{"max_points": 12, "min_points": 2, **(points or {})})
+    return KAF(encoder=encoder, heads=heads, matcher=matcher, points=rule, transport_iterations=20, **options).train()
+
+
+def view(image, offset, points, *, location):
+    """Views (b 1) cut from one grid at an offset; points (b k 3) in voxels of that grid."""
+    b = len(image)
+    matrix = torch.eye(4, dtype=torch.float64).repeat(b, 1, 1, 1)
+    matrix[..., :3, 3] = torch.tensor(offset, dtype=torch.float64)
+    case, shape = torch.arange(b)[:, None], torch.full((b, 1, 3), 24)
+    made = View(
+        image[:, None], matrix, torch.eye(4).double().expand(b, 1, 4, 4), shape, case, case * 0, location[:, None]
+    )
+    faces = torch.tensor([[-0.5] * 3, [31.5] * 3], dtype=torch.float64).expand(b, 1, 2, 3)
+    moved = made.to_view(points[:, None])
+    inside = ((moved >= 0) & (moved <= SIDE - 1)).all(-1)
+    return replace(made, points=points[:, None], inside=inside, body_faces=faces)
+
+
+def batch(*, b=3, k=20, seed=0, offset=(3.0, 0.0, 2.0)):
+    generator = torch.Generator().manual_seed(seed)
+    volume = F.interpolate(torch.rand(b, 1, 12, 12, 12, generator=generator), size=(24, 24, 24), mode="trilinear")
+    points = 23 * torch.rand(b, k, 3, generator=generator, dtype=torch.float64)
+    points[:, -2:] = torch.nan  # tables are padded
+    location = torch.rand(b, 3, generator=generator, dtype=torch.float64)
+    x, y, z = map(int, offset)
+    first = view(volume[..., :SIDE, :SIDE, :SIDE], (0, 0, 0), points, location=location)
+    second = view(volume[..., x : x + SIDE, y : y + SIDE, z : z + SIDE], offset, points, location=location + 0.05)
+    return {"first": first, "second": second}
+
+
+def at(step=0):
+    return Progress(step, 10, float(step), 10.0, 0)
+
+
+def test_the_terms_equal_loops_over_views_points_and_pairs():
+    method, views = make(points={"min_points": 0}), batch()
+    found = method(views, at()).logs
+    method = make(points={"min_points": 0})
+    points = method.points(views["first"], views["second"], at(), is_random=True)
+    embedded = [
+        method.heads(method.encoder.encode(views[name].image[:, 0], where, known))
+        for name, where, known in (
+            ("first", points.first, points.first_valid),
+            ("second", points.second, points.second_valid),
+        )
+    ]
+    place = torch.cat([places(views[name]) for name in ("first", "second")]).tolist()
+    near = [[max(abs(a - b) for a, b in zip(p, q, strict=True)) < 0.35 for q in place] for p in place]
+    temperatures = {"temperature": 0.1, "base_temperature": 0.07}
+    for term, vectors in (("image", [e.image for e in embedded]), ("keypoints", [e.keypoints for e in embedded])):
+        expected = positive_contrast(torch.cat(vectors).double().tolist(), near, **temperatures)
+        assert found[term].item() == pytest.approx(expected, rel=1e-4)
+    scores = method.matcher(
+        embedded[0].tokens,
+        embedded[1].tokens,
+        points=(points.first, points.second),
+        valid=(points.first_valid, points.second_valid),
+        size_voxel=(SIDE,) * 3,
+    )
+    plans = []
+    for sample in range(3):
+        mine = scores[sample][points.first_valid[sample]][:, points.second_valid[sample]]
+        plans.append(plan(mine.double().tolist(), 1.0, num_iterations=20))
+        assert points.first_valid[sample].tolist() == sorted(points.first_valid[sample].tolist(), reverse=True)
+    expected = matching(plans, points.pairs.tolist(), is_sum=False)
+    assert found["matching"].item() == pytest.approx(expected, rel=1e-4)
+    total = method(views, at())
+    parts = total.logs["image"] + total.logs["keypoints"] + 0.01 * total.logs["matching"]
+    assert total.loss.item() == pytest.approx(parts.item(), rel=1e-6)
+
+
+def test_matched_points_show_the_same_place_and_every_point_has_one_row():
+    method, views = make(), batch()
+    points = method.points(views["first"], views["second"], at(), is_random=True)
+    shift = torch.tensor([3.0, 0, 2])
+    matched = points.pairs[(points.pairs >= 0).all(1)]
+    assert len(matched) > 5
+    for sample, i, j in matched.tolist():
+        assert torch.allclose(points.first[sample, i], points.second[sample, j] + shift, atol=1e-4)
+    for column, valid in ((1, points.first_valid), (2, points.second_valid)):
+        rows = Counter((s, n) for s, n in points.pairs[:, [0, column]].tolist() if n >= 0)
+        assert rows == Counter({(s, n): 1 for s, n in valid.nonzero().tolist()})
+    assert points.first.isfinite().all()
+    assert 0 < points.matched_share() < 1
+
+
+def test_points_change_with_the_step_in_training_and_are_the_strongest_otherwise():
+    method, views = make(points={"max_points": 4, "min_points": 0}), batch(k=60)
+    pair = views["first"], views["second"]
+    draws = [method.points(*pair, at(step), is_random=True).first for step in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    fixed = method.points(*pair, at(0), is_random=False)
+    assert torch.equal(fixed.first, method.points(*pair, at(1), is_random=False).first)
+    both = (views["first"].inside & views["second"].inside)[0, 0].nonzero()[:3, 0]
+    expected = views["first"].to_view(views["first"].points)[0, 0, both].float()
+    assert torch.allclose(fixed.first[0, :3], expected, atol=1e-5), "0.9 of 4 places are for the first shared ones"
+
+
+def test_a_view_with_few_points_gets_random_ones_that_match_nobody():
+    method, views = make(points={"min_points": 5}), batch(k=4)
+    points = method.points(views["first"], views["second"], at(), is_random=True)
+    assert (points.first_valid.sum(1) >= 5).all()
+    extra = points.pairs[points.pairs[:, 1] >= 4]
+    assert (extra[:, 2] == -1).all()
+    assert (points.first >= 0).all()
+    assert (points.first <= SIDE - 1).all()
+    assert method(views, at()).loss.isfinite()
+
+
+def test_dropped_points_leave_their_partners_alone():
+    views = batch()
+    pair = views["first"], views["second"]
+    whole, some = (
+        make(points={"dropout": dropout, "max_points": 30}).points(*pair, at(), is_random=True)
+        for dropout in (0.0, 0.5)
+    )
+    assert some.matched_share() < 0.8 * whole.matched_share()
+    assert (some.pairs >= 0).any(1).all()
+
+
+@pytest.mark.parametrize("match", ["geometric", "descriptor"])
+def test_points_found_in_each_view_are_matched_by_place_or_by_looks(match):
+    views = batch(offset=(2.0, 0.0, 0.0))
+    method = make(points={"match": match, "max_points": 30, "gate_share": 0.5, "radius_voxel": 1.5})
+    points = method.points(views["first"], views["second"], at(), is_random=True)
+    matched = points.pairs[(points.pairs >= 0).all(1)]
+    assert len(matched) > 3
+    shift = torch.tensor([2.0, 0, 0])
+    apart = [(points.first[s, i] - points.second[s, j] - shift).norm().item() for s, i, j in matched.tolist()]
+    assert max(apart) < 1.5 if match == "geometric" else sorted(apart)[len(apart) // 2] < 1.0
+    assert method(views, at()).loss.isfinite()
+
+
+def test_gradient_reaches_the_first_convolution_from_the_matching_alone():
+    method = make(weight_image=0.0, weight_keypoints=0.0, weight_matching=1.0)
+    method(batch(), at()).loss.backward()
+    assert method.encoder.stages[0][0].conv.weight.grad.abs().max() > 0
+    assert method.matcher.dustbin.grad.abs() > 0
+    everything = make()
+    everything(batch(), at()).loss.backward()
+    assert not [name for name, p in everything.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_views_without_any_keypoint_are_left_out_of_keypoint_contrast_and_matching():
+    views = batch()
+    for name in ("first", "second"):
+        views[name].inside[:] = False
+    output = make(points={"min_points": 0})(views, at())
+    assert output.logs["keypoints"] == 0
+    assert output.logs["matching"] == 0
+    assert output.logs["image"] > 0
+    output.loss.backward()
+    one = batch()
+    one["first"].inside[0] = False
+    assert make(points={"min_points": 0})(one, at()).loss.isfinite()
+
+
+@pytest.mark.parametrize("positives", ["views", "partition"])
+def test_positives_may_be_views_or_partitions_of_the_height(positives):
+    views = batch()
+    found = make(positives=positives)(views, at()).logs
+    height = torch.cat([places(views[name])[:, 2] for name in ("first", "second")])
+    label = (4 * height).long().clamp(0, 3) if positives == "partition" else torch.arange(3).repeat(2)
+    number = (label[:, None] == label).sum(1) - 1
+    assert found["num_positives"].item() == pytest.approx(number.float().mean().item())
+
+
+def test_places_run_from_0_to_1_over_what_a_crop_can_have():
+    views = batch(b=2)
+    first = replace(views["first"], location=torch.tensor([[[0.25, 0.5, 0.75]], [[0.3, 0.9, 0.0]]]).double())
+    assert places(first).tolist() == [[0.0, 0.5, 1.0], [pytest.approx(0.1), 1.0, 0.0]]  # crops of half the body
+    whole = replace(first, body_faces=first.body_faces * 0.5 - 0.25)
+    assert places(whole).tolist() == [[0.5] * 3] * 2
+    position_of_both = make(position_per_view=False)(views, at()).logs["num_positives"]
+    assert position_of_both >= 1
+
+
+def test_held_out_views_and_pictures_leave_no_trace():
+    method, views = make(points={"min_points": 0}).eval(), batch()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    first, again = (method(views, at(step)).loss for step in (0, 1))
+    assert torch.equal(first, again), "the strongest points, whatever the step"
+    figure = method.train().figures(views, at())["matches"]
+    assert "found pairs are right" in figure.axes[0].get_xlabel()
+    assert method.training
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: make(positives="volume"), "positives is 'volume', allowed are position, views, partition"),
+        (lambda: make(metric="l1"), "metric is 'l1'"),
+        (lambda: make(reduction="mean"), "reduction is 'mean'"),
+        (lambda: make(temperature=0.0), "must be positive"),
+        (lambda: make(points={"match": "all"}), "match is 'all', allowed are shared, geometric, descriptor"),
+        (lambda: make(points={"min_points": 20}), "0 <= min_points <= max_points is wanted, got 20 and 12"),
+        (lambda: make(points={"dropout": 1.0}), r"dropout in \[0, 1\)"),
+        (lambda: make()({"first": batch()["first"]}, at()), "view groups `first` and `second`"),
+        (
+            lambda: make()({name: replace(v, points=None) for name, v in batch().items()}, at()),
+            "python -m medssl.derive what=keypoints",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
