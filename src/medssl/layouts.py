@@ -1,12 +1,13 @@
 """Key maps of published checkpoints: whatever a file calls its tensors becomes `part.tensor` of ours."""
 
 import argparse
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from medssl.layouts_kaf import kaf, kaf_recipe
 
 SAFE_GLOBALS: list[Any] = [argparse.Namespace]
 WRAPPERS = ("module.backbone.", "backbone.", "module.")
@@ -29,33 +30,6 @@ ALICE_NAMES = {  # start of a name there: start of ours
     "head.last_layer.": "head.projector.last_layer.",
     "head.last_layer2.": "head.token_layer.",
 }
-KAF_TOKENS = (  # of a network over keypoints
-    (r"\.kenc\.encoder\.", ".position.mlp."),
-    (r"\.gnn\.layers\.(\d+)\.", r".attention.\1."),
-    (r"\.attn\.proj\.0\.", ".query."),
-    (r"\.attn\.proj\.1\.", ".key."),
-    (r"\.attn\.proj\.2\.", ".value."),
-    (r"\.attn\.merge\.", ".merge."),
-)
-KAF_LEVELS = (  # whatever counts from 1 there counts from 0 here, transposed convolutions from 2
-    (r"^encoder\.contr_(\d)_(\d)\.(\d)\.", "encoder.stages.{0}.{1}.{2}."),
-    (r"^encoder\.graph_(\d)\.superglue\.", "encoder.kaf.{0}."),
-    (r"^encoder\.graph_(\d)\.feature_mlp\.", "encoder.kaf.{0}.embed."),
-    (r"^encoder\.graph_(\d)\.diffusion_cnn\.0\.", "encoder.kaf.{0}.spread."),
-    (r"^encoder\.graph_(\d)\.diffusion_cnn\.1\.", "encoder.kaf.{0}.norm."),
-    (r"^encoder\.graph_(\d)\.diffusion_cnn\.3\.", "encoder.kaf.{0}.restore."),
-    (r"^decoder\.expand_(\d)_(\d)\.(\d)\.", "decoder.stages.{0}.{1}.{2}."),
-)
-KAF_HEADS = {
-    "head.2.": "heads.bottleneck.0.",
-    "head.4.": "heads.bottleneck.2.",
-    "graph_head.": "heads.keypoint.",
-    "graph_feature_mlp.": "heads.fusion.",
-    "superglue.final_proj.": "matcher.final.",
-    "superglue.bin_score": "matcher.dustbin",
-    "superglue.": "matcher.",
-}
-KAF_UNUSED = (r"^encoder\.graph_\d\.superglue\.(final_proj\.|bin_score)", r"^graph_local_head\.", r"^decoder\.head\.")
 DRASCLR_BRANCHES = {"student": "encoder_q.", "teacher": "encoder_k."}
 HEADS_BY_WIDTH = {192: 3, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1344: 16}
 
@@ -184,47 +158,6 @@ def drasclr(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
     return parts
 
 
-def kaf(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
-    """Encoder and heads, matcher or decoder of a file of KAF, whose state dict lies under `net`.
-
-    Left out are what its keypoint layers never use, the head of the optional local contrast, and the output layer of a
-    segmentation.
-
-    Raises:
-        ValueError: there is no such branch or no encoder.
-    """
-    if branch != "student":
-        raise ValueError(f"branch is {branch!r}, files of the layout `kaf` hold one network only; leave it out")
-    state = checkpoint.get("net", checkpoint) if isinstance(checkpoint, Mapping) else {}
-    tensors = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
-    parts = {
-        _kaf_name(key): tensor.squeeze(2) if tensor.ndim == 3 else tensor
-        for key, tensor in tensors.items()
-        if not any(re.match(unused, key) for unused in KAF_UNUSED)
-    }
-    if "encoder.kaf.0.embed.weight" not in parts or "encoder.center.2.weight" not in parts:
-        shown = ", ".join(list(tensors)[:4]) or type(checkpoint).__name__
-        raise ValueError(f"{source} holds no encoder of the layout `kaf`; its first entries are {shown}")
-    return parts
-
-
-def _kaf_name(key: str) -> str:
-    for pattern, ours in KAF_LEVELS:
-        if found := re.match(pattern, key):
-            level, *inner = (int(number) - 1 for number in found.groups())
-            kinds = [*inner[:1], *(("conv", "norm")[number + 1] for number in inner[1:])]
-            key = ours.format(level, *kinds) + key.removeprefix(found.group())
-    if found := re.match(r"^decoder\.upscale(\d)\.", key):
-        key = f"decoder.ups.{int(found.group(1)) - 2}." + key.removeprefix(found.group())
-    start = next((start for start in KAF_HEADS if key.startswith(start)), None)
-    if start is not None:
-        key = KAF_HEADS[start] + key.removeprefix(start)
-    if key.startswith(("encoder.kaf.", "matcher.")):
-        for pattern, ours in KAF_TOKENS:
-            key = re.sub(pattern, ours, key)
-    return key
-
-
 def infer_card(tensors: Mapping[str, Tensor], *, source: str, layout: str) -> dict[str, Any]:
     """The card of a published file, read off the shapes of its tensors.
 
@@ -311,33 +244,6 @@ def drasclr_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]
         "widths": widths,
         "rep_dim": rep_dim,
         "num_experts": kernels["encoder.conv1.weight"][0],
-    }
-
-
-def kaf_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The encoder in a KAF file, for volumes: kernels of slices become the middle planes of its own.
-
-    Raises:
-        ValueError: its levels have different numbers of attention layers.
-    """
-    depths = {
-        level: len({key.split(".")[4] for key in tensors if key.startswith(f"encoder.kaf.{level}.attention.")})
-        for level in range(4)
-    }
-    if len(set(depths.values())) != 1 or depths[0] % 2:
-        raise ValueError(f"{source} has {list(depths.values())} attention layers at its levels; expected pairs, equal")
-    base_channels, in_channels = tensors["encoder.stages.0.0.conv.weight"].shape[:2]
-    code = "encoder.kaf.0.position.mlp."
-    codes = [key for key in tensors if key.startswith(code) and key.endswith(".weight") and tensors[key].ndim == 2]
-    hidden, dim = tensors["encoder.kaf.0.spread.weight"].shape[:2]
-    return {
-        "_target_": "medssl.models.kaf_unet.KAFEncoder",
-        "in_channels": in_channels,
-        "base_channels": base_channels,
-        "dim": dim,
-        "num_layers": depths[0] // 2,
-        "hidden": hidden,
-        "position_widths": [len(tensors[key]) for key in sorted(codes, key=lambda key: int(key.split(".")[5]))[:-1]],
     }
 
 
