@@ -35,7 +35,21 @@ def blobs(image, *, sigma0=0.8, steps=3, contrast=0.04, edge_ratio=10.0, border=
                 level, *point = np.array(place) + offset
                 rows.append([*(2**octave * np.array(point)), 2**octave * sigma0 * 2 ** (level / steps), value])
         base = gaussians[steps][(slice(None, None, 2),) * image.ndim]
-    return np.array(sorted(rows, key=lambda row: -abs(row[-1]))).reshape(-1, image.ndim + 2)
+    rows = sorted(rows, key=lambda row: -abs(row[-1]))
+    kept = []
+    for row in rows:  # what two octaves have found counts once
+        sigma, point = row[-2], np.array(row[:-2])
+        edges = [sigma0 * 2 ** (octave + 0.5 / steps) for octave in range(1, num_octaves)]
+        twins = [
+            edge
+            for edge in edges
+            for other in kept
+            if np.linalg.norm(point - other[:-2]) < edge / 2
+            and abs(math.log2(sigma / edge)) < 0.5 / steps
+            and abs(math.log2(other[-2] / edge)) < 0.5 / steps
+        ]
+        kept += [] if twins else [row]
+    return np.array(kept).reshape(-1, image.ndim + 2)
 
 
 def inside(place, shape, border, steps):

@@ -174,16 +174,35 @@ class DifferenceOfGaussians:
         """See `Detector`."""
         octaves = self.num_octaves or max(1, int(math.log2(min(image.shape[1:]))) - 3)
         image, before = stretched(image, self.value_range), math.sqrt(self.sigma0**2 - INPUT_SIGMA**2)
-        found = []
+        found: list[Found] = []
         for octave in range(octaves):
-            halves = []
+            halves, parts = [], []
             for slab in slabs(image.shape, halo=self._reach(before) + MOST_MOVES + 2):
                 levels = self._levels(image[:, slab.read], before)
-                found.append(self._extrema(levels, slab).times(2**octave))
+                parts.append(self._extrema(levels, slab).times(2**octave))
                 if octave < octaves - 1:
                     halves.append(halved(levels[self.levels_per_octave][:, slab.own]))
+            found.append(joined(parts))
+            if octave:
+                found[-2:] = self._without_twins(*found[-2:], octave=octave)
             image, before = torch.cat(halves, dim=1) if halves else image, 0.0
         return joined(found)
+
+    def _without_twins(self, fine: Found, coarse: Found, *, octave: int) -> tuple[Found, Found]:
+        """Two octaves without the weaker of keypoints that both have found, at scales where they meet."""
+        step = 2 ** (1 / self.levels_per_octave)
+        meeting = self.sigma0 * 2**octave * math.sqrt(step)
+        upper = (fine.scale > meeting / math.sqrt(step)).nonzero()[:, 0]
+        lower = (coarse.scale < meeting * math.sqrt(step)).nonzero()[:, 0]
+        one, two = fine.chosen(upper), coarse.chosen(lower)
+        exact = "donot_use_mm_for_euclid_dist"
+        is_twin = torch.cdist(one.points, two.points, compute_mode=exact) < meeting / 2
+        is_twin &= one.sample[:, None] == two.sample
+        is_stronger = one.response.abs()[:, None] >= two.response.abs()
+        keep_fine, keep_coarse = (torch.ones_like(part.sample, dtype=torch.bool) for part in (fine, coarse))
+        keep_fine[upper] = ~(is_twin & ~is_stronger).any(1)
+        keep_coarse[lower] = ~(is_twin & is_stronger).any(0)
+        return fine.chosen(keep_fine), coarse.chosen(keep_coarse)
 
     def _reach(self, before: float) -> int:
         """Voxels on each side that the coarsest Gaussian of an octave sees."""
