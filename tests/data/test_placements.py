@@ -135,14 +135,15 @@ def test_grid_crops_sit_at_their_location_and_neighbours_are_the_nearest(noise_s
     np.testing.assert_allclose(corner.frame.center[2], 15.5, atol=0.51)
 
 
-def test_coordinates_of_a_grid_reach_from_minus_one_to_one(noise_store):
+def test_coordinates_of_a_grid_run_from_face_to_face_of_the_region(noise_store):
     found = {}
     for location in range(6):
         spec = GridCrop(size=[8] * 3, grid=[3, 1, 2])
         (placement,) = _placed(noise_store, spec, Request((0,), 0, location=location))
         found[location] = placement.coordinate
         assert placement.is_valid
-    assert found == {n: (-1.0 + n // 2, 0.0, -1.0 + 2 * (n % 2)) for n in range(6)}
+    expected = {n: (2 / 3 * (n // 2 - 1), 0.0, n % 2 - 0.5) for n in range(6)}
+    assert {n: pytest.approx(where) for n, where in found.items()} == expected
 
 
 def test_a_table_says_where_a_case_has_its_locations_and_which_it_shows(noise_store, monkeypatch):
@@ -179,7 +180,7 @@ def test_drawn_views_say_their_location_and_coordinate(noise_store, draw):
     plan = ViewPlan(groups={"a": GridCrop(size=[4] * 3, grid=[2, 1, 1], count=2), "b": Fixed(size=[4] * 3)})
     views = draw(noise_store, plan, [Request((0,), 0, location=1), Request((2,), 1, location=0)])
     assert views["a"].location_index.tolist() == [[1, 1], [0, 0]]
-    assert views["a"].coordinate[:, :, 0].tolist() == [[1, 1], [-1, -1]]
+    assert views["a"].coordinate[:, :, 0].tolist() == [[0.5, 0.5], [-0.5, -0.5]]
     assert views["a"].location_valid.all()
     assert views["b"].coordinate is None
 

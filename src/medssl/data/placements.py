@@ -170,7 +170,8 @@ class GridCrop(ViewSpec):
     """The crop at the request's grid location, or those at the locations next to it.
 
     Args:
-        grid: locations along x, y, z: the centres of equal cells of the region. Locations are numbered with z fastest.
+        grid: locations along x, y, z: the centres of equal cells of the region. Locations are numbered with z fastest;
+            their coordinates run from -1 to 1 from face to face of the region.
         within: the region that the grid divides.
         table: name of a derived table with `centre_mm` (location, 3) instead of a grid; it may also hold `coordinate`
             (location, 3), `valid` (location) and, for neighbours, `neighbours` (location, k).
@@ -227,7 +228,7 @@ class GridCrop(ViewSpec):
         record = scene.record(self.slot)
         if self.table is None:
             centers = scene.box(self.slot, self.within).to_volume(self.cells)
-            return Locations(centers, self._coordinate, self._nearest, np.ones(len(centers), dtype=bool))
+            return Locations(centers, 2 * self.cells - 1, self._nearest, np.ones(len(centers), dtype=bool))
         table = scene.derived(self.table, self.slot)
         matrix, num = record.mm_to_volume, len(table["centre_mm"])
         return Locations(
@@ -243,12 +244,6 @@ class GridCrop(ViewSpec):
         assert self.grid is not None
         axes = [(np.arange(n) + 0.5) / n for n in self.grid]
         return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-
-    @cached_property
-    def _coordinate(self) -> Float[np.ndarray, "location 3"]:
-        """-1 at the first cell of an axis, 1 at the last; 0 where there is one."""
-        reach = np.abs(2 * self.cells - 1).max(axis=0)
-        return (2 * self.cells - 1) / np.where(reach > 0, reach, 1)
 
     @cached_property
     def _nearest(self) -> Int[np.ndarray, "location near"]:

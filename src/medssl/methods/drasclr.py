@@ -92,7 +92,8 @@ class DrasCLR(Method):
         if num_splits < 1:
             raise ValueError(f"num_splits must be at least 1, got {num_splits}")
         self.encoder, self.head, self.queue = encoder, head, queue
-        self.key_encoder, self.key_head = frozen_copy(encoder), frozen_copy(head)
+        # they train as the others do, by batch statistics of their own passes: without these all keys look alike
+        self.key_encoder, self.key_head = frozen_copy(encoder).train(), frozen_copy(head).train()
         # coordinates of the locations, filled in as they are visited: they travel with the checkpoint
         self.register_buffer("coordinates", torch.full((num_locations, 3), torch.nan))
         self.temperature, self.weight_local, self.weight_neighbours = temperature, weight_local, weight_neighbours
@@ -124,7 +125,7 @@ class DrasCLR(Method):
                 logs |= {"neighbours": near.loss.detach(), "neighbours_top1": near.top1}
         if self.training:
             self.pending.append(Keys(key, location, anchor.case[:, 0], coordinate, valid))
-        return StepOutput(loss, logs | self._health(features, location, negatives, progress))
+        return StepOutput(loss, logs | self._health(features, key, location, negatives, progress))
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
@@ -227,16 +228,16 @@ class DrasCLR(Method):
     def _health(
         self,
         features: Float[Tensor, "row width"],
+        key: Float[Tensor, "row dim"],
         location: Int64[Tensor, " row"],
         negatives: Negatives,
         progress: Progress,
     ) -> dict[str, Tensor]:
         """What tells a collapse, stale queues, or gates that do not tell locations apart."""
-        directions = F.normalize(features, dim=1)
-        spread = directions.std(0, correction=0).mean() * directions.shape[1] ** 0.5
         logs = {
-            "feature_std": spread,
-            "queue_age": self.queue.age(self.queue.ring(location).unique(), step=progress.step).to(spread),
+            "feature_std": _spread(F.normalize(features, dim=1)),
+            "key_std": _spread(key),
+            "queue_age": self.queue.age(self.queue.ring(location).unique(), step=progress.step).to(key),
             "excluded_share": negatives.excluded.float().mean(),
         }
         known = self.coordinates[self.coordinates.isfinite().all(1)]
@@ -263,6 +264,11 @@ def _routes(location: Int64[Tensor, " row"], coordinate: Float[Tensor, "row 3"])
         0, index, torch.arange(len(location), device=location.device)
     )
     return coordinate[first], index
+
+
+def _spread(directions: Float[Tensor, "row dim"]) -> Float[Tensor, ""]:
+    """Mean standard deviation of unit vectors over rows, 1 where they are spread evenly."""
+    return directions.std(0, correction=0).mean() * directions.shape[1] ** 0.5
 
 
 def _unit(vectors: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
