@@ -96,6 +96,7 @@ def whole_steps(impl: str, *, steps: int, device: torch.device) -> list[float]:
         "num_channels": 1,
         "num_locations": LOCATIONS,
         "steps_per_epoch": SUBJECTS / config.batch_size,
+        "steps_per_round": LOCATIONS * (SUBJECTS // config.batch_size),
     }
     values = OmegaConf.to_container(config, resolve=True)
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ def test_facts_count_training_cases_steps_and_locations(noise_store):
         noise_store, views=ViewPlan(groups={"x": GridCrop(size=[4] * 3, grid=[2, 3, 4])}), training_cases=[0, 1, 3]
     )
     facts = {"num_cases": 3, "num_channels": 1, "num_locations": 24, "crop_voxel": [4, 4, 4], "steps_per_epoch": 1.5}
+    facts["steps_per_round"] = 1.5
     assert module.facts() == facts
 
 

@@ -87,6 +87,22 @@ def test_a_batch_has_one_location_and_a_round_has_all():
     assert [_global(ordered, step)[0].location for step in range(6)] == [0, 1, 2, 3, 4, 0]
 
 
+@pytest.mark.parametrize(
+    ("options", "num_cases", "batch_size"),
+    [({}, 29, 8), ({}, 5, 8), ({"batches_per_visit": 2}, 29, 8), ({"locations_per_batch": 2}, 29, 8)],
+)
+def test_a_round_takes_the_steps_that_it_says(options, num_cases, batch_size):
+    sampler = SameLocation(num_locations=6, **options)
+    steps = sampler.steps_per_round(num_cases, batch_size)
+    assert steps == int(steps)
+    for start in (0, int(steps)):
+        batches = [
+            sampler.batch(start + n, index=range(num_cases), batch_size=batch_size, seed=0) for n in range(int(steps))
+        ]
+        visits = Counter(location for batch in batches for location in {request.location for request in batch})
+        assert visits == dict.fromkeys(range(6), sampler.steps_per_visit(num_cases, batch_size))
+
+
 def test_a_batch_may_mix_a_few_locations_each_with_its_own_cases():
     sampler = SameLocation(num_locations=4, locations_per_batch=2)  # 10 cases, 2 x 3 a batch: three batches a visit
     batches = [_global(sampler, step, batch_size=6) for step in range(6)]

@@ -37,7 +37,9 @@ def make(**options):
     torch.manual_seed(0)
     queue = LocationQueue(num_locations=options.pop("rings", 3), dim=5, length=options.pop("length", 64))
     head = MLPHead(in_dim=6, hidden_dim=7, out_dim=5)
-    return DrasCLR(encoder=Encoder(), head=head, queue=queue, num_locations=3, **options).train()
+    method = DrasCLR(encoder=Encoder(), head=head, queue=queue, num_locations=3, **options)
+    assert method.key_encoder.training, "nobody calls train() on a method"
+    return method
 
 
 def view(images, locations, *, cases=None, valid=None):
@@ -207,9 +209,9 @@ def test_a_missing_neighbour_is_left_out_of_the_sum():
 
 
 def test_the_neighbourhood_joins_after_the_warm_up_and_may_stay_away():
-    method = make(warm_up_rounds=1)
+    method = make(warm_up_steps=3)
     assert "neighbours" not in method(batch(), at(2)).logs
-    assert "neighbours" in method(batch(), at(3)).logs, "a round takes an epoch for each of three locations"
+    assert "neighbours" in method(batch(), at(3)).logs
     assert "neighbours" not in make(weight_neighbours=0)(batch(), at(0)).logs
     assert "neighbours" not in make()(batch(r=0), at(0)).logs
     output = make(weight_local=0, weight_neighbours=2)(batch(), at(0))
@@ -302,6 +304,7 @@ def test_all_weights_have_one_group_and_pictures_show_the_location():
         (lambda: make(temperature=0.0), "temperature must be positive"),
         (lambda: make(ema_momentum=1.5), r"ema_momentum must lie in \[0, 1\], got 1.5"),
         (lambda: make(num_splits=0), "num_splits must be at least 1"),
+        (lambda: make()(batch(b=1), at(0)), "at least 2 samples .* raise batch_size"),
         (lambda: make()({}, at(0)), "a view group `anchor` with two views"),
         (lambda: make()({"anchor": replace(batch()["anchor"], coordinate=None)}, at(0)), "use placement GridCrop"),
         (

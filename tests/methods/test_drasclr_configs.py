@@ -36,12 +36,13 @@ OPTIONS = [
 def resolved(*overrides, num_cases=48, num_locations=27):
     """The configuration of a run on that many volumes; no data source is needed."""
     config = compose("pretrain", ["~data", *overrides])
-    steps_per_epoch = num_cases / config.batch_size
+    sampler = SameLocation(num_locations=num_locations)
     config.facts = {
         "num_cases": num_cases,
         "num_channels": 1,
         "num_locations": num_locations,
-        "steps_per_epoch": steps_per_epoch,
+        "steps_per_epoch": num_cases / config.batch_size,
+        "steps_per_round": sampler.steps_per_round(num_cases, config.batch_size),
     }
     return OmegaConf.to_container(config, resolve=True)
 
@@ -65,14 +66,14 @@ def test_the_published_values_are_the_default():
     values = resolved("method=drasclr", num_cases=9179, num_locations=581)
     method, groups = values["method"], values["views"]["groups"]
     assert (method["temperature"], method["ema_momentum"], method["weight_neighbours"]) == (0.2, 0.999, 1.0)
-    assert (method["neighbour_reduce"], method["warm_up_rounds"], method["encoder"]["init"]) == ("sum", 0, "official")
+    assert (method["neighbour_reduce"], method["warm_up_steps"], method["encoder"]["init"]) == ("sum", 0, "official")
     assert (groups["anchor"]["count"], groups["neighbours"]["count"]) == (2, 2)
     assert (groups["anchor"]["size"], groups["anchor"]["spacing_mm"]) == ([32, 32, 32], 1.0)
     optimizer = values["optimizer"]
     assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (0.01, 0.9, 1e-4)
     assert optimizer["nesterov"] is False
     assert values["batch_size"] == 128
-    assert optimizer["hold_steps"] == pytest.approx(581 * 9179 / 128)
+    assert optimizer["hold_steps"] == 581 * 71, "71 batches a visit, as released"
 
 
 @pytest.mark.parity
@@ -140,6 +141,9 @@ def test_a_run_on_phantoms_visits_every_location_and_keeps_its_queues(finished):
     assert all(math.isfinite(row[term]) for row in rows for term in ("local", "neighbours", "feature_std"))
     state = torch.load(finished / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert state["method.coordinates"].isfinite().all(), "24 steps of two visit four locations more than once"
+    assert state["method.key_encoder.bn1.num_batches_tracked"] == 24, "keys have batch statistics of their own passes"
+    assert state["method.encoder.bn1.num_batches_tracked"] == 48
+    assert min(row["key_std"] for row in rows) > 0.05, "keys of different subjects differ"
     subjects = state["method.queue.subjects"]
     assert all(len(set(ring.tolist()) - {-1}) > 2 for ring in subjects)
     assert (finished / "run" / "figures" / "location-0000024.png").stat().st_size > 0

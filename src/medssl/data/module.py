@@ -70,15 +70,18 @@ class VolumeDataModule(lightning.LightningDataModule):
     def facts(self) -> dict[str, int | float | list[int]]:
         """Plain numbers that schedules, queue sizes and networks are made of; an epoch need not be whole steps.
 
-        `crop_voxel` is the size of the first group of views.
+        `crop_voxel` is the size of the first group of views, `steps_per_round` how long a sampler of locations takes to
+        visit all of them, an epoch for others.
         """
-        num_cases = len(self.training_cases)
+        num_cases, per_epoch = len(self.training_cases), len(self.training_cases) / self.batch_size
+        of_round = getattr(self.sampler, "steps_per_round", lambda num_cases, batch_size: per_epoch)
         return {
             "num_cases": num_cases,
             "num_channels": self.store.record(self.training_cases[0]).channels,
             "num_locations": self.plan.locations_in(self.store),
             "crop_voxel": [int(side) for side in next(iter(self.plan.groups.values())).size],
-            "steps_per_epoch": num_cases / self.batch_size,
+            "steps_per_epoch": per_epoch,
+            "steps_per_round": of_round(num_cases, self.batch_size),
         }
 
     def train_dataloader(self) -> PrefetchingLoader:

@@ -166,6 +166,14 @@ class SameLocation:
         self.order = order
         self.locations_per_batch = locations_per_batch
 
+    def steps_per_visit(self, num_cases: int, batch_size: int) -> int:
+        """Batches at one location before the next."""
+        return self.batches_per_visit or max(1, num_cases * self.locations_per_batch // batch_size)
+
+    def steps_per_round(self, num_cases: int, batch_size: int) -> float:
+        """Batches in which every location is visited once."""
+        return self.steps_per_visit(num_cases, batch_size) * self.num_locations / self.locations_per_batch
+
     def batch(
         self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> list[Request]:
@@ -175,9 +183,9 @@ class SameLocation:
             raise ValueError(
                 f"batch_size {batch_size} is not divisible by locations_per_batch {self.locations_per_batch}"
             )
-        round_, turn = divmod(step, self.batches_per_visit or max(1, len(index) // each))
+        number, turn = divmod(step, self.steps_per_visit(len(index), batch_size))
         requests: list[Request] = []
-        for visit in range(round_ * self.locations_per_batch, (round_ + 1) * self.locations_per_batch):
+        for visit in range(number * self.locations_per_batch, (number + 1) * self.locations_per_batch):
             location = visit % self.num_locations
             if self.order == "shuffled":
                 location = _nth(range(self.num_locations), visit, "location", seed)

@@ -49,7 +49,7 @@ class DrasCLR(Method):
         weight_local: of the crop's loss.
         weight_neighbours: of the neighbourhood's.
         neighbour_reduce: `sum` or `mean` of the neighbours' vectors; neither is normalised again.
-        warm_up_rounds: rounds over all locations before the neighbourhood takes part.
+        warm_up_steps: steps before the neighbourhood takes part.
         mask_self: older keys of a query's own subject are no negatives.
         ema_momentum: of the key encoder, constant.
         key_norm: batch norm of the keys: `shuffle` them over the ranks, `split` them into `num_splits` random parts,
@@ -72,7 +72,7 @@ class DrasCLR(Method):
         weight_local: float = 1.0,
         weight_neighbours: float = 1.0,
         neighbour_reduce: str = "sum",
-        warm_up_rounds: float = 0.0,
+        warm_up_steps: float = 0.0,
         mask_self: bool = True,
         ema_momentum: float = 0.999,
         key_norm: str = "shuffle",
@@ -97,7 +97,7 @@ class DrasCLR(Method):
         # coordinates of the locations, filled in as they are visited: they travel with the checkpoint
         self.register_buffer("coordinates", torch.full((num_locations, 3), torch.nan))
         self.temperature, self.weight_local, self.weight_neighbours = temperature, weight_local, weight_neighbours
-        self.neighbour_reduce, self.warm_up_rounds, self.mask_self = neighbour_reduce, warm_up_rounds, mask_self
+        self.neighbour_reduce, self.warm_up_steps, self.mask_self = neighbour_reduce, warm_up_steps, mask_self
         self.ema_momentum, self.key_norm, self.num_splits = ema_momentum, key_norm, num_splits
         self.pending: list[Keys] = []
 
@@ -168,7 +168,12 @@ class DrasCLR(Method):
         found = {name: tuple(view.image.shape[1:]) for name, view in batch.items()}
         if "anchor" not in batch or found["anchor"][0] != 2:
             raise ValueError(f"DrasCLR needs a view group `anchor` with two views; the batch has {found}")
-        takes_part = self.weight_neighbours != 0 and progress.epoch >= self.warm_up_rounds * len(self.coordinates)
+        if self.training and len(batch["anchor"].image) < 2:
+            raise ValueError(
+                "DrasCLR needs at least 2 samples in each process' micro-batch, for batch norm and to tell subjects apart; "
+                "raise batch_size"
+            )
+        takes_part = self.weight_neighbours != 0 and progress.step >= self.warm_up_steps
         return batch["anchor"], batch.get("neighbours") if takes_part else None
 
     def _embed(
