@@ -170,8 +170,8 @@ class DrasCLR(Method):
             raise ValueError(f"DrasCLR needs a view group `anchor` with two views; the batch has {found}")
         if self.training and len(batch["anchor"].image) < 2:
             raise ValueError(
-                "DrasCLR needs at least 2 samples in each process' micro-batch, for batch norm and to tell subjects apart; "
-                "raise batch_size"
+                "DrasCLR needs at least 2 samples in each process' micro-batch, for batch norm and to tell subjects "
+                "apart; raise batch_size"
             )
         takes_part = self.weight_neighbours != 0 and progress.step >= self.warm_up_steps
         return batch["anchor"], batch.get("neighbours") if takes_part else None
