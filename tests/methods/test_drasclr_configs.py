@@ -159,7 +159,8 @@ def test_the_encoder_of_a_run_loads_and_tells_locations_apart(finished):
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 def test_the_location_of_a_batch_is_that_of_its_crops_and_all_are_visited_in_a_round(order, finished):
-    values = resolved("method=drasclr_tiny", *FEW, f"sampler.order={order}", num_cases=6, num_locations=4)
+    options = [f"sampler.order={order}", "sampler.batches_per_visit=null"]
+    values = resolved("method=drasclr_tiny", *FEW, *options, num_cases=6, num_locations=4)
     plan, sampler = instantiate(values["views"], _convert_="all"), instantiate(values["sampler"], _convert_="all")
     assert isinstance(sampler, SameLocation)
     from medssl.data.module import VolumeDataModule
