@@ -118,7 +118,9 @@ def test_the_quality_table_and_the_picture_lie_beside_the_tables(summary):
         rows = {row.pop("case"): row for row in csv.DictReader(stream)}
     assert list(rows["noise"]) == ["score", "inverse_error_mm", "volume_ratio", "fallback", "valid", "cut"]
     assert [rows[case]["fallback"] for case in ("moved", "noise", "person")] == ["0.0", "1.0", "0.0"]
-    assert float(rows["person"]["inverse_error_mm"]) == 0
+    assert rows["person"]["inverse_error_mm"] == "nan", "the reference is not registered"
+    others = [float(rows[case]["inverse_error_mm"]) for case in ("moved", "noise")]
+    assert summary.mean_quality["inverse_error_mm"] == pytest.approx(np.mean(others))
     assert (summary.folder / "locations.png").read_bytes()[:4] == b"\x89PNG"
     assert str(summary.folder / "locations.png") in summary.report
 
@@ -243,6 +245,26 @@ def test_an_atlas_with_files_of_ants_gives_its_own_rows_and_coordinates(root, at
         derive(root, official, num_workers=0, progress=False)
 
 
+def test_the_mask_of_an_atlas_lies_where_its_own_file_says_beside_given_anchors(root, atlas, tmp_path):
+    (tmp_path / "masks").mkdir()
+    image = nibabel.Nifti1Image((lungs() // 50).astype(np.uint8), ATLAS_TO_MM)
+    for case in ("person", "moved", "noise"):
+        nibabel.save(image, tmp_path / "masks" / f"{case}.nii.gz")
+    fine = ATLAS_TO_MM @ np.diag([0.5, 0.5, 0.5, 1])
+    anchors = AnchorTable.of_corners(np.array([[20, 20, 16], [30, 24, 20]]), fine, patch_voxel=16)
+    anchors.save(tmp_path / "anchors.npz")
+    given = {**atlas, "masks": str(tmp_path / "masks"), "anchors": str(tmp_path / "anchors.npz")}
+    table = AnatomicalLocations(**given)(VolumeStore(root), 0)
+    assert table["centre_mm"] == pytest.approx(anchors.centre_mm, abs=1), "equal masks need no motion"
+    assert table["patch_mm"] == pytest.approx([96, 96, 96])
+    anchors = AnchorTable.of_corners(
+        np.array([[20, 20, 16]]), fine + np.array([[0, 0, 0, 900]] * 3 + [[0] * 4]), patch_voxel=16
+    )
+    anchors.save(tmp_path / "anchors.npz")
+    with pytest.raises(ValueError, match=r"no anchor lies in the reference atlas_lung_mask\.nii\.gz"):
+        AnatomicalLocations(**given)(VolumeStore(root), 0)
+
+
 def test_an_atlas_with_lung_masks_registers_them(root, atlas, tmp_path):
     (tmp_path / "masks").mkdir()
     for case, matrix in (("moved", TRUTH), ("noise", np.diag([1.3, 1.3, 1.3, 1]))):
@@ -265,6 +287,7 @@ def test_the_command_derives_by_short_words_and_lists_what_failed(root):
     done = subprocess.run([*command, f"store={root}", "num_workers=0"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "reference person: " in done.stdout
+    assert "inverse_error_mm nan" in done.stdout, "nothing was registered"
     assert "picture of the worst: " in done.stdout
 
 
@@ -276,6 +299,11 @@ def test_the_command_derives_by_short_words_and_lists_what_failed(root):
         (["what.coordinate=max"], "what.coordinate must be one of auto, minmax, official_max"),
         (["what.patch_voxel=999"], "a patch of 999 fits into more than that only"),
         (["what.spacing_mm=0"], "what.spacing_mm must be positive"),
+        (["what.spacing_mm=abc"], "what.spacing_mm must be "),
+        (["what.min_shown=nan"], "what.min_shown must be a number, got nan"),
+        (["what.patch_voxel=16.5"], "what.patch_voxel must be "),
+        (["what.step_voxel=true"], "what.step_voxel must be a whole number from 1 up, got True"),
+        (["what.max_anchors=1.5"], "what.max_anchors must be "),
         (["what.anchors=none.npz"], "what.anchors: there is no file none.npz"),
         (["what.masks=nowhere"], "what.masks=nowhere is no folder"),
         (["provider=official_atlas", "reference=nowhere"], "an atlas is a folder with atlas_patch_loc.npy"),

@@ -1,6 +1,7 @@
 """Where the locations of one reference lie in every subject: the derived table `locations`."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -47,6 +48,8 @@ from medssl.data.registration import (
 from medssl.data.store import VolumeStore
 from medssl.data.volume import guess_modality
 
+MILLIMETRES = ("spacing_mm", "copy_spacing_mm", "max_inverse_error_mm")
+"""Settings that are lengths."""
 PROVIDERS = ("reference_affine", "body_box", "raw_grid", "official_atlas")
 TRANSFORM_ENDS = (".mat", ".txt", ".tfm", ".h5", "_0GenericAffine.mat", "_Reg_Atlas_Affine_0GenericAffine.mat")
 
@@ -56,7 +59,7 @@ class AnatomicalLocations:
     """Places of one reference's locations in each case of a store.
 
     Table: `centre_mm` (L, 3) RAS mm of the patches' middles in the subject, `coordinate` (L, 3) float32 in [-1, 1],
-    `neighbours` (L, k) int64 nearest first, `valid` (L) whether the scan shows half of the patch,
+    `neighbours` (L, k) int64 nearest first, `valid` (L) whether the scan shows half of the patch, `patch_mm` (3) sides,
     `reference_to_subject` (4, 4) RAS mm, `score`, `inverse_error_mm`, `volume_ratio`, `provider` (the one whose matrix
     is used), `is_fallback`, `problem` (text, why the check failed) and `is_cut` (whether the body reaches both the
     lowest and the highest slice). `coordinate` and `neighbours` are the same in all cases.
@@ -106,7 +109,15 @@ class AnatomicalLocations:
         check_choice("provider", self.provider, PROVIDERS)
         check_choice("what.coordinate", self.coordinate, ("auto", *NORMS))
         check_choice("what.patch_anchor", self.patch_anchor, PATCH_ANCHORS)
-        for name in ("spacing_mm", "copy_spacing_mm", "max_inverse_error_mm"):
+        for name in ("patch_voxel", "step_voxel", "max_anchors"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"what.{name} must be a whole number from 1 up, got {value!r}")
+        for name in ("accept", "min_shown", "max_volume_ratio", *MILLIMETRES):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"what.{name} must be a number, got {value!r}")
+        for name in MILLIMETRES:
             if getattr(self, name) <= 0:
                 raise ValueError(f"what.{name} must be positive, got {getattr(self, name)}")
         if self.max_volume_ratio < 1 or not 0 < self.min_shown <= 1:
@@ -212,6 +223,7 @@ class AnatomicalLocations:
             "coordinate": anchors.coordinate,
             "neighbours": anchors.neighbours,
             "valid": valid,
+            "patch_mm": anchors.patch_mm,
             "reference_to_subject": matrix,
             "score": np.array(found.score),
             "inverse_error_mm": np.array(found.inverse_error_mm),
@@ -246,14 +258,17 @@ class AnatomicalLocations:
             return coarse_labels(labels, header.affine, spacing_mm=reference.spacing_mm)
 
     def _registration(self, store: VolumeStore, case: int, reference: Reference, moving: Coarse | None) -> Registration:
-        """The matrix that the provider gives; `inverse_error_mm` and `score` are NaN where nothing tells them."""
+        """The matrix that the provider gives; `inverse_error_mm` and `score` are NaN where nothing tells them.
+
+        The reference itself is not registered either.
+        """
         if self.transforms is not None:
             matrix = read_affine(file_of_case(store, case, self.transforms, TRANSFORM_ENDS))
             score = float("nan") if moving is None else similarity(reference.coarse, moving, matrix)
             return Registration(matrix, score, float("nan"))
         assert moving is not None
         if case == self.reference_case(store):
-            return Registration(np.eye(4), similarity(reference.coarse, moving, np.eye(4)), 0.0)
+            return Registration(np.eye(4), similarity(reference.coarse, moving, np.eye(4)), float("nan"))
         if self.provider == "reference_affine" or self.provider == "official_atlas":
             return register(reference.coarse, moving)
         if self.provider == "raw_grid":
@@ -295,11 +310,12 @@ def _reference(derivation: AnatomicalLocations, root: Path, number: int | None, 
     """`token` and `recipe` stand for what the reference is made from, so that nothing outdated is kept."""
     if derivation.provider == "official_atlas":
         anchors, mask = read_atlas(derivation.reference, norm=derivation.norm, patch_voxel=derivation.patch_voxel)
+        affine = anchors.grid_to_mm  # of the mask's file; given anchors may lie on another grid
+        whole = whole_affine(affine, mask.shape)
         if derivation.anchors is not None:
-            anchors = AnchorTable.load(derivation.anchors)
-        spacing = copy_spacing_of(mask.shape, anchors.grid_to_mm, derivation.copy_spacing_mm)
-        coarse = coarse_labels(mask, anchors.grid_to_mm, spacing_mm=spacing)
-        return Reference(anchors, coarse, whole_affine(anchors.grid_to_mm, mask.shape), spacing)
+            anchors = _given_anchors(derivation.anchors, whole, anchors.reference)
+        spacing = copy_spacing_of(mask.shape, affine, derivation.copy_spacing_mm)
+        return Reference(anchors, coarse_labels(mask, affine, spacing_mm=spacing), whole, spacing)
     if (file := derivation.reference_file) is not None:
         volume = read_volume(file)
         shape, affine, name = volume.shape, volume.affine, file.name
@@ -314,13 +330,19 @@ def _reference(derivation: AnatomicalLocations, root: Path, number: int | None, 
         coarse = coarse_case(store, number, spacing_mm=spacing)
     whole = whole_affine(affine, shape)
     if derivation.anchors is not None:
-        anchors = AnchorTable.load(derivation.anchors)
-        inside = apply_affine(np.linalg.inv(whole), anchors.centre_mm)
-        if not ((inside > 0) & (inside < 1)).all(axis=1).any():
-            raise ValueError(f"{derivation.anchors}: no anchor lies in the reference {name}; they are of another one")
+        anchors = _given_anchors(derivation.anchors, whole, name)
     else:
         anchors = _grid_of_anchors(derivation, coarse, shape, affine, name)
     return Reference(anchors, coarse, whole, spacing)
+
+
+def _given_anchors(file: str, whole: Affine, name: str) -> AnchorTable:
+    """The anchors of a file; a ValueError where none lies in the reference."""
+    anchors = AnchorTable.load(Path(file).expanduser())
+    inside = apply_affine(np.linalg.inv(whole), anchors.centre_mm)
+    if not ((inside > 0) & (inside < 1)).all(axis=1).any():
+        raise ValueError(f"{file}: no anchor lies in the reference {name}; they are of another one")
+    return anchors
 
 
 def _grid_of_anchors(

@@ -276,12 +276,18 @@ def read_atlas(
     The folder holds `atlas_patch_loc.npy` (location, 3), lower corners along the axes of the mask's file, and
     `atlas_lung_mask.nii.gz`. Rows are taken as they are: queues and neighbours of published weights count them.
 
-    Raises: ValueError: a file is missing, or they do not belong together.
+    Raises: ValueError: a file is missing, they do not belong together, or the mask's axes are not x, y, z.
     """
     corners_file, mask_file = atlas_files(folder)
     with reasons_for(mask_file):
         header, load = open_image(mask_file)
         mask = load(None)[..., 0]
+    runs = [int(axis) for axis in np.abs(header.affine[:3, :3]).argmax(axis=0)]
+    if runs != [0, 1, 2]:
+        raise ValueError(
+            f"the axes of {mask_file} run along {', '.join('xyz'[axis] for axis in runs)}; an atlas has x, y, z in "
+            f"either direction: reorder the axes of the mask, and the columns of {corners_file.name} with them"
+        )
     try:
         corners = np.load(corners_file)
     except (OSError, ValueError, EOFError) as error:
