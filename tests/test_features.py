@@ -168,6 +168,35 @@ def test_a_second_run_makes_only_what_is_missing_and_refuses_other_settings(weig
     assert load_features(tmp_path / "f").feature.shape == (3, 2, 6)
 
 
+def test_features_of_a_table_that_was_made_anew_are_made_anew(weights, store, volumes, tmp_path, capsys):
+    folder, centre_mm, coordinate = derived_table(store, hidden=[])
+    keys = {"weights": weights, "store": store.root, "output_dir": tmp_path / "f", "locations": "places"}
+    features(**keys)
+    first, moved = load_features(tmp_path / "f"), centre_mm + np.array([1, 0, -1])
+    np.savez(folder / "case_001.npz", centre_mm=moved, coordinate=coordinate, valid=np.ones(4, bool))
+    capsys.readouterr()
+    features(**keys)
+    assert "3 subjects (1 new)" in capsys.readouterr().out
+    again = load_features(tmp_path / "f")
+    assert np.array_equal(again.feature[[0, 2]], first.feature[[0, 2]])
+    assert again.centre_mm[1] == pytest.approx(moved, abs=1e-5)
+    with torch.no_grad():
+        expected = load_encoder(weights)(patches(volumes[1], moved), torch.from_numpy(coordinate))[-1].flatten(1)
+    assert again.feature[1] == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-6)
+
+
+def test_patches_of_another_size_than_those_of_the_table_are_told_once(weights, store, tmp_path, capsys):
+    folder, centre_mm, coordinate = derived_table(store, hidden=[])
+    for patch_mm in (8.0, 48.0):
+        for case in store.names:
+            table = {"centre_mm": centre_mm, "coordinate": coordinate, "patch_mm": np.full(3, patch_mm)}
+            np.savez(folder / f"{case}.npz", **table)
+        features(weights=weights, store=store.root, output_dir=tmp_path / f"{patch_mm}", locations="places")
+        warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(warned) == (patch_mm > 8)
+    assert "crops of 8 x 8 x 8 mm show locations of the table 'places', whose patches have 48 x 48 x 48 mm" in warned[0]
+
+
 def test_a_map_holds_the_features_of_patches_at_a_stride(weights, make_store, volumes, tmp_path):
     affine = np.array([[2.0, 0, 0, 10], [0, 2, 0, -20], [0, 0, 3, 30], [0, 0, 0, 1]])
     store = make_store(volumes[0], affine=affine)
@@ -217,11 +246,13 @@ def test_an_untrained_twin_differs_between_subjects(store, tmp_path):
         ({"weights": "nothing.safetensors"}, "there is no weight file"),
         ({"grid": "[2,0,2]"}, "grid=.* must be three positive whole numbers"),
         ({"grid": "[2,2,2]", "locations": "places"}, "not both"),
-        ({"locations": "places"}, "derive what=places"),
+        ({"locations": "locations"}, "derive what=locations"),
+        ({"locations": "nope"}, r"has no table 'nope' for locations=TABLE; it has none\n$"),
         ({"batch_size": 65}, "from 1 to 64"),
         ({"stride_voxel": "[4,4,4]"}, "dense=true"),
         ({"dense": "1"}, "true or false"),
-        ({"window_hu": "[5,1]"}, "low below high"),
+        ({"window_hu": "[5,1]"}, r"window_hu=\[5, 1\] must be two numbers \[low,high\], low below high"),
+        ({"window_hu": "[a,b]"}, r"window_hu=\['a', 'b'\] must be two numbers"),
         ({"spacing_mm": "-1"}, "positive"),
         ({"weights.layout": "glmae"}, "give size_voxel, spacing_mm and window_hu"),
     ],

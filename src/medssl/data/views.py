@@ -12,11 +12,13 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from torch import Tensor
 
 from medssl.data.augment.base import IntensityAugmentation, Pose, SpatialAugmentation
-from medssl.data.placements import ViewSpec
+from medssl.data.placements import GridCrop, ViewSpec
 from medssl.data.randomness import counter_generator, counter_key
 from medssl.data.scene import Placement, Scene
 from medssl.data.store import Record, VolumeStore
 
+LARGEST_RATIO = 1.5
+"""Of the sides of a crop to those of the patches that its locations were found with."""
 INVERSE_STEPS = 20
 INVERSE_TOLERANCE_VOXEL = 0.25
 
@@ -155,6 +157,25 @@ class PlacedView:
     keys: tuple[int, ...]
 
 
+def other_size(spec: GridCrop, store: VolumeStore) -> str | None:
+    """In words that crops are larger or smaller than the patches of their table; None where they are alike, or unknown.
+
+    Crops are measured in the first case.
+    """
+    patch_mm = None if spec.table is None else store.derived(spec.table, 0).get("patch_mm")
+    if patch_mm is None:
+        return None
+    record = store.record(0)
+    crop_mm = np.array(spec.size) * spec.step_voxel(record) * record.spacing_mm
+    if np.abs(np.log(crop_mm / patch_mm)).max() <= np.log(LARGEST_RATIO):
+        return None
+    crop, patch = (" x ".join(f"{side:.3g}" for side in sides) for sides in (crop_mm, patch_mm))
+    return (
+        f"crops of {crop} mm show locations of the table {spec.table!r}, whose patches have {patch} mm; change size or "
+        "spacing_mm of the crops, or derive with another what.patch_voxel and what.spacing_mm"
+    )
+
+
 class ViewPlan:
     """The groups of views a method asks for, by name, placed in the order in which they are stated.
 
@@ -186,6 +207,11 @@ class ViewPlan:
     def locations_in(self, store: VolumeStore) -> int:
         """Grid locations, also where a table of the store holds them; 0 where no group has any."""
         return max([self.num_locations, *(len(store.derived(table, 0)["centre_mm"]) for table in self.tables)])
+
+    def notes(self, store: VolumeStore) -> list[str]:
+        """What is odd about the groups in this store, a line each."""
+        found = [other_size(spec, store) for spec in self.groups.values() if isinstance(spec, GridCrop)]
+        return [note for note in dict.fromkeys(found) if note is not None]
 
     def place(self, scene: Scene, *, seed: int, step: int) -> dict[str, list[PlacedView]]:
         """The views of one request, a pure function of (seed, step, the request's sample, view)."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,13 @@ from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 
 from medssl.building import build_network
+from medssl.config import config_dir
 from medssl.data.augment import ByModality
 from medssl.data.placements import GridCrop, Locations
 from medssl.data.sampling import Request
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
+from medssl.data.views import other_size
 from medssl.data.writing import alone_in, write_text
 from medssl.inference.embedder import PUBLISHED as PUBLISHED_SAM
 from medssl.inference.embedder import reading_of
@@ -123,7 +126,7 @@ class Extraction:
         Raises: ValueError: the folder holds features that follow from something else.
         """
         table = self.locations.table
-        recipe = store.derived_file(table, 0).parent.name if table else None
+        recipe = _table_of(store, table).parent.name if table else None
         origin = {**self.origin, "store": str(store.root.resolve()), "table": recipe}
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output_dir={self.folder} is a file; name a folder")
@@ -154,16 +157,19 @@ def extract_all(extraction: Extraction, store: VolumeStore) -> int:
     Raises: ValueError: see `Extraction.claim`, or there is no case with features.
     """
     origin, failed, made = extraction.claim(store), {}, 0
+    if (note := _other_size(extraction, store)) is not None:
+        print(f"warning: {note}", file=sys.stderr)
     with alone_in(extraction.folder):
         if extraction.untrained is not None:
             measure_batch_norm(extraction.encoder, _first_patches(extraction, store))
         rows: dict[str, Mapping[str, np.ndarray]] = {}
         bar = tqdm(store.names, desc="features", unit=" cases", mininterval=0.1 if sys.stderr.isatty() else 30)
         for case, name in enumerate(bar):
-            row = _finished(extraction, store, case)
             try:
+                known = _locations_of(extraction, store, case)
+                row = _finished(extraction, store, case, known)
                 if row is None:
-                    row, made = _extract(extraction, store, case), made + 1
+                    row, made = _extract(extraction, store, case, known), made + 1
                 first = next(iter(rows.values()), row)
                 if not np.array_equal(first["coordinate"], row["coordinate"]):
                     raise ValueError("its table has other locations than that of the first case; derive them together")
@@ -184,9 +190,9 @@ def extract_all(extraction: Extraction, store: VolumeStore) -> int:
     return len(failed)
 
 
-def _extract(extraction: Extraction, store: VolumeStore, case: int) -> dict[str, np.ndarray]:
+def _extract(extraction: Extraction, store: VolumeStore, case: int, known: Locations) -> dict[str, np.ndarray]:
     """The features of a case, written as a file of its own so that a stopped run goes on; its map before that."""
-    known, record, encoder = _locations_of(extraction, store, case), store.record(case), extraction.encoder
+    record, encoder = store.record(case), extraction.encoder
     if not known.valid.any():
         raise ValueError("it shows none of the locations")
     try:
@@ -207,21 +213,29 @@ def _extract(extraction: Extraction, store: VolumeStore, case: int) -> dict[str,
         "coordinate": known.coordinate.astype(np.float32),
         "centre_mm": (known.center_voxel @ matrix[:3, :3].T + matrix[:3, 3]).astype(np.float32),
         "voxel_hash": np.array(record.voxel_hash),
+        "locations_hash": np.array(_digest(known)),
     }
     with whole_file(_file_of(extraction, record.case)) as partial, partial.open("wb") as stream:
         np.savez(stream, **row)
     return row
 
 
-def _finished(extraction: Extraction, store: VolumeStore, case: int) -> dict[str, np.ndarray] | None:
-    """The features of a case that an earlier run made from the same voxels."""
+def _finished(extraction: Extraction, store: VolumeStore, case: int, known: Locations) -> dict[str, np.ndarray] | None:
+    """The features of a case that an earlier run made from the same voxels at the same locations."""
     record = store.record(case)
     file = _file_of(extraction, record.case)
     if not file.is_file() or (extraction.stride_voxel and not _map_of(extraction, record.case).is_file()):
         return None
     with np.load(file) as arrays:
         row = dict(arrays)
-    return row if str(row["voxel_hash"]) == record.voxel_hash else None
+    made_from = [str(row.get(name, "")) for name in ("voxel_hash", "locations_hash")]
+    return row if made_from == [record.voxel_hash, _digest(known)] else None
+
+
+def _digest(known: Locations) -> str:
+    """What stands for the places and coordinates of a case: its table may be made anew on another reference."""
+    arrays = [known.center_voxel, known.coordinate, known.valid]
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
 
 
 def _write_map(extraction: Extraction, store: VolumeStore, case: int, known: Locations) -> None:
@@ -246,6 +260,22 @@ def _locations_of(extraction: Extraction, store: VolumeStore, case: int) -> Loca
         return extraction.locations.locations(Scene(store, Request((case,), 0)))
     except FileNotFoundError as error:
         raise ValueError(f"it has no table {extraction.locations.table!r} ({error.filename}); derive again") from error
+
+
+def _table_of(store: VolumeStore, name: str) -> Path:
+    """The first file of a derived table. Raises: ValueError: there is no such table."""
+    folder = store.root / "derived"
+    if not (folder / f"{name}.json").is_file() and not (config_dir() / "what" / f"{name}.yaml").is_file():
+        there = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
+        raise ValueError(f"{store.root} has no table {name!r} for locations=TABLE; it has {there}")
+    return store.derived_file(name, 0)
+
+
+def _other_size(extraction: Extraction, store: VolumeStore) -> str | None:
+    try:
+        return other_size(extraction.locations, store)
+    except FileNotFoundError:  # the first case has no table, which is told with its name
+        return None
 
 
 def _first_patches(
@@ -287,8 +317,9 @@ def _reading(config: DictConfig, card: Mapping[str, Any], *, source: str) -> Rea
         reading = replace(reading, spacing_mm=_spacing(config.spacing_mm))
     if config.window_hu is not None:
         window = config.window_hu
-        if not isinstance(window, ListConfig) or len(window) != 2 or not window[0] < window[1]:
-            raise ValueError(f"window_hu={window} must be [low,high], low below high")
+        is_pair = isinstance(window, ListConfig) and len(window) == 2
+        if not is_pair or not all(_is_number(value) for value in window) or not window[0] < window[1]:
+            raise ValueError(f"window_hu={window} must be two numbers [low,high], low below high")
         reading = replace(reading, normalise=(ByModality(window_hu=tuple(map(float, window))),))
     return reading
 
@@ -312,9 +343,13 @@ def _spacing(given: Any) -> Any:
     values = list(given) if isinstance(given, ListConfig) else [given] * 3
     if values == ["native"] * 3:
         return "native"
-    if len(values) != 3 or not all(isinstance(v, int | float) and v > 0 for v in values):
+    if len(values) != 3 or not all(_is_number(v) and v > 0 for v in values):
         raise ValueError(f"spacing_mm={given} must be one or three positive numbers, or native")
     return tuple(map(float, values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _three(name: str, values: Any) -> tuple[int, int, int]:

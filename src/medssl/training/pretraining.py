@@ -1,5 +1,6 @@
 """A pre-training run from its configuration: store, views, method, loop."""
 
+import sys
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from medssl.training.checkpoints import LastCheckpoint
 from medssl.training.export import Export, build_card
 from medssl.training.metrics import Metrics
 from medssl.training.pictures import Pictures
-from medssl.training.run_folder import RunFolder
+from medssl.training.run_folder import RunFolder, process_rank
 from medssl.training.running import build_module, check_trainer, fit, open_store, quiet, resolved
 from medssl.training.starting import Start
 
@@ -32,6 +33,8 @@ def pretrain(begin: Start) -> None:
         instantiate(config.sampler, _convert_="all")
     store = open_store(config, is_resumed=begin.checkpoint is not None)
     config.facts.num_locations = views.locations_in(store)
+    for note in views.notes(store) if process_rank() == 0 else ():
+        print(f"warning: {note}", file=sys.stderr, flush=True)
     sampler = instantiate(config.sampler, _convert_="all")
     training_cases, validation_cases = pretraining_cases(
         store,
