@@ -123,8 +123,9 @@ def test_one_location_is_probed_in_the_subjects_that_show_it(folder):
 def test_a_wrong_setting_is_one_line(folder, capsys, words, message):
     probe(folder, *words, code=2)
     error = capsys.readouterr().err.splitlines()
-    assert re.search(message, error[-1])
-    assert error[-1].startswith("error: ")
+    assert len(error) == 1, "before the progress bar"
+    assert re.search(message, error[0])
+    assert error[0].startswith("error: ")
     assert not (folder / "out").exists()
 
 

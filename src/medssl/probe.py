@@ -37,7 +37,7 @@ def run(config: DictConfig) -> None:
         score_values,
     )
     from medssl.evaluation.probe_targets import Columns, build_task, join, read_targets
-    from medssl.evaluation.probing import CrossValidation, probe
+    from medssl.evaluation.probing import CrossValidation, assign_folds, probe
     from medssl.evaluation.statistics import Resampling
     from medssl.inference.feature_file import load_features
 
@@ -62,6 +62,8 @@ def run(config: DictConfig) -> None:
     joined = join(list(loaded.values()), read_targets(targets, columns), valid=valid)
     task = build_task(config.task, joined, columns, num_folds=config.num_folds, max_components=config.max_components)
     subject = joined.subject(columns.subject)
+    every = np.arange(len(subject))
+    assign_folds(task, subject, every, num_folds=config.num_folds, seed=config.seed)  # too many are told at once
     for note in joined.notes():
         print(note)
     people = "" if columns.subject is None else f" of {subject.max() + 1} subjects"
