@@ -127,8 +127,8 @@ class KAFLayer(nn.Module):
         shared = tokens * share[:, None]
         if not self.sparse_first_conv:
             return self.spread(place(shared, number, batch=batch, size_voxel=size_voxel))
-        weight, bias = self.spread.weight, self.spread.bias
-        return convolve_points(shared, voxel, sample, weight=weight, bias=bias, batch=batch, size_voxel=size_voxel)
+        kernel = {"weight": self.spread.get_parameter("weight"), "bias": self.spread.get_parameter("bias")}
+        return convolve_points(shared, voxel, sample, **kernel, batch=batch, size_voxel=size_voxel)
 
 
 def interpolate(

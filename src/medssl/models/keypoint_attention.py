@@ -37,7 +37,8 @@ class Packing:
         """The packing whose tokens are where `valid` is set."""
         rows = valid.flatten().nonzero().squeeze(1)
         keys = None if len(rows) == valid.numel() else (valid | ~valid.any(1, keepdim=True))[:, None, None]
-        return cls(rows, *valid.shape, keys)
+        batch, length = valid.shape
+        return cls(rows, batch, length, keys)
 
     @property
     def sample(self) -> Int[Tensor, " token"]:
