@@ -164,6 +164,41 @@ def test_two_processes_fine_tune_and_share_the_cases_to_evaluate(tmp_path):
     assert best == pytest.approx(results["dice"]["mean"])  # the validation cases after the last step, by another way
 
 
+def drasclr(root, *more):
+    """Two processes with `drasclr_tiny` on four locations, by the command."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "medssl.pretrain", "method=drasclr_tiny", "trainer=ddp", "trainer.accelerator=cpu"),
+            *("trainer.devices=2", "data=phantoms", "data.num_cases=6", "data.size_voxel=24"),
+            *("data.phantom_spacing_mm=16.0", "views.groups.anchor.grid=[2,2,1]", "views.groups.anchor.size=[8,8,8]"),
+            *("method.encoder.widths=[2,2,4,4,6,8]", "sampler.batches_per_visit=1"),
+            *(f"store={root / 'store'}", f"output_dir={root / 'run'}", *more),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.ddp
+def test_two_processes_share_the_queues_of_their_keys(tmp_path):
+    done = drasclr(tmp_path, "batch_size=2", "trainer.max_steps=2")
+    assert done.returncode != 0
+    assert "\nerror: DrasCLR needs at least 2 samples in each process" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    done = drasclr(tmp_path, "batch_size=4", "trainer.max_steps=4", "overwrite=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state["method.key_encoder.bn1.num_batches_tracked"] == 4, "one pass of keys a step"
+    assert state["method.encoder.bn1.num_batches_tracked"] == 8, "queries, and their neighbourhoods"
+    subjects = state["method.queue.subjects"]
+    assert (subjects >= 0).sum() == 4 * 4, "each step adds the keys of both processes"
+    for ring in subjects:
+        held = ring[ring >= 0].tolist()
+        assert len(held) == 4
+        assert len(set(held)) == 4, "each process holds other cases"
+
+
 def eval_cases(log, step):
     """The cases that one process saw in a step."""
     (line,) = (line for line in log if line.startswith(f"{step} sees "))
