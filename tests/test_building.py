@@ -55,6 +55,9 @@ def test_settings_inside_networks_are_dataclasses_of_trusted_packages(monkeypatc
     class Detector:
         contrast: float
 
+        def find(self, image, *, mask, max_points):
+            raise NotImplementedError
+
     monkeypatch.setattr("medssl.models.vit.Detector", Detector, raising=False)
     recipe = {
         "_target_": "medssl.models.kaf_unet.KAFEncoder",

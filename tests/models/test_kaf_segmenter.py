@@ -1,6 +1,5 @@
 """KAF's U-Net as a segmenter: keypoints are found on every crop and window."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -34,8 +33,7 @@ class Brightest:
 @pytest.fixture
 def brightest(monkeypatch):
     found = Brightest()
-    module = SimpleNamespace(detect=found.detect, DifferenceOfGaussians=object)
-    monkeypatch.setitem(sys.modules, "medssl.models.keypoints", module)
+    monkeypatch.setattr("medssl.models.kaf_unet.detect", found.detect)
     return found
 
 
@@ -55,6 +53,18 @@ def test_keypoints_of_the_image_are_used_where_none_are_given(brightest):
     assert all(torch.equal(a, b) for a, b in zip(maps, given, strict=True))
     without = network.encoder(image, points=found.points, valid=torch.zeros_like(found.valid))
     assert not torch.allclose(maps[-1], without[-1])
+
+
+@pytest.mark.parametrize("name", ["DifferenceOfGaussians", "Foerstner"])
+def test_recipes_name_the_detector(name):
+    network, recipes = segmenter(detector={"_target_": f"medssl.models.keypoints.{name}"})
+    assert type(network.encoder.detector).__name__ == name
+    assert recipes["encoder"]["detector"]["_target_"].endswith(name)
+    distance = torch.cdist(torch.cartesian_prod(*[torch.arange(32.0)] * 3), torch.tensor([[14.0, 15.0, 17.0]]))
+    blob = (-distance.square() / 8).exp().view(1, 1, 32, 32, 32).expand(1, 2, -1, -1, -1)
+    points, valid = network.encoder.find(blob)
+    assert valid.any()
+    assert (points[0, 0] - torch.tensor([14, 15, 17])).abs().max() < 2
 
 
 def test_a_segmenter_trains_on_crops_some_of_which_have_no_keypoints(brightest):

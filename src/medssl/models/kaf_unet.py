@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from medssl.models.kaf_layer import BATCH_NORMS, CONVOLUTIONS, KAFLayer, Keypoints, find_tokens
+from medssl.models.keypoints import Detector, DifferenceOfGaussians, detect
 from medssl.models.stem import fit_stem
 from medssl.models.unet import SLOPE, InstanceNorm
 
@@ -75,7 +76,7 @@ class KAFEncoder(nn.Module):
         levels: Sequence[int] = (1, 1, 1, 1),
         strides: Sequence[int | Sequence[int]] | None = None,
         position_widths: Sequence[int] = (32, 64, 128, 256),
-        detector: Any = None,
+        detector: Detector | None = None,
         max_points: int = 512,
         mode: str = "use",
         gather: str = "nearest",
@@ -93,7 +94,7 @@ class KAFEncoder(nn.Module):
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, allowed are {', '.join(MODES)}")
         self.spatial_dims, self.in_channels, self.mode = spatial_dims, in_channels, mode
-        self.detector, self.max_points = detector, max_points
+        self.detector, self.max_points = detector or DifferenceOfGaussians(), max_points
         self.usual_decoder = {"_target_": "medssl.models.kaf_unet.KAFDecoder", "norm": norm}
         limit = max_channels or 2 * base_channels << len(levels)
         widths = [min(base_channels << level, limit // 2) for level in range(len(levels))]
@@ -186,9 +187,7 @@ class KAFEncoder(nn.Module):
         if not len(self.kaf):
             nothing = image.new_zeros(len(image), 0, self.spatial_dims)
             return nothing, torch.zeros(len(image), 0, dtype=torch.bool, device=image.device)
-        from medssl.models.keypoints import DifferenceOfGaussians, detect
-
-        found = detect(image, max_points=self.max_points, detector=self.detector or DifferenceOfGaussians())
+        found = detect(image, max_points=self.max_points, detector=self.detector)
         return found.points, found.valid
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
