@@ -1,0 +1,60 @@
+import math
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import medssl
+from medssl.config import compose, main
+from medssl.derive import run as derive
+from medssl.prepare import run as prepare
+from medssl.pretrain import run
+
+SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
+FEW = ("model.encoder.base_channels=2", "method.heads.bottleneck_channels=64", "views.groups.first.size=[16,16,16]")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Keypoints of phantoms, and the command on them."""
+    root = tmp_path_factory.mktemp("kaf")
+    where = [*SMALL, f"store={root / 'store'}"]
+    main("prepare", prepare, arguments=where)
+    main("derive", derive, arguments=["what=keypoints", f"store={root / 'store'}", "num_workers=0"])
+    budget = ["trainer.max_steps=6", "batch_size=2", "validate_every=3", "figures_every=6"]
+    main("pretrain", run, arguments=["method=kaf_tiny", *where, *FEW, *budget, f"output_dir={root / 'run'}"])
+    return root
+
+
+def test_a_run_on_phantoms_contrasts_and_matches_and_shows_its_matches(finished):
+    lines = [line.split(",") for line in (finished / "run" / "metrics.csv").read_text().splitlines()]
+    rows = [dict(zip(lines[0], map(lambda cell: float(cell or "nan"), line), strict=True)) for line in lines[1:]]
+    assert len(rows) == 6
+    assert all(math.isfinite(row[term]) for row in rows for term in ("image", "keypoints", "matching"))
+    assert min(row["points"] for row in rows) >= 8
+    assert 0 < max(row["matched_share"] for row in rows) < 1
+    assert (finished / "run" / "figures" / "matches-0000006.png").stat().st_size > 0
+
+
+def test_the_encoder_of_a_run_finds_keypoints_by_itself(finished):
+    encoder = medssl.load_encoder(finished / "run" / "encoder.safetensors").eval()
+    maps = encoder(torch.rand(1, 1, 32, 32, 32))
+    assert [level.shape[1] for level in maps] == [4, 8, 16, 32, 64]
+    assert maps[-1].shape[2:] == (2, 2, 2)
+
+
+@pytest.mark.parity
+def test_the_released_values_are_the_default():
+    config = compose("pretrain", ["~data", "method=kaf"])
+    config.facts = {"num_cases": 32, "num_channels": 1, "num_locations": 0, "steps_per_epoch": 4.0}
+    values = OmegaConf.to_container(config, resolve=True)
+    method = values["method"]
+    weights = [method[f"weight_{term}"] for term in ("image", "keypoints", "matching")]
+    assert weights == [1, 1, 0.01]
+    assert (method["temperature"], method["base_temperature"], method["threshold"]) == (0.1, 0.07, 0.35)
+    optimizer = values["optimizer"]
+    assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (0.002, 0.9, 1e-5)
+    built = instantiate(method, _convert_="all")
+    encoder = sum(p.numel() for p in built.encoder.parameters())
+    assert round(encoder / 1e6, 1) == 46.1
