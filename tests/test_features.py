@@ -80,7 +80,7 @@ def test_a_feature_is_the_encoder_s_at_the_locations_that_it_was_trained_at(weig
     features(weights=weights, store=store.root, output_dir=tmp_path / "f", batch_size=3)
     found = load_features(tmp_path / "f")
     assert found.case.tolist() == ["case_000", "case_001", "case_002"]
-    coordinate = np.array([[-1, 0, -1], [-1, 0, 1], [1, 0, -1], [1, 0, 1]], dtype=np.float32)
+    coordinate = np.array([[-1, 0, -1], [-1, 0, 1], [1, 0, -1], [1, 0, 1]], dtype=np.float32) / 2
     assert np.array_equal(found.coordinate, coordinate)
     network, centers = load_encoder(weights), grid_centers(grid=(2, 1, 2))
     for number, volume in enumerate(volumes):
@@ -205,10 +205,10 @@ def test_a_map_holds_the_features_of_patches_at_a_stride(weights, make_store, vo
     assert image.shape == (3, 2, 2, 6)
     middles = [np.array([3.5, 4.5, 5.0]) + np.array(cell) * [8, 10, 11] for cell in np.ndindex(3, 2, 2)]
     assert image.affine @ [2, 1, 0, 1] == pytest.approx(affine @ [*middles[-2], 1])
-    # the grid of the card has one cell along y: its coordinate is 0; along x and z those at a quarter are -1
+    # the grid of the card has one cell along y: its coordinate is 0; along x and z -1 to 1 from face to face
     size = np.array(SIDES) - 4
     shares = (np.array(middles) - 1.5) / size
-    coordinate = np.clip((shares - 0.5) * 4, -1, 1) * [1, 0, 1]
+    coordinate = np.clip((shares - 0.5) * 2, -1, 1) * [1, 0, 1]
     with torch.no_grad():
         expected = load_encoder(weights)(patches(volumes[0], middles), torch.tensor(coordinate, dtype=torch.float32))
     assert np.asarray(image.dataobj).reshape(12, 6) == pytest.approx(
