@@ -154,7 +154,8 @@ class Survival:
 
         num = min(self.max_components, len(rows) - 1, features.shape[1])
         components = make_pipeline(StandardScaler(), PCA(num, whiten=True, svd_solver="full"))
-        found = components.fit_transform(features)
+        with np.errstate(invalid="ignore"):  # features that are all alike have no variance to share out
+            found = components.fit_transform(features)
         varies = found.std(0) > 0.5  # whitened: 1, but for components of features that hardly differ
         if not varies.any():
             return lambda features: np.zeros(len(features))
