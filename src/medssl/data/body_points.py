@@ -14,7 +14,7 @@ MOST_TRIES = 256
 def voxels_at(uniform: Float[np.ndarray, "n 3"], shape: tuple[int, int, int]) -> Int64[np.ndarray, "n 3"]:
     """The voxels of a volume that uniform numbers from [0, 1) stand for.
 
-    Source: repository alibaba-damo-academy/alice, loader.py.
+    Source: the loader released with arXiv:2302.05615.
     """
     return np.floor(uniform * np.array(shape)).astype(np.int64)
 

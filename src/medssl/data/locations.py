@@ -151,8 +151,8 @@ def find_anchors(
     `max_anchors`, `accept` rises by 0.1; once it reaches 1, the step grows by an eighth of a patch.
 
     Raises: ValueError: no patch holds enough of the mask, or the volume is smaller than a patch.
-    Source: batmanlab/DrasCLR, preprocess/1_*.py: patches of 32 voxels every 26, fewer than 1000 (its search ends
-        without anchors where ours takes wider steps).
+    Source: preprocess/1_*.py of the code released with arXiv:2302.10390: patches of 32 voxels every 26, fewer than
+        1000 (its search ends without anchors where ours takes wider steps).
     """
     if patch_voxel < 1 or step_voxel < 1 or max_anchors < 1 or not 0 <= accept < 1:
         raise ValueError(
@@ -190,7 +190,7 @@ def coordinates(index_voxel: Int64[np.ndarray, "location 3"], *, norm: str) -> F
     "minmax": from -1 at the first to 1 at the last along each axis, 0 where there is one. "official_max": 2 * corner /
     largest corner - 1, which the published weights were trained with.
 
-    Source: batmanlab/DrasCLR, data/copd_patch.py.
+    Source: data/copd_patch.py of the code released with arXiv:2302.10390.
     """
     check_choice("coordinate", norm, NORMS)
     low = index_voxel.min(axis=0) if norm == "minmax" else np.zeros(3, dtype=np.int64)
