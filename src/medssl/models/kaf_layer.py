@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from medssl.models.conv_blocks import BATCH_NORMS, CONVOLUTIONS
 from medssl.models.keypoint_attention import MessageLayer, Packing, PositionCode
 from medssl.ops.sparse_convolution import SCATTERS, convolve_points, place, voxel_number, voxel_share
 
 GATHERS = ("nearest", "trilinear")
-CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class Keypoints(NamedTuple):

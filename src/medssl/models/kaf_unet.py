@@ -1,23 +1,22 @@
 """The U-Net whose levels know their keypoints: encoder, and decoder for segmentation."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from medssl.models.kaf_layer import BATCH_NORMS, CONVOLUTIONS, KAFLayer, Keypoints, find_tokens
+from medssl.models.conv_blocks import CONVOLUTIONS, check_image, conv_block, inflated, pooled, steps_of, strides_of
+from medssl.models.kaf_layer import KAFLayer, Keypoints, find_tokens
 from medssl.models.keypoints import Detector, DifferenceOfGaussians, detect
+from medssl.models.skip_decoder import SkipDecoder
 from medssl.models.stem import fit_stem
-from medssl.models.unet import SLOPE, InstanceNorm
 
 MODES = ("use", "duplicate", "zero")
 NORMS = ("batch", "instance")
-UPSAMPLINGS: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 class KAFOutput(NamedTuple):
@@ -93,6 +92,8 @@ class KAFEncoder(nn.Module):
             raise ValueError(f"spatial_dims is {spatial_dims}, allowed are 2 and 3")
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, allowed are {', '.join(MODES)}")
+        if norm not in NORMS:
+            raise ValueError(f"norm is {norm!r}, allowed are {', '.join(NORMS)}")
         self.spatial_dims, self.in_channels, self.mode = spatial_dims, in_channels, mode
         self.detector, self.max_points = detector or DifferenceOfGaussians(), max_points
         self.usual_decoder = {"_target_": "medssl.models.kaf_unet.KAFDecoder", "norm": norm}
@@ -100,8 +101,8 @@ class KAFEncoder(nn.Module):
         widths = [min(base_channels << level, limit // 2) for level in range(len(levels))]
         bottleneck = min(2 * base_channels << len(levels), limit)
         self.channels = (*(2 * width for width in widths), bottleneck)
-        self.steps = _steps(strides, num_maps=len(levels) + 1, spatial_dims=spatial_dims)
-        self.strides = _cumulative(self.steps)
+        self.steps = steps_of(strides, num_maps=len(levels) + 1, spatial_dims=spatial_dims)
+        self.strides = strides_of(self.steps)
         conv = CONVOLUTIONS[spatial_dims]
         self.stages = nn.ModuleList(
             nn.Sequential(*(conv_block(a, b, spatial_dims=spatial_dims, norm=norm) for a, b in pairwise(inner)))
@@ -165,21 +166,20 @@ class KAFEncoder(nn.Module):
         valid: Bool[Tensor, "batch n"] | None = None,
     ) -> KAFOutput:
         """Maps and tokens; arguments as of `forward`."""
+        check_image(image, self.strides[-1])
         size = tuple(image.shape[2:])
-        if len(size) != self.spatial_dims or any(a % b for a, b in zip(size, self.strides[-1], strict=True)):
-            raise ValueError(f"an image of {size} voxels does not fit; sides must be multiples of {self.strides[-1]}")
         known = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device) if valid is None else valid
         keypoints, known = find_tokens(*_one_row_at_least(points, known), size_voxel=size)
         skips, tokens, x = [], [], image
         for level, stage in enumerate(self.stages):
-            x = stage(x if level == 0 else self._pooled(x, level))
+            x = stage(x if level == 0 else pooled(x, self.steps[level]))
             joined, learnt = self._joined(x, level, keypoints)
             x = torch.cat([x, joined], dim=1)
             skips.append(x)
             tokens += learnt
         stacked = torch.cat(tokens, dim=1) if tokens else image.new_zeros(len(keypoints.packing.rows), 0)
         padded = keypoints.packing.pad(stacked).mT[:, :, : points.shape[1]]
-        bottleneck = self.center(self._pooled(x, len(self.stages)))
+        bottleneck = self.center(pooled(x, self.steps[-1]))
         return KAFOutput(bottleneck, skips, padded, known[:, : points.shape[1]])
 
     def find(self, image: Float[Tensor, "batch channel *spatial"]) -> tuple[Tensor, Tensor]:
@@ -208,10 +208,6 @@ class KAFEncoder(nn.Module):
                 fitted[key] = F.pad(weight, (0, 1))
         return fit_stem(fitted, "stages.0.0.conv.weight", self.in_channels)
 
-    def _pooled(self, x: Tensor, level: int) -> Tensor:
-        step = self.steps[level]
-        return F.max_pool3d(x, step) if self.spatial_dims == 3 else F.max_pool2d(x, step)
-
     def _joined(self, x: Tensor, level: int, keypoints: Keypoints) -> tuple[Tensor, list[Tensor]]:
         """What is joined to the map of a level, and the tokens if there are any."""
         if str(level) in self.kaf:
@@ -220,95 +216,13 @@ class KAFEncoder(nn.Module):
         return x if self.mode == "duplicate" else torch.zeros_like(x), []
 
 
-class KAFDecoder(nn.Module):
-    """Transposed convolutions, and two convolutions over each joined with the encoder's map: no attention, no heads.
+class KAFDecoder(SkipDecoder):
+    """The decoder of that U-Net, see `SkipDecoder`: no attention, no heads.
 
-    Args:
-        in_channels: of the image, which it does not look at.
-        encoder_channels: of the encoder's maps, fine to coarse.
-        encoder_strides: of the encoder's maps, in voxels; the first is full resolution.
-        norm: of the convolutions, `batch` or `instance`.
-
-    The decoded maps have the channels of the encoder's. With a 1x1x1 convolution without bias, which a `Segmenter` has
-    with bias, this is the decoder of the paper.
+    With a 1x1x1 convolution without bias, which a `Segmenter` has with bias, this is the decoder of the paper.
 
     Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
     """
-
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        encoder_channels: Sequence[int],
-        encoder_strides: Sequence[Sequence[int]],
-        norm: str = "batch",
-    ) -> None:
-        super().__init__()
-        strides = [tuple(stride) for stride in encoder_strides]
-        dims = len(strides[0])
-        steps = [tuple(b // a for a, b in zip(fine, coarse, strict=True)) for fine, coarse in pairwise(strides)]
-        if set(strides[0]) != {1} or any(min(step) < 1 or max(step) == 1 for step in steps):
-            raise ValueError(
-                f"encoder maps of strides {strides} do not fit: the first must have full resolution and each be "
-                "coarser than the one before (for other encoders take medssl.models.unet.UNetDecoder)"
-            )
-        self.in_channels = in_channels
-        self.channels, self.strides = tuple(encoder_channels[:-1]), tuple(strides[:-1])
-        self.ups = nn.ModuleList(
-            UPSAMPLINGS[dims](coarse, fine, step, stride=step)
-            for (fine, coarse), step in zip(pairwise(encoder_channels), steps, strict=True)
-        )
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                conv_block(2 * width, width, spatial_dims=dims, norm=norm),
-                conv_block(width, width, spatial_dims=dims, norm=norm),
-            )
-            for width in self.channels
-        )
-
-    def forward(self, image: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-        """Decoded maps, full resolution first."""
-        current, decoded = features[-1], []
-        for up, stage, skip in zip(reversed(self.ups), reversed(self.stages), reversed(features[:-1]), strict=True):
-            current = stage(torch.cat([up(current), skip], dim=1))
-            decoded.append(current)
-        return decoded[::-1]
-
-
-def conv_block(in_channels: int, out_channels: int, *, spatial_dims: int, norm: str) -> nn.Sequential:
-    """Convolution with bias, norm, leaky rectifier in place."""
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}, allowed are {', '.join(NORMS)}")
-    if norm == "batch":
-        layer = BATCH_NORMS[spatial_dims](out_channels)
-    else:
-        layer = InstanceNorm(out_channels) if spatial_dims == 3 else nn.InstanceNorm2d(out_channels, affine=True)
-    conv = CONVOLUTIONS[spatial_dims](in_channels, out_channels, 3, padding=1)
-    return nn.Sequential(OrderedDict(conv=conv, norm=layer, act=nn.LeakyReLU(SLOPE, inplace=True)))
-
-
-def inflated(kernel: Float[Tensor, "out channel 3 3"]) -> Float[Tensor, "out channel 3 3 3"]:
-    """The kernel in the middle plane of the last axis, zeros in the others."""
-    return F.pad(kernel[..., None], (1, 1))
-
-
-def _steps(strides: Sequence[Any] | None, *, num_maps: int, spatial_dims: int) -> list[tuple[int, ...]]:
-    entries = [1] + [2] * (num_maps - 1) if strides is None else list(strides)
-    steps = [(entry,) * spatial_dims if isinstance(entry, int) else tuple(entry) for entry in entries]
-    wrong = any(len(step) != spatial_dims or min(step) < 1 for step in steps)
-    if len(steps) != num_maps or wrong or set(steps[0]) != {1}:
-        raise ValueError(
-            f"strides need an entry for each of {num_maps} maps, a number or {spatial_dims} of them, the first of them "
-            f"1; got {entries}"
-        )
-    return steps
-
-
-def _cumulative(steps: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    done = [steps[0]]
-    for step in steps[1:]:
-        done.append(tuple(a * b for a, b in zip(done[-1], step, strict=True)))
-    return tuple(done)
 
 
 def _one_row_at_least(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

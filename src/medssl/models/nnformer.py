@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medssl.models.alice_backbones import Backbone
 from medssl.models.nnformer_blocks import Block, SelfAttention, SkipAttention, SkipBlock, initialise
 from medssl.models.stem import fit_stem
-from medssl.models.unet import run
+from medssl.models.unet import blocks_to_run, run
 from medssl.models.vit import resize_positions, sincos_positions
 from medssl.ops.patches import Triple, patch_grid, triple
 
@@ -281,12 +281,20 @@ class NnFormerDecoder(nn.Module):
         )
 
     def forward(
-        self, image: Float[Tensor, "batch channel x y z"], features: Sequence[Float[Tensor, "batch _ _ _ _"]]
+        self,
+        image: Float[Tensor, "batch channel x y z"],
+        features: Sequence[Float[Tensor, "batch _ _ _ _"]],
+        *,
+        num_blocks: int | None = None,
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """Decoded maps, fine to coarse; `image` is accepted and not used."""
+        """Decoded maps, fine to coarse; with `num_blocks` those of the first (coarsest) alone. `image` is not used.
+
+        Raises:
+            ValueError: there are fewer blocks.
+        """
         *skips, tokens = (level.permute(0, 2, 3, 4, 1) for level in features)
-        decoded = []
-        for stage, skip in zip(reversed(self.layers), reversed(skips), strict=True):
+        count, decoded = blocks_to_run(num_blocks, len(self.layers)), []
+        for stage, skip in list(zip(reversed(self.layers), reversed(skips), strict=True))[:count]:
             up = run(stage.upsample, tokens, checkpointed=self.checkpoint_activations)  # type: ignore[arg-type]
             first, *others = stage.blocks  # type: ignore[misc]
             tokens = run(first, up, skip, checkpointed=self.checkpoint_activations)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from medssl.building import NETWORKS, build_trusted, trusted_class
 from medssl.models.conditioned import ConditionedEncoder
+from medssl.models.conv_blocks import CONVOLUTIONS, UPSAMPLINGS
 from medssl.models.reoriented import Reoriented
 from medssl.models.unet import halvings
 from medssl.models.vit import VisionTransformer
-from medssl.ops.patches import Triple, triple
+from medssl.ops.patches import triple
 
 UNET, UNETR = "medssl.models.unet.UNetDecoder", "medssl.models.unetr.UNETRDecoder"
 
@@ -40,11 +41,11 @@ class Segmenter(nn.Module):
         supervised = widths[: 1 + deep_supervision]
         self.head = nn.ModuleList(output_layer(width, num_classes, step=strides[0]) for width in supervised)
         self.takes_location = bool(getattr(encoder, "takes_location", False))
-        self.multiple_voxel = triple([math.lcm(*steps) for steps in zip(*levels(encoder)[1], strict=True)])
+        self.multiple_voxel = tuple(math.lcm(*steps) for steps in zip(*levels(encoder)[1], strict=True))
 
     def forward(
-        self, image: Float[Tensor, "batch channel x y z"], location: Float[Tensor, "batch 3 x y z"] | None = None
-    ) -> Float[Tensor, "batch class x y z"]:
+        self, image: Float[Tensor, "batch channel *spatial"], location: Float[Tensor, "batch 3 *spatial"] | None = None
+    ) -> Float[Tensor, "batch class *spatial"]:
         """Logits at full resolution.
 
         Where `takes_location` is set, `location` is the coordinate of every voxel: -1 to 1 from face to face of the
@@ -56,8 +57,8 @@ class Segmenter(nn.Module):
         return self.head[0](self._decoded(image, location)[0])
 
     def outputs(
-        self, image: Float[Tensor, "batch channel x y z"], location: Float[Tensor, "batch 3 x y z"] | None = None
-    ) -> list[Float[Tensor, "batch class i j k"]]:
+        self, image: Float[Tensor, "batch channel *spatial"], location: Float[Tensor, "batch 3 *spatial"] | None = None
+    ) -> list[Float[Tensor, "batch class *coarse"]]:
         """Logits of every supervised resolution, full resolution first."""
         return [head(level) for head, level in zip(self.head, self._decoded(image, location), strict=False)]
 
@@ -146,11 +147,11 @@ def build_networks(
     return encoder, decoder, {"encoder": encoder_recipe, "decoder": decoder_recipe}
 
 
-def output_layer(width: int, out_channels: int, *, step: Triple) -> nn.Module:
+def output_layer(width: int, out_channels: int, *, step: Sequence[int]) -> nn.Module:
     """A decoded map to channels at full resolution: a 1x1x1 convolution, or a transposed one of stride `step`."""
-    if step == (1, 1, 1):
-        return nn.Conv3d(width, out_channels, 1)
-    return nn.ConvTranspose3d(width, out_channels, step, stride=step)
+    if set(step) == {1}:
+        return CONVOLUTIONS[len(step)](width, out_channels, 1)
+    return UPSAMPLINGS[len(step)](width, out_channels, tuple(step), stride=tuple(step))
 
 
 def skip_depths(depth: int, num_maps: int) -> list[int]:
@@ -161,15 +162,17 @@ def skip_depths(depth: int, num_maps: int) -> list[int]:
     return [depth * part // num_maps + 1 for part in range(1, num_maps)] + [depth]
 
 
-def levels(network: nn.Module) -> tuple[list[int], list[Triple]]:
-    """Channels and strides (voxels) of a network's maps. Raises: ValueError: it does not say."""
+def levels(network: nn.Module) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Channels and strides (voxels, two or three axes) of a network's maps. Raises: ValueError: it does not say."""
     channels, strides = getattr(network, "channels", None), getattr(network, "strides", None)
     if not channels or not strides or len(channels) != len(strides):
         raise ValueError(
             f"{type(network).__name__} cannot be part of a segmenter: it needs the attributes `channels` and `strides` "
             "with one entry for each of its maps"
         )
-    return [int(width) for width in channels], [triple(stride) for stride in strides]
+    return [int(width) for width in channels], [
+        tuple(int(step) for step in stride) if len(stride) == 2 else triple(stride) for stride in strides
+    ]
 
 
 def _unetr_recipe(width: int) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from medssl.models.stem import fit_stem
@@ -175,14 +177,24 @@ class UNetDecoder(nn.Module):
         )
 
     def forward(
-        self, image: Float[Tensor, "batch channel x y z"], features: Sequence[Float[Tensor, "batch _ _ _ _"]]
+        self,
+        image: Float[Tensor, "batch channel x y z"],
+        features: Sequence[Float[Tensor, "batch _ _ _ _"]],
+        *,
+        num_blocks: int | None = None,
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """Decoded maps, full resolution first."""
-        skips = [*(self.image_levels(image) if self.image_levels else ()), *features]
+        """Decoded maps, full resolution first; with `num_blocks` those of the first blocks (the coarsest) alone.
+
+        Raises:
+            ValueError: there are fewer blocks.
+        """
+        last = len(self.ups) - blocks_to_run(num_blocks, len(self.ups))
+        above = self.image_levels if last <= len(self.ups) - len(features) else None
+        skips = [*(above(image) if above else ()), *features]
         current, decoded = skips.pop(), []
-        for up, stage in zip(reversed(self.ups), reversed(self.stages), strict=True):
-            current = torch.cat([up(current), skips.pop()], dim=1)
-            current = run(stage, current, checkpointed=self.checkpoint_activations)
+        for level in range(len(self.ups) - 1, last - 1, -1):
+            current = torch.cat([self.ups[level](current), skips.pop()], dim=1)
+            current = run(self.stages[level], current, checkpointed=self.checkpoint_activations)
             decoded.append(current)
         return decoded[::-1]
 
@@ -232,11 +244,36 @@ def check_coarsest(image: Tensor, stride: Triple) -> None:
         )
 
 
+def blocks_to_run(num_blocks: int | None, available: int) -> int:
+    """How many blocks of a decoder run: `num_blocks`, None is all. Raises: ValueError: it has not so many."""
+    if num_blocks is None:
+        return available
+    if not 1 <= num_blocks <= available:
+        raise ValueError(f"num_blocks is {num_blocks}, this decoder has {available} blocks; give 1 to {available}")
+    return num_blocks
+
+
 def run(stage: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor:
-    """What `stage` makes of `inputs`, recomputed in the backward pass where asked."""
-    if checkpointed and torch.is_grad_enabled():
+    """What `stage` makes of `inputs`, recomputed in the backward pass where asked; batch statistics count once."""
+    if not checkpointed or not torch.is_grad_enabled():
+        return stage(*inputs)
+    norms = [module for module in stage.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
         return checkpoint(stage, *inputs, use_reentrant=False)
-    return stage(*inputs)
+    return checkpoint(stage, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _keeping(norms)))
+
+
+@contextmanager
+def _keeping(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Batch norms that leave their running statistics as they are."""
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _step(fine: Triple, coarse: Triple) -> Triple:

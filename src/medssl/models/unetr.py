@@ -8,7 +8,7 @@ from monai.networks.blocks.dynunet_block import UnetResBlock, get_conv_layer
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
 
-from medssl.models.unet import cumulative, halvings, run
+from medssl.models.unet import blocks_to_run, cumulative, halvings, run
 from medssl.ops.patches import Triple, triple
 
 
@@ -79,12 +79,20 @@ class UNETRDecoder(nn.Module):
         )
 
     def forward(
-        self, image: Float[Tensor, "batch channel x y z"], features: Sequence[Float[Tensor, "batch _ _ _ _"]]
+        self,
+        image: Float[Tensor, "batch channel x y z"],
+        features: Sequence[Float[Tensor, "batch _ _ _ _"]],
+        *,
+        num_blocks: int | None = None,
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """Decoded maps, full resolution first."""
+        """Decoded maps, full resolution first; with `num_blocks` those of the first blocks (the coarsest) alone.
+
+        Raises:
+            ValueError: there are fewer blocks.
+        """
         used = features[len(features) - len(self.ups) :]
         current, decoded = used[-1], []
-        for level in reversed(range(len(self.ups))):
+        for level in reversed(range(len(self.ups))[-blocks_to_run(num_blocks, len(self.ups)) :]):
             source, skip = (used[level - 1], self.projections[level - 1]) if level else (image, self.image_level)
             between = run(skip, source, checkpointed=self.checkpoint_activations)
             current = run(self.ups[level], current, between, checkpointed=self.checkpoint_activations)

@@ -1,0 +1,85 @@
+"""What the pooled U-Nets of slices and volumes are made of: convolution blocks, steps of their maps, inflation."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from medssl.models.unet import SLOPE, InstanceNorm
+
+NORMS = ("batch", "instance", "group")
+GROUPS = 8  # of group norm, fewer where they do not divide the channels
+CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
+UPSAMPLINGS: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def norm_layer(channels: int, *, spatial_dims: int, norm: str) -> nn.Module:
+    """Batch, instance or group norm, each with a weight and a bias a channel.
+
+    Raises:
+        ValueError: there is no such norm.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}, allowed are {', '.join(NORMS)}")
+    if norm == "batch":
+        return BATCH_NORMS[spatial_dims](channels)
+    if norm == "group":
+        return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+    return InstanceNorm(channels) if spatial_dims == 3 else nn.InstanceNorm2d(channels, affine=True)
+
+
+def conv_block(in_channels: int, out_channels: int, *, spatial_dims: int, norm: str) -> nn.Sequential:
+    """Convolution with bias, norm, leaky rectifier in place."""
+    conv = CONVOLUTIONS[spatial_dims](in_channels, out_channels, 3, padding=1)
+    layer = norm_layer(out_channels, spatial_dims=spatial_dims, norm=norm)
+    return nn.Sequential(OrderedDict(conv=conv, norm=layer, act=nn.LeakyReLU(SLOPE, inplace=True)))
+
+
+def pooled(x: Float[Tensor, "batch channel *spatial"], step: Sequence[int]) -> Float[Tensor, "batch channel *coarse"]:
+    """The largest value of every cell of `step` voxels, two or three axes."""
+    return F.max_pool3d(x, tuple(step)) if x.ndim == 5 else F.max_pool2d(x, tuple(step))
+
+
+def inflated(kernel: Float[Tensor, "out channel side side"]) -> Float[Tensor, "out channel side side side"]:
+    """The kernel (odd sides) in the middle plane of the last axis, zeros in the others."""
+    half = kernel.shape[-1] // 2
+    return F.pad(kernel[..., None], (half, half))
+
+
+def steps_of(
+    strides: Sequence[int | Sequence[int]] | None, *, num_maps: int, spatial_dims: int
+) -> list[tuple[int, ...]]:
+    """One step an axis for each map: an integer stands for all axes, None for a first 1 and then 2.
+
+    Raises:
+        ValueError: an entry is missing or has another number of axes, or the first is not 1.
+    """
+    entries: list[Any] = [1] + [2] * (num_maps - 1) if strides is None else list(strides)
+    steps = [(entry,) * spatial_dims if isinstance(entry, int) else tuple(entry) for entry in entries]
+    wrong = any(len(step) != spatial_dims or min(step) < 1 for step in steps)
+    if len(steps) != num_maps or wrong or set(steps[0]) != {1}:
+        raise ValueError(
+            f"strides need an entry for each of {num_maps} maps, a number or {spatial_dims} of them, the first of them "
+            f"1; got {entries}"
+        )
+    return steps
+
+
+def strides_of(steps: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Product of the steps up to each map."""
+    done = [steps[0]]
+    for step in steps[1:]:
+        done.append(tuple(a * b for a, b in zip(done[-1], step, strict=True)))
+    return tuple(done)
+
+
+def check_image(image: Float[Tensor, "batch channel *spatial"], stride: Sequence[int]) -> None:
+    """Raise a ValueError where an image has other axes than `stride`, or sides that are no multiples of it."""
+    size = tuple(image.shape[2:])
+    if len(size) != len(stride) or any(side % step for side, step in zip(size, stride, strict=True)):
+        raise ValueError(f"an image of {size} voxels does not fit; sides must be multiples of {tuple(stride)}")

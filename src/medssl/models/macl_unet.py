@@ -1,0 +1,160 @@
+"""MACL's U-Net for slices and volumes, which PCL had before: encoder, and decoder that is trained with it."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from medssl.models.conv_blocks import (
+    CONVOLUTIONS,
+    check_image,
+    conv_block,
+    inflated,
+    pooled,
+    steps_of,
+    strides_of,
+)
+from medssl.models.skip_decoder import SkipDecoder
+from medssl.models.stem import fit_stem
+from medssl.models.unet import SLOPE, run
+
+
+class MACLUNetEncoder(nn.Module):
+    """Levels of two convolutions with norm, each pooled, and two convolutions without norm at last.
+
+    Level l of L has `base_channels * 2^l` channels. The L + 1 maps are those before pooling and the bottleneck, whose
+    values are rectified, so never negative.
+
+    Args:
+        spatial_dims: 2 for slices, 3 for volumes.
+        in_channels: of the image.
+        base_channels: of the first level.
+        num_levels: that are pooled.
+        norm: of the levels, `batch`, `instance` (no level may be left with a single voxel) or `group`.
+        strides: step to each map, a number or one an axis, the first is 1; null is 1, then 2.
+        checkpoint_activations: recompute activations in the backward pass; batch statistics count once.
+
+    The attributes `channels` and `strides` describe the maps, `usual_decoder` is a recipe.
+
+    Source: arXiv:2309.11876; repository stevezs315/MACL, network/unet2d.py.
+    """
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        base_channels: int = 32,
+        num_levels: int = 4,
+        norm: str = "batch",
+        strides: Sequence[int | Sequence[int]] | None = None,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in CONVOLUTIONS:
+            raise ValueError(f"spatial_dims is {spatial_dims}, allowed are 2 and 3")
+        if num_levels < 1:
+            raise ValueError(f"num_levels is {num_levels}; a U-Net needs one level or more")
+        self.spatial_dims, self.in_channels, self.norm = spatial_dims, in_channels, norm
+        self.checkpoint_activations = checkpoint_activations
+        self.usual_decoder = {"_target_": "medssl.models.macl_unet.MACLUNetDecoder", "norm": norm}
+        self.channels = tuple(base_channels << level for level in range(num_levels + 1))
+        self.steps = steps_of(strides, num_maps=num_levels + 1, spatial_dims=spatial_dims)
+        self.strides = strides_of(self.steps)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                conv_block(before, width, spatial_dims=spatial_dims, norm=norm),
+                conv_block(width, width, spatial_dims=spatial_dims, norm=norm),
+            )
+            for before, width in pairwise((in_channels, *self.channels[:-1]))
+        )
+        conv, (width, bottleneck) = CONVOLUTIONS[spatial_dims], self.channels[-2:]
+        self.center = nn.Sequential(
+            *(conv(width, bottleneck, 3, padding=1), nn.ReLU(inplace=True)),
+            *(conv(bottleneck, bottleneck, 3, padding=1), nn.ReLU(inplace=True)),
+        )
+        self.apply(initialise)
+
+    def forward(
+        self, image: Float[Tensor, "batch channel *spatial"], location: Tensor | None = None
+    ) -> list[Float[Tensor, "batch _ *_"]]:
+        """The maps, fine to coarse; `location` is accepted and not used.
+
+        Raises:
+            ValueError: a side is no multiple of the coarsest stride, or instance norm would see single voxels.
+        """
+        check_image(image, self.strides[-1])
+        if self.norm == "instance" and tuple(image.shape[2:]) == self.strides[-2]:
+            raise ValueError(
+                f"an image of {tuple(image.shape[2:])} voxels leaves a single voxel to an instance norm; use larger "
+                "crops, fewer levels, or norm=group"
+            )
+        maps = [image]
+        for stage, step in zip((*self.stages, self.center), self.steps, strict=True):
+            x = maps[-1] if len(maps) == 1 else pooled(maps[-1], step)
+            maps.append(run(stage, x, checkpointed=self.checkpoint_activations))
+        return maps[1:]
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same weights fitted to this network's input channels, and those of slices to volumes.
+
+        Kernels of slices stand in the middle plane of the last axis.
+        """
+        return fit_stem(fit_axes(tensors, self), "stages.0.0.conv.weight", self.in_channels)
+
+
+class MACLUNetDecoder(SkipDecoder):
+    """The decoder of that U-Net, see `SkipDecoder`; MACL trains its first blocks. A 1x1 convolution is to follow.
+
+    Source: arXiv:2309.11876; repository stevezs315/MACL, network/unet2d.py.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        encoder_channels: Sequence[int],
+        encoder_strides: Sequence[Sequence[int]],
+        norm: str = "batch",
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels=in_channels,
+            encoder_channels=encoder_channels,
+            encoder_strides=encoder_strides,
+            norm=norm,
+            checkpoint_activations=checkpoint_activations,
+        )
+        self.apply(initialise)
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same weights, those of slices fitted to volumes.
+
+        Kernels of slices stand in the middle plane of the last axis; those of transposed convolutions in all planes.
+        """
+        return fit_axes(tensors, self)
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw the weights of a convolution, transposed or not, from He's normal distribution; biases are 0."""
+    if isinstance(module, _ConvNd):
+        nn.init.kaiming_normal_(module.weight, a=SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def fit_axes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights with kernels of two axes given the third that `network` has: so planes become what slices were.
+
+    Kernels go to the middle plane. A transposed convolution without overlap gets a copy for each of its planes.
+    """
+    fitted = dict(tensors)
+    for name, module in network.named_modules():
+        kernel = fitted.get(key := f"{name}.weight")
+        if isinstance(module, _ConvNd) and kernel is not None and kernel.ndim == module.weight.ndim - 1:
+            spread = module.transposed
+            fitted[key] = torch.stack([kernel] * module.weight.shape[-1], -1) if spread else inflated(kernel)
+    return fitted
