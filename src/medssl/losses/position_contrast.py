@@ -9,6 +9,8 @@ from torch import Tensor
 
 Metric = Literal["axial", "linf"]
 METRICS = ("axial", "linf")
+Missing = Literal["drop", "raise"]
+MISSING = ("drop", "raise")
 EPSILON = 1e-8
 
 
@@ -50,6 +52,8 @@ def contrast_of_positives(
     *,
     temperature: float = 0.1,
     base_temperature: float = 0.07,
+    compared: Bool[Tensor, "row row"] | None = None,
+    missing: Missing = "drop",
 ) -> Float[Tensor, ""]:
     """Minus the mean log-probability of each row's positives among all other rows, times temperature over base.
 
@@ -61,15 +65,52 @@ def contrast_of_positives(
         positive: the mask of positives.
         temperature: of the cosines.
         base_temperature: what the loss is scaled by.
+        compared: which rows a row is compared with; None for all. What is not compared is no positive either.
+        missing: `drop` leaves rows without a positive out, `raise` refuses them.
 
-    Source: arXiv:2004.11362, eq. 2; arXiv:2106.09157, eq. 3; repository zshyang/kaf, loss/contrast_loss.py.
+    Raises: ValueError: a row has no positive, and `missing` is `raise`.
+    Source: arXiv:2004.11362, eq. 2; arXiv:2106.09157, eq. 3; repository zshyang/kaf, loss/contrast_loss.py; with
+        `missing="raise"` repository stevezs315/MACL, loss/contrast_loss.py.
     """
     directions = F.normalize(vectors, dim=1, eps=EPSILON)
-    itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-    logits = (directions @ directions.T / temperature).masked_fill(itself, -torch.inf)
-    counted = positive & ~itself
+    counted, compared = masks(positive, compared, missing=missing)
+    loss = contrast_of_directions(directions[None], counted, compared=compared, temperature=temperature)
+    return temperature / base_temperature * loss[0]
+
+
+def masks(
+    positive: Bool[Tensor, "row row"], compared: Bool[Tensor, "row row"] | None, *, missing: Missing = "drop"
+) -> tuple[Bool[Tensor, "row row"], Bool[Tensor, "row row"]]:
+    """The positives that count and the rows that are compared, both without the row itself."""
+    other = ~torch.eye(len(positive), dtype=torch.bool, device=positive.device)
+    compared = other if compared is None else compared & other
+    counted = positive & compared
+    if missing not in MISSING:
+        raise ValueError(f"missing is {missing!r}, allowed are {', '.join(MISSING)}")
+    if missing == "raise" and len(alone := (~counted.any(1)).nonzero().flatten().tolist()):
+        raise ValueError(f"rows {alone} have no positive; raise the threshold of positions above 0")
+    return counted, compared
+
+
+def contrast_of_directions(
+    directions: Float[Tensor, "place row dim"],
+    counted: Bool[Tensor, "row row"],
+    *,
+    compared: Bool[Tensor, "row row"],
+    temperature: float,
+) -> Float[Tensor, " place"]:
+    """Minus the mean log-probability of positives at each place; as `contrast_of_positives` with `masks`, unscaled.
+
+    Args:
+        directions: of length 1.
+        counted: positives, the same at all places.
+        compared: rows compared, the same at all places.
+        temperature: of the cosines.
+    """
+    logits = directions @ directions.mT / temperature
+    lowest = torch.finfo(logits.dtype).min  # its exponential is 0, and a row without any other stays finite
+    log_share = logits.masked_fill(~compared, lowest).log_softmax(-1).masked_fill(~counted, 0.0).sum(-1)
     numbers = counted.sum(1)
-    log_share = logits.log_softmax(1).masked_fill(~counted, 0.0).sum(1)
     rows = numbers > 0
     mean = log_share / numbers.clamp(min=1)
-    return -(temperature / base_temperature) * (mean * rows).sum() / rows.sum().clamp(min=1)
+    return -(mean * rows).sum(-1) / rows.sum().clamp(min=1)

@@ -1,0 +1,115 @@
+"""Contrast of dense maps: place by place over the rows of a batch, or segment by segment within a sample."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from medssl.losses.position_contrast import EPSILON, Missing, contrast_of_directions, masks
+from medssl.ops.shrinking import shrunk
+
+
+def dense_contrast(
+    first: Float[Tensor, "b c *spatial"],
+    second: Float[Tensor, "b c *spatial"],
+    positive: Bool[Tensor, "row row"],
+    *,
+    temperature: float = 0.1,
+    base_temperature: float = 0.07,
+    compared: Bool[Tensor, "row row"] | None = None,
+    missing: Missing = "drop",
+    chunk: int | None = None,
+) -> Float[Tensor, ""]:
+    """`contrast_of_positives` of the 2b vectors at each place of two maps: mean over the places, in nats.
+
+    Rows are all samples of `first`, then all of `second`; the masks are the same at all places, so that a place is
+    compared with the same place in other samples and never with other places. Half precision is computed in float32.
+
+    Args:
+        first: one map of each sample.
+        second: another map of each, of the same size.
+        positive: 2b x 2b, the mask of positives.
+        temperature: of the cosines.
+        base_temperature: what the loss is scaled by.
+        compared: 2b x 2b, which rows a row is compared with; None for all.
+        missing: what becomes of rows without a positive: `drop` or `raise`.
+        chunk: places whose 2b x 2b cosines are held at once, and made again for the gradient; None holds all.
+
+    Source: repository stevezs315/MACL, pretrain_MACL.py (a loop over places there); arXiv:2309.11876, eq. 10.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 or null, got {chunk}")
+    counted, compared = masks(positive, compared, missing=missing)
+
+    def contrast(part: Tensor) -> Tensor:
+        return contrast_of_directions(part, counted, compared=compared, temperature=temperature).sum()
+
+    with torch.autocast(first.device.type, enabled=False):
+        maps = _float(torch.cat([first, second]))
+        directions = F.normalize(maps.flatten(2), dim=1, eps=EPSILON).permute(2, 0, 1)  # (place, 2b, c)
+        if chunk is None or chunk >= len(directions):
+            total = contrast(directions)
+        else:
+            total = torch.stack(
+                [checkpoint(contrast, part, use_reentrant=False) for part in directions.split(chunk)]
+            ).sum()
+    return temperature / base_temperature * total / len(directions)
+
+
+def equivariance_loss(
+    auxiliary: Float[Tensor, "b c *large"], dominant: Float[Tensor, "b c *small"], *, how: str = "linear"
+) -> Float[Tensor, ""]:
+    """Mean absolute difference of the map of a small image and the shrunk map of the large one.
+
+    Gradient flows into both. Half precision is computed in float32.
+
+    Args:
+        auxiliary: map of the full image.
+        dominant: map of the image that was shrunk.
+        how: in which way both are shrunk, see `shrunk`.
+
+    Source: repository stevezs315/MACL, pretrain_MACL.py; arXiv:2309.11876, eq. 8.
+    """
+    with torch.autocast(auxiliary.device.type, enabled=False):
+        return F.l1_loss(shrunk(_float(auxiliary), dominant.shape[2:], how=how), _float(dominant))
+
+
+def segment_contrast(
+    first: Float[Tensor, "b c *spatial"],
+    second: Float[Tensor, "b c *spatial"],
+    segment: Int[Tensor, "b *spatial"],
+    *,
+    temperature: float = 0.1,
+    base_temperature: float = 0.07,
+    every: int = 16,
+) -> Float[Tensor, ""]:
+    """Contrast within each sample: places of both maps are positives where they lie in one segment.
+
+    Mean over the samples, in nats; each place's own vector in the other map is always a positive.
+
+    Args:
+        first: one map of each sample.
+        second: another map of the same geometry.
+        segment: number of the segment at each place.
+        temperature: of the cosines.
+        base_temperature: what the loss is scaled by.
+        every: of the places in order only each `every`-th takes part.
+
+    Source: arXiv:2504.14737; repository stevezs315/SuperCL, train_contrast.py.
+    """
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
+    total = first.new_zeros((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
+    with torch.autocast(first.device.type, enabled=False):
+        pair = _float(torch.stack([first.flatten(2), second.flatten(2)], dim=1)[..., ::every])  # (b 2 c place)
+        directions = F.normalize(pair, dim=2, eps=EPSILON).transpose(2, 3).flatten(1, 2)  # (b, 2 place, c)
+        for own, number in zip(directions, segment.flatten(1)[:, ::every], strict=True):
+            counted, compared = masks((number[:, None] == number).repeat(2, 2), None)
+            loss = contrast_of_directions(own[None], counted, compared=compared, temperature=temperature)
+            total = total + loss[0]
+    return temperature / base_temperature * total / len(first)
+
+
+def _float(maps: Tensor) -> Tensor:
+    return maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps

@@ -1,0 +1,155 @@
+"""Which samples of a batch show nearly the same position, and which may be compared at all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from medssl.data.views import View
+from medssl.ops.gather import gather_ranks
+
+AXES = ("x", "y", "z")
+FRAMES = ("volume", "body", "mm", "external")
+NORMS = ("linf", "l2")
+CROSS_GROUP = ("ignore", "negative", "compare")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where crops lie before augmentation, and what is needed to compare them.
+
+    Args:
+        center_voxel: their middles, in voxels of their volumes.
+        volume_shape: voxels of the volumes.
+        volume_to_mm: volume voxel -> RAS mm.
+        body: their middles in the body box, 0 to 1.
+        heights: rows of each case's table of heights, (volume voxel, score); None where none travels along.
+    """
+
+    center_voxel: Float64[Tensor, "b 3"]
+    volume_shape: Int64[Tensor, "b 3"]
+    volume_to_mm: Float64[Tensor, "b 4 4"]
+    body: Float64[Tensor, "b 3"]
+    heights: Float64[Tensor, "b row 4"] | None = None
+
+    @classmethod
+    def of_view(cls, view: View) -> "Positions":
+        """Those of the first view of each sample, which no spatial augmentation has moved."""
+        heights = None
+        if view.points is not None and view.point_features is not None:
+            heights = torch.cat([view.points[:, 0], view.point_features[:, 0, :, :1].double()], dim=-1)
+        return cls(
+            view.center_volume()[:, 0], view.volume_shape[:, 0], view.volume_to_mm[:, 0], view.location[:, 0], heights
+        )
+
+    def along(self, frame: str) -> Float64[Tensor, "b 3"]:
+        """Positions along x, y, z in a frame, see `PositionRule`."""
+        if frame == "volume":
+            return (self.center_voxel + 1) / self.volume_shape
+        if frame == "mm":
+            return _to_mm(self.center_voxel[:, None], self.volume_to_mm)[:, 0]
+        if frame == "body":
+            return self.body
+        if self.heights is None:
+            raise ValueError(
+                "frame external needs heights: derive what=heights, and state points: heights for the views"
+            )
+        table = torch.stack([_to_mm(self.heights[..., :3], self.volume_to_mm)[..., 2], self.heights[..., 3]], dim=-1)
+        score = height_score(table, _to_mm(self.center_voxel[:, None], self.volume_to_mm)[:, 0, 2])
+        return torch.cat([self.body[:, :2], score[:, None]], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionRule:
+    """Two samples are positives where their positions differ by less than a threshold.
+
+    Args:
+        axes: those that are compared.
+        frame: `volume` counts voxels, (centre + 1) / sides, so that a single slice i of N has (i + 1) / N; `body` goes
+            from face to face of the body box; `mm` is the RAS position; `external` has the score of a table of heights
+            along z (`derive what=heights`) and the body box along x and y.
+        threshold: in the unit of the frame, one number or one for each axis.
+        norm: `linf`: below the threshold along each axis; `l2`: inside the ellipsoid with these half axes.
+        cross_group: samples of different cohorts are not compared (`ignore`), never positives (`negative`), or compared
+            as all others (`compare`).
+
+    Source: arXiv:2309.11876, section III; one axis of `volume` and `linf` is repository stevezs315/MACL,
+        loss/contrast_loss.py.
+    """
+
+    axes: Sequence[str] = AXES
+    frame: str = "body"
+    threshold: float | Sequence[float] = 0.1
+    norm: str = "linf"
+    cross_group: str = "ignore"
+
+    def __post_init__(self) -> None:
+        """Check the words and the threshold."""
+        for name, value, allowed in (
+            ("frame", self.frame, FRAMES),
+            ("norm", self.norm, NORMS),
+            ("cross_group", self.cross_group, CROSS_GROUP),
+        ):
+            if value not in allowed:
+                raise ValueError(f"positions: {name} is {value!r}, allowed are {', '.join(allowed)}")
+        if not self.axes or not set(self.axes) <= set(AXES) or len(set(self.axes)) < len(self.axes):
+            raise ValueError(f"positions: axes must be some of x, y, z, got {list(self.axes)}")
+        thresholds = [self.threshold] if isinstance(self.threshold, int | float) else list(self.threshold)
+        if len(thresholds) not in (1, len(self.axes)) or min(thresholds) <= 0:
+            raise ValueError(
+                f"positions: threshold must be positive, one number or one for each of the axes {list(self.axes)}; "
+                f"got {self.threshold}"
+            )
+
+    def __call__(self, view: View, *, gather: bool = False) -> tuple[Bool[Tensor, "b b"], Bool[Tensor, "b b"]]:
+        """Positives of the samples, and the pairs that are compared; a sample is both of itself.
+
+        With `gather` the samples of all ranks, those of rank 0 first; every rank must then call it.
+        """
+        position, group = self.positions(Positions.of_view(view)), view.group[:, 0]
+        if gather:
+            position, group = gather_ranks(position), gather_ranks(group)
+        return self.masks(position, group)
+
+    def positions(self, places: Positions) -> Float64[Tensor, "b axis"]:
+        """Positions along the rule's axes."""
+        return places.along(self.frame)[:, [AXES.index(axis) for axis in self.axes]]
+
+    def masks(
+        self, position: Float64[Tensor, "b axis"], group: Int64[Tensor, " b"]
+    ) -> tuple[Bool[Tensor, "b b"], Bool[Tensor, "b b"]]:
+        """Positives and compared pairs of given positions and cohorts."""
+        threshold = torch.as_tensor(self.threshold, dtype=torch.float64, device=position.device)
+        apart = (position[:, None] - position[None]).abs()
+        near = (apart < threshold).all(-1) if self.norm == "linf" else (apart / threshold).square().sum(-1) < 1
+        same = group[:, None] == group
+        everything = torch.ones_like(same)
+        if self.cross_group == "ignore":
+            return near & same, same
+        return (near & same if self.cross_group == "negative" else near), everything
+
+    def distances(self, position: Float64[Tensor, "b axis"]) -> Float64[Tensor, "b b"]:
+        """How far positions lie apart by the norm, over all axes alike: below t they are positives at threshold t."""
+        apart = (position[:, None] - position[None]).abs()
+        return apart.amax(-1) if self.norm == "linf" else apart.norm(dim=-1)
+
+
+def height_score(table: Float64[Tensor, "b row 2"], z_mm: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
+    """The score at a height of each sample: linear between the rows (z_mm, score), which rise from row to row.
+
+    Below the first and above the last row it goes on with the mean slope of the table. Last rows may be repeated.
+    """
+    height, score = table.unbind(-1)
+    after = torch.searchsorted(height.contiguous(), z_mm[:, None].contiguous()).clamp(1, height.shape[1] - 1)
+    low, high = height.gather(1, after - 1)[:, 0], height.gather(1, after)[:, 0]
+    from_score, to_score = score.gather(1, after - 1)[:, 0], score.gather(1, after)[:, 0]
+    share = ((z_mm - low) / torch.where(high > low, high - low, 1.0)).clamp(0, 1)
+    slope = (score[:, -1] - score[:, 0]) / (height[:, -1] - height[:, 0])
+    beyond = (z_mm - height[:, -1]).clamp(min=0) + (z_mm - height[:, 0]).clamp(max=0)
+    return from_score + share * (to_score - from_score) + slope * beyond
+
+
+def _to_mm(points: Float64[Tensor, "b k 3"], matrix: Float64[Tensor, "b 4 4"]) -> Float64[Tensor, "b k 3"]:
+    return points @ matrix[:, :3, :3].mT + matrix[:, None, :3, 3]

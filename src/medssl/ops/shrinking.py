@@ -1,0 +1,27 @@
+"""Images and maps on a coarser grid of the same extent."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+SHRINKINGS = ("linear", "area")
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def shrunk(image: Tensor, size: Sequence[int], *, how: str = "linear") -> Tensor:
+    """The map (b c *spatial) on a grid of `size`, with the first and last voxels of both grids at the same places.
+
+    Args:
+        image: a map along one, two or three axes.
+        size: voxels along each.
+        how: `linear` interpolates between the two nearest voxels of each axis, without a filter; `area` takes means of
+            boxes instead.
+
+    Source: repository stevezs315/MACL, pretrain_MACL.py (`align_corners=True`).
+    """
+    if how == "linear":
+        return F.interpolate(image, size=tuple(size), mode=LINEAR[image.ndim - 2], align_corners=True)
+    if how == "area":
+        return F.interpolate(image, size=tuple(size), mode="area")
+    raise ValueError(f"how is {how!r}, allowed are {', '.join(SHRINKINGS)}")
