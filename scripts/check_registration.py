@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from scipy.ndimage import affine_transform
 
-from medssl.data.correspondence import AnatomicalLocations
 from medssl.data.geometry import rotation_matrix
+from medssl.data.location_tables import AnatomicalLocations
 from medssl.data.locations import AnchorTable, find_anchors, roi_on_grid
 from medssl.data.reading import read_volume
 from medssl.data.references import copy_spacing_of

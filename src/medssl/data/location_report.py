@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from medssl.data.correspondence import AnatomicalLocations
+    from medssl.data.location_tables import AnatomicalLocations
 
 PICTURE = "locations.png"
 NUM_LISTED = 50

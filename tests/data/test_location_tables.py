@@ -10,9 +10,9 @@ import pytest
 import SimpleITK as sitk
 
 from medssl.config import main
-from medssl.data.correspondence import AnatomicalLocations
 from medssl.data.derived import Derivation, derive
 from medssl.data.geometry import rotation_matrix
+from medssl.data.location_tables import AnatomicalLocations
 from medssl.data.locations import AnchorTable
 from medssl.data.phantoms import draw_phantom
 from medssl.data.placements import GridCrop
