@@ -12,6 +12,13 @@ def test_a_frame_about_a_center_maps_its_middle_there_and_back():
     np.testing.assert_allclose(frame.to_view(frame.to_volume(points)), points)
 
 
+def test_faces_are_those_of_the_box_that_holds_the_view():
+    frame = Frame.at([8, 4, 2], [4, 6, 2], step_voxel=[2, 1, 1])
+    np.testing.assert_allclose(frame.faces, [[4, 1, 1], [12, 7, 3]])
+    turn = affine_about(frame.center, rotation_matrix([0, 0, np.pi / 2]), translation=np.zeros(3), to_space=np.eye(3))
+    np.testing.assert_allclose(frame.moved(turn).faces, [[5, 0, 1], [11, 8, 3]])
+
+
 def test_contains_counts_up_to_the_outer_faces():
     frame = Frame.at([4.5, 4.5, 4.5], [10, 10, 10], step_voxel=[1, 1, 1])
     inside = frame.contains(np.array([[-0.5, 0, 0], [9.5, 9.5, 9.5], [9.6, 0, 0], [-0.51, 4, 4]]))

@@ -140,3 +140,22 @@ def test_a_sample_is_the_same_for_any_number_of_ranks_and_from_any_step(noise_st
         assert other
     assert not torch.equal(straight[0], straight[1])
     assert not torch.equal(straight[0][0], straight[0][1])
+
+
+def test_the_faces_of_a_crop_in_the_body_are_those_before_augmentation(make_store, draw):
+    store = make_store(np.arange(40 * 30 * 20, dtype=np.int16).reshape(1, 40, 30, 20), affine=np.diag([1.0, 1, 2, 1]))
+    body = store.record(0).body
+    moved = [
+        Flip(),
+        Affine(rotation_deg=[[20, 20], [0, 0], [90, 180]], scale=[0.7, 0.8]),
+        Elastic(rms_voxel=[1.0, 2.0]),
+    ]
+    faces = []
+    for augment in ([], moved):
+        crop = Fixed(size=[16, 12, 8], spacing_mm=[1.0, 1.0, 2.0], center=[0.5, 0.4, 0.6], augment=augment)
+        view = draw(store, ViewPlan(groups={"crop": crop}), [Request(cases=(0,), sample=0)])["crop"]
+        faces.append(view.crop_body)
+        assert torch.allclose(view.crop_body.mean(2), view.location)
+    assert torch.equal(*faces)
+    share = torch.tensor([16, 12, 8]) / torch.tensor(body.size)
+    assert torch.allclose(faces[0][0, 0, 1] - faces[0][0, 0, 0], share)

@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from oracles.transport import matching, plan, positive_contrast
 
 from medssl.data.views import View
 from medssl.methods.base import Progress
-from medssl.methods.kaf import KAF, places
+from medssl.methods.kaf import KAF, crop_faces, places
 from medssl.methods.kaf_points import PointRule
 from medssl.models.kaf_heads import KAFHeads
 from medssl.models.kaf_unet import KAFEncoder
@@ -36,10 +37,10 @@ def view(image, offset, points, *, location):
     made = View(
         image[:, None], matrix, torch.eye(4).double().expand(b, 1, 4, 4), shape, case, case * 0, location[:, None]
     )
-    faces = torch.tensor([[-0.5] * 3, [31.5] * 3], dtype=torch.float64).expand(b, 1, 2, 3)
+    faces = location[:, None, None] + torch.tensor([[-0.25], [0.25]], dtype=torch.float64)  # crops of half the body
     moved = made.to_view(points[:, None])
     inside = ((moved >= 0) & (moved <= SIDE - 1)).all(-1)
-    return replace(made, points=points[:, None], inside=inside, body_faces=faces)
+    return replace(made, points=points[:, None], inside=inside, crop_body=faces)
 
 
 def batch(*, b=3, k=20, seed=0, offset=(3.0, 0.0, 2.0)):
@@ -52,6 +53,10 @@ def batch(*, b=3, k=20, seed=0, offset=(3.0, 0.0, 2.0)):
     first = view(volume[..., :SIDE, :SIDE, :SIDE], (0, 0, 0), points, location=location)
     second = view(volume[..., x : x + SIDE, y : y + SIDE, z : z + SIDE], offset, points, location=location + 0.05)
     return {"first": first, "second": second}
+
+
+def place_of(view):
+    return places(*crop_faces(view).unbind(1))
 
 
 def at(step=0):
@@ -70,7 +75,7 @@ def test_the_terms_equal_loops_over_views_points_and_pairs():
             ("second", points.second, points.second_valid),
         )
     ]
-    place = torch.cat([places(views[name]) for name in ("first", "second")]).tolist()
+    place = torch.cat([place_of(views[name]) for name in ("first", "second")]).tolist()
     near = [[max(abs(a - b) for a, b in zip(p, q, strict=True)) < 0.35 for q in place] for p in place]
     temperatures = {"temperature": 0.1, "base_temperature": 0.07}
     for term, vectors in (("image", [e.image for e in embedded]), ("keypoints", [e.keypoints for e in embedded])):
@@ -186,7 +191,7 @@ def test_views_without_any_keypoint_are_left_out_of_keypoint_contrast_and_matchi
 def test_positives_may_be_views_or_partitions_of_the_height(positives):
     views = batch()
     found = make(positives=positives)(views, at()).logs
-    height = torch.cat([places(views[name])[:, 2] for name in ("first", "second")])
+    height = torch.cat([place_of(views[name])[:, 2] for name in ("first", "second")])
     label = (4 * height).long().clamp(0, 3) if positives == "partition" else torch.arange(3).repeat(2)
     number = (label[:, None] == label).sum(1) - 1
     assert found["num_positives"].item() == pytest.approx(number.float().mean().item())
@@ -194,12 +199,24 @@ def test_positives_may_be_views_or_partitions_of_the_height(positives):
 
 def test_places_run_from_0_to_1_over_what_a_crop_can_have():
     views = batch(b=2)
-    first = replace(views["first"], location=torch.tensor([[[0.25, 0.5, 0.75]], [[0.3, 0.9, 0.0]]]).double())
-    assert places(first).tolist() == [[0.0, 0.5, 1.0], [pytest.approx(0.1), 1.0, 0.0]]  # crops of half the body
-    whole = replace(first, body_faces=first.body_faces * 0.5 - 0.25)
-    assert places(whole).tolist() == [[0.5] * 3] * 2
+    middle = torch.tensor([[0.25, 0.5, 0.75], [0.3, 0.9, 0.0]]).double()
+    assert places(middle - 0.25, middle + 0.25).tolist() == [[0.0, 0.5, 1.0], [pytest.approx(0.1), 1.0, 0.0]]
+    assert places(middle - 0.5, middle + 0.5).tolist() == [[0.5] * 3] * 2, "crops as large as the body"
     position_of_both = make(position_per_view=False)(views, at()).logs["num_positives"]
     assert position_of_both >= 1
+
+
+def test_positives_may_be_crops_that_share_enough_of_the_body():
+    views = batch()
+    found = make(metric="overlap", threshold=0.4)(views, at()).logs["num_positives"]
+    middle = torch.cat([views[name].crop_body[:, 0].mean(1) for name in ("first", "second")]).tolist()
+    number = 0
+    for i, first in enumerate(middle):
+        for j, second in enumerate(middle):
+            inner = math.prod(max(0.0, 0.5 - abs(a - b)) for a, b in zip(first, second, strict=True))
+            number += i != j and inner / (2 * 0.125 - inner) > 0.4
+    assert found.item() == pytest.approx(number / 6)
+    assert 1 <= number / 6 < 5
 
 
 def test_held_out_views_and_pictures_leave_no_trace():
@@ -224,6 +241,10 @@ def test_held_out_views_and_pictures_leave_no_trace():
         (lambda: make(points={"min_points": 20}), "0 <= min_points <= max_points is wanted, got 20 and 12"),
         (lambda: make(points={"dropout": 1.0}), r"dropout in \[0, 1\)"),
         (lambda: make()({"first": batch()["first"]}, at()), "view groups `first` and `second`"),
+        (
+            lambda: make()({name: replace(v, crop_body=None) for name, v in batch().items()}, at()),
+            "views do not know theirs",
+        ),
         (
             lambda: make()({name: replace(v, points=None) for name, v in batch().items()}, at()),
             "python -m medssl.derive what=keypoints",

@@ -43,6 +43,12 @@ class Frame:
         """The middle of the view, in volume voxels."""
         return self.to_volume((np.array(self.shape) - 1) / 2)
 
+    @property
+    def faces(self) -> Float[np.ndarray, "2 3"]:
+        """Lower and upper face of the smallest box along the volume's axes that holds the view, in volume voxels."""
+        reach = np.abs(self.linear) @ (np.array(self.shape) / 2)
+        return np.stack([self.center - reach, self.center + reach])
+
     @cached_property
     def inverse(self) -> Float[np.ndarray, "4 4"]:
         """Volume voxel -> view voxel."""

@@ -35,6 +35,7 @@ class View:
         case: number of the case in the store.
         group: number of the case's cohort; equal for equal cohorts.
         location: body coordinate of the crop's centre before augmentation.
+        crop_body: lower and upper face of the crop before augmentation, in body coordinates.
         body_faces: lower and upper face of the body box, in volume voxels.
         displacement: view voxels, where a view was bent: the voxel u shows `matrix @ (u + displacement[u])`.
         location_index: grid location, -1 where there is none.
@@ -54,6 +55,7 @@ class View:
     case: Int64[Tensor, "b v"]
     group: Int64[Tensor, "b v"]
     location: Float64[Tensor, "b v 3"]
+    crop_body: Float64[Tensor, "b v 2 3"] | None = None
     body_faces: Float64[Tensor, "b v 2 3"] | None = None
     displacement: Float32[Tensor, "b v 3 x y z"] | None = None
     location_index: Int64[Tensor, "b v"] | None = None

@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from medssl.data.views import View
+from medssl.losses import position_contrast
 from medssl.losses.optimal_transport import REDUCTIONS, log_transport, matching_accuracy, matching_loss
-from medssl.losses.position_contrast import METRICS, contrast_of_positives, equal_labels, near_positions
+from medssl.losses.position_contrast import contrast_of_positives, equal_labels, near_positions, overlapping_boxes
 from medssl.methods.base import Method, Progress, StepOutput
 from medssl.methods.kaf_points import PointPair, PointRule
 from medssl.models.kaf_heads import KAFHeads
@@ -20,6 +21,7 @@ from medssl.ops.gather import gather_ranks, gather_with_gradient
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+METRICS = (*position_contrast.METRICS, "overlap")
 POSITIVES = ("position", "views", "partition")
 NUM_PARTITIONS = 4
 
@@ -40,8 +42,9 @@ class KAF(Method):
         weight_keypoints: of the contrast of keypoints.
         weight_matching: of the matching.
         positives: by `position` in the body; the two `views` of a volume; or equal `partition` of the body's height.
-        metric: of positions, see `near_positions`.
-        threshold: of positions, which run from 0 to 1 over the places that a crop can have.
+        metric: of positions: `linf` or `axial`, see `near_positions`, or `overlap` of crops in body coordinates.
+        threshold: positions are nearer than this, where 0 to 1 are the places that a crop can have; overlapping crops
+            share more than this of their union.
         position_per_view: each view has its own place; otherwise both have the first one's.
         temperature: of both contrasts.
         base_temperature: they are scaled by `temperature / base_temperature`.
@@ -90,7 +93,7 @@ class KAF(Method):
         self.weights = {"image": weight_image, "keypoints": weight_keypoints, "matching": weight_matching}
         self.positives, self.metric, self.threshold = positives, metric, threshold
         self.position_per_view = position_per_view
-        self.temperatures = {"temperature": temperature, "base_temperature": base_temperature}
+        self.temperature, self.base_temperature = temperature, base_temperature
         self.transport_iterations, self.reduction = transport_iterations, reduction
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
@@ -106,8 +109,8 @@ class KAF(Method):
             image = self._gathered([views_of.image for views_of in embedded])
             keypoints = self._gathered([views_of.keypoints for views_of in embedded])
             shown = torch.cat([gather_ranks(views_of.has_keypoints) for views_of in embedded])
-            terms = {"image": contrast_of_positives(image, positive, **self.temperatures)}
-            terms["keypoints"] = contrast_of_positives(keypoints[shown], positive[shown][:, shown], **self.temperatures)
+            terms = {"image": self._contrast(image, positive)}
+            terms["keypoints"] = self._contrast(keypoints[shown], positive[shown][:, shown])
             plan = self._plan([views_of.tokens for views_of in embedded], points, views[0])
             terms["matching"] = matching_loss(plan, points.pairs, reduction=self.reduction)  # type: ignore[arg-type]
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
@@ -170,6 +173,11 @@ class KAF(Method):
             column_valid=points.second_valid,
         )
 
+    def _contrast(self, vectors: Float[Tensor, "row dim"], positive: Bool[Tensor, "row row"]) -> Float[Tensor, ""]:
+        return contrast_of_positives(
+            vectors, positive, temperature=self.temperature, base_temperature=self.base_temperature
+        )
+
     def _gathered(self, vectors: list[Tensor]) -> Float[Tensor, "row dim"]:
         """First views of all ranks, then second ones."""
         return torch.cat([gather_with_gradient(part.float()) for part in vectors])
@@ -177,28 +185,33 @@ class KAF(Method):
     @torch.no_grad()
     def _positives(self, views: tuple[View, View]) -> Bool[Tensor, "row row"]:
         """Which views of the whole batch are positives of each other."""
-        position = [places(view) for view in (views if self.position_per_view else (views[0], views[0]))]
-        everywhere = torch.cat([gather_ranks(part) for part in position])
-        if self.positives == "position":
-            return near_positions(everywhere, metric=self.metric, threshold=self.threshold)  # type: ignore[arg-type]
+        if self.positives == "views":
+            number = len(gather_ranks(views[0].case))
+            return equal_labels(torch.arange(number, device=views[0].case.device).repeat(2))
+        located = views if self.position_per_view else (views[0], views[0])
+        lower, upper = torch.cat([gather_ranks(crop_faces(view)) for view in located]).unbind(1)
+        if self.positives == "position" and self.metric == "overlap":
+            return overlapping_boxes(lower, upper, threshold=self.threshold)
+        place = places(lower, upper)
         if self.positives == "partition":
-            return equal_labels((everywhere[:, 2] * NUM_PARTITIONS).long().clamp(0, NUM_PARTITIONS - 1))
-        return equal_labels(torch.arange(len(everywhere) // 2, device=everywhere.device).repeat(2))
+            return equal_labels((place[:, 2] * NUM_PARTITIONS).long().clamp(0, NUM_PARTITIONS - 1))
+        return near_positions(place, metric=self.metric, threshold=self.threshold)  # type: ignore[arg-type]
 
 
-def places(view: View) -> Float64[Tensor, "b 3"]:
-    """Body coordinates of the views' places, stretched so that those that a crop can have run from 0 to 1.
+def crop_faces(view: View) -> Float64[Tensor, "b 2 3"]:
+    """Lower and upper faces of the views' crops before augmentation, in body coordinates."""
+    if view.crop_body is None:
+        raise ValueError("KAF contrasts places in the body, but the views do not know theirs; make them with crop_body")
+    return view.crop_body[:, 0]
+
+
+def places(lower: Float64[Tensor, "row 3"], upper: Float64[Tensor, "row 3"]) -> Float64[Tensor, "row 3"]:
+    """Where crops with these faces lie, stretched so that the places that a crop of its size can have run from 0 to 1.
 
     A crop as large as the body has one place only, the middle.
     """
-    if view.body_faces is None:
-        return view.location[:, 0]
-    sides = torch.tensor(view.image.shape[3:], dtype=torch.float64, device=view.image.device)
-    crop = view.matrix[:, 0, :3, :3].norm(dim=1) * sides  # voxels of the volume, along the axes of the view
-    share = crop / (view.body_faces[:, 0, 1] - view.body_faces[:, 0, 0])
-    free = 1 - share
-    stretched = (view.location[:, 0] - share / 2) / free.clamp(min=1e-6)
-    return torch.where(free > 1e-6, stretched.clamp(0, 1), 0.5)
+    free = 1 - (upper - lower)
+    return torch.where(free > 1e-6, (lower / free.clamp(min=1e-6)).clamp(0, 1), 0.5)
 
 
 def _views(batch: Mapping[str, View]) -> tuple[View, View]:
