@@ -6,7 +6,11 @@ and a U-Net from scratch on the very same, with three seeds each, and compares a
     python scripts/label_efficiency.py --root /data/Task04_Hippocampus --output runs/label-efficiency
     python scripts/label_efficiency.py --root ... --output ... --arms unet --labelled 60 --steps 1000 --seeds 0
     python scripts/label_efficiency.py --root ... --output ... --method alice_tiny --twins optimizer.lr=3e-3
+    python scripts/label_efficiency.py --root ... --output ... --method kaf_tiny --derive what=keypoints \
+        --arms scratch pretrained duplicate unet
 
+The arm `duplicate` is, for a network that uses keypoints, the one from scratch whose maps are doubled instead.
+`--derive` makes a table that the method's views want, in the store, before the first pre-training.
 Finished runs are kept, so that a second start goes on with what is missing, and the U-Net serves every method.
 """
 
@@ -19,6 +23,7 @@ from pathlib import Path
 
 NUM_TRAINING, NUM_TEST = 100, 60
 ARMS = ("scratch", "pretrained", "unet")  # the first is the reference of the comparison
+MORE_ARMS = ("duplicate",)
 
 
 def write_split(root: Path, path: Path) -> None:
@@ -47,7 +52,8 @@ def main() -> None:
     parser.add_argument("--labelled", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300, help="of every training")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *MORE_ARMS), default=ARMS)
+    parser.add_argument("--derive", nargs="*", default=[], help="KEY=VALUE of medssl.derive, such as what=keypoints")
     parser.add_argument("--pretrain", nargs="*", default=[], help="further KEY=VALUE of medssl.pretrain")
     parser.add_argument("--finetune", nargs="*", default=[], help="further KEY=VALUE of medssl.finetune")
     parser.add_argument("--twins", nargs="*", default=[], help="likewise, of pretrained and scratch only")
@@ -55,11 +61,16 @@ def main() -> None:
     split = options.output / "split.json"
     write_split(options.root, split)
     data = ["data=decathlon", f"data.root={options.root}", f"data.split={split}", f"store={options.output / 'store'}"]
+    is_ready = False
     runs: dict[str, list[Path]] = {arm: [] for arm in options.arms}
     for seed in options.seeds:
         for arm in options.arms:
             encoder = options.output / f"{options.method}-seed{seed}" / "encoder.safetensors"
             if arm != "unet" and not encoder.is_file():
+                if options.derive and not is_ready:
+                    command("prepare", *data)
+                    command("derive", *options.derive, data[-1])
+                    is_ready = True
                 budget = [f"trainer.max_steps={options.steps}", f"seed={seed}", "overwrite=true", *options.pretrain]
                 where = [f"method={options.method}", f"output_dir={encoder.parent}", "validate_every=null"]
                 command("pretrain", *where, *data, *budget)
@@ -71,6 +82,7 @@ def main() -> None:
             network = {
                 "pretrained": [f"weights={encoder}"],
                 "scratch": [f"model.like={encoder}"],
+                "duplicate": [f"model.like={encoder}", "model.keypoints=duplicate"],
                 "unet": ["model=unet"],
             }[arm]
             budget = [f"data.labelled={options.labelled}", f"trainer.max_steps={options.steps}", f"seed={seed}"]
