@@ -1,0 +1,155 @@
+"""An encoder with the first blocks of a decoder, and the law that ties crop size, strides and blocks together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from medssl.models.segmenter import build_networks
+
+DEPTHS = range(2, 7)
+"""Halvings of networks that an error proposes."""
+
+
+@dataclass(frozen=True)
+class ScaleLaw:
+    """How much smaller an image has to be for its decoded map to be as large as the bottleneck of the full image.
+
+    Along each axis the factor is the stride of the decoded map over that of the bottleneck, a quarter for two blocks
+    that double. Both bottlenecks then have whole sizes if a crop is a multiple of `multiple_voxel`.
+
+    Args:
+        bottleneck: stride of the encoder's last map, in voxels.
+        decoded: strides of the decoder's maps, fine to coarse.
+        num_blocks: blocks of the decoder that run, from the coarsest.
+
+    Source: arXiv:2309.11876, table IV; the factors of single axes are ours.
+    """
+
+    bottleneck: tuple[int, ...]
+    decoded: tuple[tuple[int, ...], ...]
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        """Check the number of blocks."""
+        if not 1 <= self.num_blocks <= len(self.decoded):
+            raise ValueError(f"num_blocks is {self.num_blocks}, this decoder has blocks 1 to {len(self.decoded)}")
+
+    @property
+    def factor(self) -> tuple[int, ...]:
+        """How many times smaller the image is, along each axis."""
+        return tuple(whole // part for whole, part in zip(self.bottleneck, self.decoded[-self.num_blocks], strict=True))
+
+    @property
+    def multiple_voxel(self) -> tuple[int, ...]:
+        """What the sides of a crop are multiples of."""
+        return tuple(stride * times for stride, times in zip(self.bottleneck, self.factor, strict=True))
+
+    def reduced(self, size_voxel: Sequence[int], *, setting: str = "the crop") -> tuple[int, ...]:
+        """Size of the small image for a crop of `size_voxel`; `setting` names the crop in an error.
+
+        Raises: ValueError: a side is no such multiple; the message lists what fits.
+        """
+        sides = tuple(int(side) for side in size_voxel)
+        if len(sides) != len(self.bottleneck):
+            raise ValueError(f"{setting} has {len(sides)} axes, the network takes {len(self.bottleneck)}")
+        if not self._fits(sides):
+            raise ValueError(self._advice(sides, setting))
+        return tuple(side // times for side, times in zip(sides, self.factor, strict=True))
+
+    def _fits(self, sides: tuple[int, ...]) -> bool:
+        return all(side >= step and side % step == 0 for side, step in zip(sides, self.multiple_voxel, strict=True))
+
+    def _advice(self, sides: tuple[int, ...], setting: str) -> str:
+        nearest = [max(1, round(side / step)) * step for side, step in zip(sides, self.multiple_voxel, strict=True)]
+        every = range(1, len(self.decoded) + 1)
+        others = [blocks for blocks in every if ScaleLaw(self.bottleneck, self.decoded, blocks)._fits(sides)]
+        halving = [
+            f"({depth}, {blocks})"
+            for depth in DEPTHS
+            for blocks in range(1, depth + 1)
+            if all(side % 2 ** (depth + blocks) == 0 for side in sides)
+        ]
+        ways = [f"{setting}={nearest}"]
+        ways += [f"num_blocks={' or '.join(map(str, others))} with this network"] if others else []
+        ways += [f"a network with (halvings, num_blocks) {' or '.join(halving)}"] if halving else []
+        return (
+            f"{setting}={list(sides)} does not fit num_blocks={self.num_blocks} and a bottleneck of stride "
+            f"{list(self.bottleneck)}: sides must be multiples of {list(self.multiple_voxel)}, so that both the crop "
+            f"and the one that is {list(self.factor)} times smaller have whole bottlenecks. What fits: "
+            f"{'; '.join(ways)}"
+        )
+
+
+class PartialUNet(nn.Module):
+    """Encoder and decoder, of which only the first `num_blocks` blocks run and train.
+
+    The other blocks keep their first weights and are in the state all the same, so that a segmenter can start from it.
+
+    Args:
+        encoder: gives maps, fine to coarse, described by its `channels` and `strides`.
+        decoder: gives decoded maps described likewise; takes `num_blocks`.
+        num_blocks: blocks from the coarsest on.
+
+    The attributes `bottleneck_channels` and `decoded_channels` hold the widths of the two maps that it gives.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, num_blocks: int = 2) -> None:
+        super().__init__()
+        strides = tuple(tuple(int(side) for side in stride) for stride in encoder.strides)  # type: ignore[union-attr]
+        decoded = tuple(tuple(int(side) for side in stride) for stride in decoder.strides)  # type: ignore[union-attr]
+        self.law = ScaleLaw(strides[-1], decoded, num_blocks)
+        self.encoder, self.decoder, self.num_blocks = encoder, decoder, num_blocks
+        self.spatial_dims = len(strides[-1])
+        self.bottleneck_channels = int(encoder.channels[-1])  # type: ignore[index, arg-type]
+        self.decoded_channels = int(decoder.channels[-num_blocks])  # type: ignore[index, arg-type]
+        run = names_of_blocks(decoder, num_blocks)
+        for name, parameter in decoder.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in run)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Bottleneck and the map after the last block that runs."""
+        maps = self.encoder(image)
+        return maps[-1], self.decoder(image, maps, num_blocks=self.num_blocks)[0]
+
+
+def names_of_blocks(decoder: nn.Module, num_blocks: int) -> set[str]:
+    """Names in the state of the decoder that belong to its first `num_blocks` blocks, from the coarsest.
+
+    A block is what the decoder's lists, whose last entries are for the coarsest map, hold at one place. What is in no
+    list serves the finest maps: it belongs to the last block, or where it says for how many maps it is (a stem with
+    `channels`), to the blocks of those maps.
+    """
+    num_maps = len(decoder.channels)  # type: ignore[arg-type]
+    first = num_maps - num_blocks  # the finest map that is decoded
+    names = set()
+    for name in decoder.state_dict():
+        child, _, rest = name.partition(".")
+        module = getattr(decoder, child)
+        if isinstance(module, nn.ModuleList):
+            belongs = int(rest.partition(".")[0]) + num_maps - len(module) >= first
+        else:
+            belongs = first < len(getattr(module, "channels", [0]))
+        if belongs:
+            names.add(name)
+    return names
+
+
+def build_partial_unet(
+    encoder: Mapping[str, Any],
+    decoder: Mapping[str, Any] | None,
+    *,
+    num_blocks: int = 2,
+    allow_modules: Sequence[str] = (),
+) -> PartialUNet:
+    """Networks with fresh weights from the recipes of a segmenter's encoder and decoder (`configs/model`).
+
+    Raises:
+        ValueError: a class outside the trusted packages, or networks that do not fit together.
+    """
+    in_channels = encoder.get("net", encoder).get("in_channels", 1)
+    built_encoder, built_decoder, _ = build_networks(
+        encoder, decoder, in_channels=in_channels, allow_modules=allow_modules
+    )
+    return PartialUNet(built_encoder, built_decoder, num_blocks=num_blocks)
