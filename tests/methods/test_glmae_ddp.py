@@ -1,23 +1,14 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("centering", ["centre", "sinkhorn"])
 def test_two_ranks_end_with_equal_weights_and_the_centre_of_all_rows(tmp_path, centering):
-    script = Path(__file__).with_name("two_ranks.py")
-    commands = [
-        [sys.executable, str(script), str(rank), str(tmp_path / "meet"), str(tmp_path / f"{rank}.pt"), centering]
-        for rank in range(2)
-    ]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = run_ranks(Path(__file__).with_name("ranks_glmae.py"), tmp_path, centering)
     assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
     rows = torch.stack([first["anchors"], second["anchors"]])  # (rank, step x micro-batch x view x sample, prototype)
     assert not torch.allclose(rows[0], rows[1])

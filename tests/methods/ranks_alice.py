@@ -1,9 +1,7 @@
-"""One of two processes that train Alice together for two steps; writes what it ends with. Run by test_alice_ddp.py."""
-
-import sys
+"""One of two processes that train Alice together for two steps. Run by test_alice_ddp.py."""
 
 import torch
-import torch.distributed as dist
+from ranks import as_rank
 from torch import nn
 
 from medssl.data.views import View
@@ -14,10 +12,8 @@ from medssl.models.cafa import CAFA
 from medssl.models.nnformer import NnFormer
 
 
-def main(rank, rendezvous, out):
-    """Join the other rank, train, save."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def work(rank, world):
+    """Train together."""
     torch.manual_seed(0)
     backbone = NnFormer(size_voxel=16, feature_size=12, num_heads=(2, 2, 4, 4), window_tokens=(4, 4, 2, 1))
     widths = {"bottleneck_channels": 96, "decoded_channels": 48, "hidden_dim": 16, "bottleneck_dim": 8}
@@ -45,8 +41,7 @@ def main(rank, rendezvous, out):
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(progress)
-    torch.save({"state": method.state_dict(), "rows": torch.cat(rows)}, out)
-    dist.destroy_process_group()
+    return {"state": method.state_dict(), "rows": torch.cat(rows)}
 
 
 def pairs(generator):
@@ -57,4 +52,5 @@ def pairs(generator):
     return {"pair": View(image, eye, eye, shape, case, case, torch.zeros(2, 2, 3, dtype=torch.float64))}
 
 
-main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+if __name__ == "__main__":
+    as_rank(work)

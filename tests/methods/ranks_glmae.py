@@ -1,9 +1,7 @@
-"""One of two processes that train GL-MAE together for two steps; writes what it ends with. Run by test_glmae_ddp.py."""
-
-import sys
+"""One of two processes that train GL-MAE together for two steps. Run by test_glmae_ddp.py."""
 
 import torch
-import torch.distributed as dist
+from ranks import as_rank
 from torch import nn
 
 from medssl.data.views import View
@@ -13,16 +11,14 @@ from medssl.models.heads import ProjectionHead
 from medssl.models.vit import MaskedDecoder, VisionTransformer
 
 
-def main(rank, rendezvous, out):
-    """Join the other rank, train, save."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def work(rank, world, centering):
+    """Train together."""
     torch.manual_seed(0)
     home = {"size_voxel": 8, "patch_voxel": 2}
     encoder = VisionTransformer(**home, dim=12, depth=1, num_heads=2)
     decoder = MaskedDecoder(**home, encoder_dim=12, dim=12, depth=1, num_heads=2)
     head = ProjectionHead(in_dim=12, hidden_dim=8, bottleneck_dim=4, num_prototypes=6, init_std=0.1)
-    method = GLMAE(encoder=encoder, decoder=decoder, head=head, ema_momentum=0.9, centering=sys.argv[4])
+    method = GLMAE(encoder=encoder, decoder=decoder, head=head, ema_momentum=0.9, centering=centering)
     parallel = nn.parallel.DistributedDataParallel(method, find_unused_parameters=False, broadcast_buffers=False)
     optimizer = torch.optim.AdamW(method.param_groups(), lr=1e-3)
     anchors = []
@@ -38,8 +34,7 @@ def main(rank, rendezvous, out):
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(progress)
-    torch.save({"state": method.state_dict(), "anchors": torch.cat(anchors)}, out)
-    dist.destroy_process_group()
+    return {"state": method.state_dict(), "anchors": torch.cat(anchors)}
 
 
 def group(count, side, generator):
@@ -51,4 +46,5 @@ def group(count, side, generator):
     return View(image, eye, eye, shape, case, case, location)
 
 
-main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+if __name__ == "__main__":
+    as_rank(work)

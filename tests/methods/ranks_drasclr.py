@@ -1,9 +1,7 @@
-"""One of two processes that train DrasCLR together for three steps, and save. Run by test_drasclr_ddp.py."""
-
-import sys
+"""One of two processes that train DrasCLR together for three steps. Run by test_drasclr_ddp.py."""
 
 import torch
-import torch.distributed as dist
+from ranks import as_rank
 from test_drasclr import COORDINATES, Encoder, view
 from torch import nn
 
@@ -13,10 +11,8 @@ from medssl.models.heads import MLPHead
 from medssl.ops.queue import LocationQueue
 
 
-def main(rank, world, rendezvous, out, key_norm):
-    """Join the others, train, save."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+def work(rank, world, key_norm):
+    """Train together."""
     torch.manual_seed(0)
     method = DrasCLR(
         encoder=Encoder(),
@@ -39,8 +35,7 @@ def main(rank, world, rendezvous, out, key_norm):
         optimizer.zero_grad()
         method.after_step(progress)
         losses.append(loss.item())
-    torch.save({"state": method.state_dict(), "losses": losses}, out)
-    dist.destroy_process_group()
+    return {"state": method.state_dict(), "losses": losses}
 
 
 def part(step, location, rank, world):
@@ -56,4 +51,4 @@ def part(step, location, rank, world):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    as_rank(work)
