@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medssl.layouts_kaf import kaf, kaf_recipe
+from medssl.layouts_macl import macl, macl_decoder_recipe, macl_encoder_recipe
 
 SAFE_GLOBALS: list[Any] = [argparse.Namespace]
 WRAPPERS = ("module.backbone.", "backbone.", "module.")
@@ -164,7 +165,8 @@ def infer_card(tensors: Mapping[str, Tensor], *, source: str, layout: str) -> di
     Raises:
         ValueError: the architecture cannot be read off them.
     """
-    recipes = {part: recipe(tensors, source) for part, recipe in RECIPES[layout].items()}
+    held = {key.partition(".")[0] for key in tensors}
+    recipes = {part: recipe(tensors, source) for part, recipe in RECIPES[layout].items() if part in held}
     return {"method": layout, **recipes, "transfers": list(recipes), "input_axes": INPUT_AXES[layout]}
 
 
@@ -281,6 +283,7 @@ LAYOUTS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "alice": alice,
     "drasclr": drasclr,
     "kaf": kaf,
+    "macl": macl,
 }
 RECIPES: dict[str, dict[str, Recipe]] = {  # of the parts that a segmenter starts from
     "glmae": {"encoder": glmae_recipe},
@@ -288,6 +291,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {  # of the parts that a segmenter start
     "alice": {"encoder": alice_encoder_recipe, "decoder": alice_decoder_recipe},
     "drasclr": {"encoder": drasclr_recipe},
     "kaf": {"encoder": kaf_recipe},
+    "macl": {"encoder": macl_encoder_recipe, "decoder": macl_decoder_recipe},
 }
 INPUT_AXES = {
     "glmae": "xyz",
@@ -295,4 +299,5 @@ INPUT_AXES = {
     "alice": "xyz",
     "drasclr": "SAL",
     "kaf": "xyz",
-}  # glmae is read as RAS: inferred from the author's loaders; kaf is trained on slices turned and mirrored at will
+    "macl": "xyz",
+}  # glmae is read as RAS: inferred from the author's loaders; kaf and macl are trained on slices turned and mirrored

@@ -14,7 +14,7 @@ TOKENS = (  # of a network over keypoints
     (r"\.attn\.proj\.2\.", ".value."),
     (r"\.attn\.merge\.", ".merge."),
 )
-LEVELS = (  # whatever counts from 1 there counts from 0 here, transposed convolutions from 2
+LEVELS = (  # whatever counts from 1 there counts from 0 here
     (r"^encoder\.contr_(\d)_(\d)\.(\d)\.", "encoder.stages.{0}.{1}.{2}."),
     (r"^encoder\.graph_(\d)\.superglue\.", "encoder.kaf.{0}."),
     (r"^encoder\.graph_(\d)\.feature_mlp\.", "encoder.kaf.{0}.embed."),
@@ -59,14 +59,20 @@ def kaf(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
     return parts
 
 
-def _kaf_name(key: str) -> str:
+def unet_name(key: str) -> str:
+    """Our name of a tensor of the U-Net that PCL, KAF and MACL share, or of KAF's levels; others keep theirs."""
     for pattern, ours in LEVELS:
         if found := re.match(pattern, key):
             level, *inner = (int(number) - 1 for number in found.groups())
             kinds = [*inner[:1], *(("conv", "norm")[number + 1] for number in inner[1:])]
-            key = ours.format(level, *kinds) + key.removeprefix(found.group())
-    if found := re.match(r"^decoder\.upscale(\d)\.", key):
-        key = f"decoder.ups.{int(found.group(1)) - 2}." + key.removeprefix(found.group())
+            return ours.format(level, *kinds) + key.removeprefix(found.group())
+    if found := re.match(r"^decoder\.upscale(\d)\.", key):  # which count from 2
+        return f"decoder.ups.{int(found.group(1)) - 2}." + key.removeprefix(found.group())
+    return key
+
+
+def _kaf_name(key: str) -> str:
+    key = unet_name(key)
     start = next((start for start in HEADS if key.startswith(start)), None)
     if start is not None:
         key = HEADS[start] + key.removeprefix(start)

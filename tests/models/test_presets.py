@@ -15,6 +15,8 @@ PRESETS = {  # name: weights with one channel and 14 classes at 96 voxels, multi
     "nnformer": (9_728_462, 16),
     "nnformer_tiny": (2_376_350, 16),
     "kaf": (54_516_014, 16),
+    "macl_unet": (22_579_598, 16),
+    "attention_unet": (22668330, 16),
 }
 
 

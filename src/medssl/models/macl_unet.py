@@ -33,7 +33,7 @@ class MACLUNetEncoder(nn.Module):
         in_channels: of the image.
         base_channels: of the first level.
         num_levels: that are pooled.
-        norm: of the levels, `batch`, `instance` (no level may be left with a single voxel) or `group`.
+        norm: of the levels, `batch`, `instance` or `group`.
         strides: step to each map, a number or one an axis, the first is 1; null is 1, then 2.
         checkpoint_activations: recompute activations in the backward pass; batch statistics count once.
 
@@ -58,7 +58,7 @@ class MACLUNetEncoder(nn.Module):
             raise ValueError(f"spatial_dims is {spatial_dims}, allowed are 2 and 3")
         if num_levels < 1:
             raise ValueError(f"num_levels is {num_levels}; a U-Net needs one level or more")
-        self.spatial_dims, self.in_channels, self.norm = spatial_dims, in_channels, norm
+        self.spatial_dims, self.in_channels = spatial_dims, in_channels
         self.checkpoint_activations = checkpoint_activations
         self.usual_decoder = {"_target_": "medssl.models.macl_unet.MACLUNetDecoder", "norm": norm}
         self.channels = tuple(base_channels << level for level in range(num_levels + 1))
@@ -84,14 +84,9 @@ class MACLUNetEncoder(nn.Module):
         """The maps, fine to coarse; `location` is accepted and not used.
 
         Raises:
-            ValueError: a side is no multiple of the coarsest stride, or instance norm would see single voxels.
+            ValueError: a side is no multiple of the coarsest stride.
         """
         check_image(image, self.strides[-1])
-        if self.norm == "instance" and tuple(image.shape[2:]) == self.strides[-2]:
-            raise ValueError(
-                f"an image of {tuple(image.shape[2:])} voxels leaves a single voxel to an instance norm; use larger "
-                "crops, fewer levels, or norm=group"
-            )
         maps = [image]
         for stage, step in zip((*self.stages, self.center), self.steps, strict=True):
             x = maps[-1] if len(maps) == 1 else pooled(maps[-1], step)

@@ -42,7 +42,7 @@ class SkipDecoder(nn.Module):
                 f"encoder maps of strides {strides} do not fit: the first must have full resolution and each be "
                 "coarser than the one before (for other encoders take medssl.models.unet.UNetDecoder)"
             )
-        self.in_channels, self.spatial_dims, self.norm = in_channels, dims, norm
+        self.in_channels, self.spatial_dims = in_channels, dims
         self.checkpoint_activations = checkpoint_activations
         self.channels, self.strides = tuple(encoder_channels[:-1]), tuple(strides[:-1])
         self.ups = nn.ModuleList(
