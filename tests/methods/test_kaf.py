@@ -18,11 +18,11 @@ from medssl.models.keypoint_matcher import KeypointMatcher
 SIDE = 16
 
 
-def make(*, points=None, **options):
+def make(*, points=None, local=False, **options):
     torch.manual_seed(0)
     sizes = {"dim": 8, "num_heads": 2, "position_widths": [4]}
     encoder = KAFEncoder(base_channels=2, num_layers=1, hidden=4, levels=(1, 1), **sizes)
-    heads = KAFHeads(bottleneck_channels=16, token_channels=16, dim=8, embed_dim=6)
+    heads = KAFHeads(bottleneck_channels=16, token_channels=16, dim=8, embed_dim=6, local=local)
     matcher = KeypointMatcher(layers=("self", "cross"), **sizes)
     rule = PointRule(**{"max_points": 12, "min_points": 2, **(points or {})})
     return KAF(encoder=encoder, heads=heads, matcher=matcher, points=rule, transport_iterations=20, **options).train()
@@ -98,6 +98,34 @@ def test_the_terms_equal_loops_over_views_points_and_pairs():
     total = method(views, at())
     parts = total.logs["image"] + total.logs["keypoints"] + 0.01 * total.logs["matching"]
     assert total.loss.item() == pytest.approx(parts.item(), rel=1e-6)
+
+
+def test_the_contrast_of_single_keypoints_equals_loops_over_samples():
+    points = {"min_points": 4}
+    method, views = make(points=points, local=True, weight_local=0.5), batch()
+    views["first"].inside[0, 0, 3:] = False  # fewer keypoints than rows
+    found = method(views, at())
+    method = make(points=points, local=True, weight_local=0.5)
+    pair = method.points(views["first"], views["second"], at(), is_random=True)
+    valid = (pair.first_valid, pair.second_valid)
+    assert not all(v.all() for v in valid)
+    embedded = [
+        method.heads(method.encoder.encode(views[name].image[:, 0], where, known)).points
+        for name, where, known in zip(("first", "second"), (pair.first, pair.second), valid, strict=True)
+    ]
+    total = 0.0
+    for sample in range(3):
+        names = [(view, n) for view in (0, 1) for n in valid[view][sample].nonzero().flatten().tolist()]
+        partners = {(i, j) for s, i, j in pair.pairs.tolist() if s == sample and min(i, j) >= 0}
+        near = [[v != w and ((a, b) if v == 0 else (b, a)) in partners for w, b in names] for v, a in names]
+        vectors = [embedded[view][sample, n].double().tolist() for view, n in names]
+        total += positive_contrast(vectors, near, temperature=0.1, base_temperature=0.07) / 3
+    assert found.logs["local"].item() == pytest.approx(total, rel=1e-4)
+    logs = found.logs
+    parts = logs["image"] + logs["keypoints"] + 0.01 * logs["matching"] + 0.5 * logs["local"]
+    assert found.loss.item() == pytest.approx(parts.item(), rel=1e-6)
+    found.loss.backward()
+    assert method.heads.local is not None
 
 
 def test_matched_points_show_the_same_place_and_every_point_has_one_row():
@@ -237,6 +265,8 @@ def test_held_out_views_and_pictures_leave_no_trace():
         (lambda: make(metric="l1"), "metric is 'l1'"),
         (lambda: make(reduction="mean"), "reduction is 'mean'"),
         (lambda: make(temperature=0.0), "must be positive"),
+        (lambda: make(weight_local=1.0), "weight_local=1.0 and method.heads.local=False do not fit"),
+        (lambda: make(local=True), "single keypoints are embedded just where they are contrasted"),
         (lambda: make(points={"match": "all"}), "match is 'all', allowed are shared, geometric, descriptor"),
         (lambda: make(points={"min_points": 20}), "0 <= min_points <= max_points is wanted, got 20 and 12"),
         (lambda: make(points={"dropout": 1.0}), r"dropout in \[0, 1\)"),

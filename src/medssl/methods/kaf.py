@@ -41,6 +41,7 @@ class KAF(Method):
         weight_image: of the contrast of images.
         weight_keypoints: of the contrast of keypoints.
         weight_matching: of the matching.
+        weight_local: of the contrast of single keypoints, see `contrast_of_points`; it wants `heads.local`.
         positives: by `position` in the body; the two `views` of a volume; or equal `partition` of the body's height.
         metric: of positions: `linf` or `axial`, see `near_positions`, or `overlap` of crops in body coordinates.
         threshold: positions are nearer than this, where 0 to 1 are the places that a crop can have; overlapping crops
@@ -66,6 +67,7 @@ class KAF(Method):
         weight_image: float = 1.0,
         weight_keypoints: float = 1.0,
         weight_matching: float = 0.01,
+        weight_local: float = 0.0,
         positives: str = "position",
         metric: str = "linf",
         threshold: float = 0.35,
@@ -85,12 +87,18 @@ class KAF(Method):
                 raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
         if min(temperature, base_temperature, threshold) <= 0 or transport_iterations < 1:
             raise ValueError("temperature, base_temperature, threshold and transport_iterations must be positive")
+        if (weight_local > 0) != (heads.local is not None):
+            raise ValueError(
+                f"method.weight_local={weight_local} and method.heads.local={heads.local is not None} do not fit: "
+                "single keypoints are embedded just where they are contrasted"
+            )
         if not encoder.token_channels:
             raise ValueError(
                 "KAF pre-trains keypoints, but the encoder uses none: set method.encoder.mode=use and a level"
             )
         self.encoder, self.heads, self.matcher, self.points = encoder, heads, matcher, points or PointRule()
         self.weights = {"image": weight_image, "keypoints": weight_keypoints, "matching": weight_matching}
+        self.weights |= {"local": weight_local} if weight_local else {}
         self.positives, self.metric, self.threshold = positives, metric, threshold
         self.position_per_view = position_per_view
         self.temperature, self.base_temperature = temperature, base_temperature
@@ -112,6 +120,15 @@ class KAF(Method):
             terms = {"image": self._contrast(image, positive)}
             terms["keypoints"] = self._contrast(keypoints[shown], positive[shown][:, shown])
             plan = self._plan([views_of.tokens for views_of in embedded], points, views[0])
+            first, second = (views_of.points for views_of in embedded)
+            if first is not None and second is not None:
+                terms["local"] = contrast_of_points(
+                    first.float(),
+                    second.float(),
+                    points,
+                    temperature=self.temperature,
+                    base_temperature=self.base_temperature,
+                )
             terms["matching"] = matching_loss(plan, points.pairs, reduction=self.reduction)  # type: ignore[arg-type]
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
         itself = torch.eye(len(positive), dtype=torch.bool, device=positive.device)
@@ -119,6 +136,7 @@ class KAF(Method):
         logs = {name: term.detach() for name, term in terms.items()}
         logs |= {
             "matching_accuracy": matching_accuracy(plan, points.pairs),
+            "partners_found": matching_accuracy(plan, points.pairs[(points.pairs >= 0).all(1)]),
             "matched_share": points.matched_share(),
             "points": (points.first_valid.sum(1) + points.second_valid.sum(1)).float().mean() / 2,
             "num_positives": (positive & ~itself).sum(1).float().mean(),
@@ -196,6 +214,34 @@ class KAF(Method):
         if self.positives == "partition":
             return equal_labels((place[:, 2] * NUM_PARTITIONS).long().clamp(0, NUM_PARTITIONS - 1))
         return near_positions(place, metric=self.metric, threshold=self.threshold)  # type: ignore[arg-type]
+
+
+def contrast_of_points(
+    first: Float[Tensor, "b n dim"],
+    second: Float[Tensor, "b m dim"],
+    points: PointPair,
+    *,
+    temperature: float,
+    base_temperature: float,
+) -> Float[Tensor, ""]:
+    """The contrast of the keypoints of both views of a sample, each with its partner as positive; mean over samples.
+
+    A sample without matched keypoints counts as zero.
+
+    Source: repository zshyang/kaf, pretrain1.py, whose mask takes the last keypoint for the partner of all that have
+    none. The paper does not have this term.
+    """
+    valid = torch.cat([points.first_valid, points.second_valid], dim=1)
+    positive = valid.new_zeros(*valid.shape, valid.shape[1])
+    sample, i, j = points.pairs[(points.pairs >= 0).all(1)].unbind(1)
+    positive[sample, i, first.shape[1] + j] = positive[sample, first.shape[1] + j, i] = True
+    terms = [
+        contrast_of_positives(
+            vectors, mask, compared=known[:, None] & known, temperature=temperature, base_temperature=base_temperature
+        )
+        for vectors, mask, known in zip(torch.cat([first, second], dim=1), positive, valid, strict=True)
+    ]
+    return torch.stack(terms).mean()
 
 
 def crop_faces(view: View) -> Float64[Tensor, "b 2 3"]:

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from medssl.models.kaf_unet import KAFOutput
-from medssl.models.keypoint_attention import TokenBatchNorm
+from medssl.models.keypoint_attention import TokenBatchNorm, token_mlp
 
 
 class KAFEmbeddings(NamedTuple):
@@ -16,6 +16,7 @@ class KAFEmbeddings(NamedTuple):
     keypoints: Float[Tensor, "batch embed"]
     tokens: Float[Tensor, "batch dim n"]
     has_keypoints: Bool[Tensor, " batch"]
+    points: Float[Tensor, "batch n embed"] | None = None  # embeddings of single keypoints, 0 where there is none
 
 
 class KAFHeads(nn.Module):
@@ -25,17 +26,27 @@ class KAFHeads(nn.Module):
         bottleneck_channels: of the encoder's last map.
         token_channels: of the encoder's tokens, all levels together.
         dim: of the fused tokens.
-        embed_dim: of both embeddings.
+        embed_dim: of all embeddings.
+        local: whether single keypoints are embedded too.
 
     Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
     """
 
-    def __init__(self, *, bottleneck_channels: int, token_channels: int, dim: int = 256, embed_dim: int = 512) -> None:
+    def __init__(
+        self,
+        *,
+        bottleneck_channels: int,
+        token_channels: int,
+        dim: int = 256,
+        embed_dim: int = 512,
+        local: bool = False,
+    ) -> None:
         super().__init__()
         half = bottleneck_channels // 2
         self.bottleneck = nn.Sequential(nn.Linear(bottleneck_channels, half), nn.ReLU(), nn.Linear(half, embed_dim))
         self.fusion = nn.Linear(token_channels, dim)
         self.keypoint = nn.Sequential(nn.Linear(dim, dim), TokenBatchNorm(dim), nn.ReLU(), nn.Linear(dim, embed_dim))
+        self.local = token_mlp((dim, dim, embed_dim)) if local else None
 
     def forward(self, output: KAFOutput) -> KAFEmbeddings:
         """Embeddings of a batch.
@@ -49,4 +60,8 @@ class KAFHeads(nn.Module):
         embedded = self.keypoint(mean)
         keypoints = embedded.new_zeros(len(image), embedded.shape[1])
         keypoints = keypoints.index_copy(0, has_keypoints.nonzero().squeeze(1), embedded)
-        return KAFEmbeddings(image, keypoints, tokens.mT, has_keypoints)
+        points = None
+        if self.local is not None:
+            points = embedded.new_zeros(*tokens.shape[:2], embedded.shape[1])
+            points = points.index_put((output.valid,), self.local(tokens[output.valid]))
+        return KAFEmbeddings(image, keypoints, tokens.mT, has_keypoints, points)

@@ -106,7 +106,7 @@ class KAFEncoder(nn.Module):
         conv = CONVOLUTIONS[spatial_dims]
         self.stages = nn.ModuleList(
             nn.Sequential(*(conv_block(a, b, spatial_dims=spatial_dims, norm=norm) for a, b in pairwise(inner)))
-            for inner in zip((in_channels, *self.channels), widths, widths, strict=False)
+            for inner in zip((in_channels, *self.channels[:-2]), widths, widths, strict=True)
         )
         self.center = nn.Sequential(
             *(conv(self.channels[-2], bottleneck, 3, padding=1), nn.ReLU(inplace=True)),
