@@ -68,7 +68,7 @@ def main() -> None:
             encoder = options.output / f"{options.method}-seed{seed}" / "encoder.safetensors"
             if arm != "unet" and not encoder.is_file():
                 if options.derive and not is_ready:
-                    command("prepare", *data)
+                    command("prepare", *data[:2], data[-1])
                     command("derive", *options.derive, data[-1])
                     is_ready = True
                 budget = [f"trainer.max_steps={options.steps}", f"seed={seed}", "overwrite=true", *options.pretrain]
