@@ -1,0 +1,306 @@
+import math
+from dataclasses import fields, replace
+from functools import partial
+
+import pytest
+import torch
+from oracles.macl_network import fill, golden_images, published_shapes
+
+from medssl.data.views import View
+from medssl.methods.base import Progress
+from medssl.methods.macl import MACL, WATCHED_STEPS
+from medssl.methods.macl_positions import PositionRule
+from medssl.models.macl_heads import MACLHeads
+from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
+from medssl.models.partial_unet import PartialUNet
+from medssl.weights import load_parts
+
+TERMS = ("global", "dense", "equivariance")
+COLLAPSE = (0.1 / 0.07) * math.log(7)  # of four samples, eight rows
+ALONG_Z = PositionRule(axes=["z"], threshold=0.1)
+NOW = Progress(0, 10, 0.0, 1.0, 0)
+
+
+def make(*, spatial_dims=3, base_channels=2, num_levels=2, num_blocks=1, heads=None, **options):
+    torch.manual_seed(0)
+    encoder = MACLUNetEncoder(spatial_dims=spatial_dims, base_channels=base_channels, num_levels=num_levels)
+    decoder = MACLUNetDecoder(in_channels=1, encoder_channels=encoder.channels, encoder_strides=encoder.strides)
+    return MACL(
+        backbone=PartialUNet(encoder, decoder, num_blocks=num_blocks),
+        heads=partial(MACLHeads, **{"hidden_dim": 8, "proj_dim": 6, **(heads or {})}),
+        **{"positions": ALONG_Z, **options},
+    )
+
+
+def view(*images, z=(0.1, 0.15, 0.5, 0.95)):
+    """Views of samples at heights z."""
+    image = torch.stack(images, dim=1)  # (b v c x y z)
+    b, v = image.shape[:2]
+    eye = torch.eye(4, dtype=torch.float64).expand(b, v, 4, 4)
+    case = torch.arange(b)[:, None].expand(b, v)
+    location = torch.full((b, v, 3), 0.5, dtype=torch.float64)
+    location[..., 2] = torch.tensor(z, dtype=torch.float64)[:, None]
+    shape = torch.tensor(image.shape[3:]).expand(b, v, 3)
+    return View(image, eye, eye, shape, case, torch.zeros_like(case), location)
+
+
+def batch(*, side=8, seed=0, **options):
+    """Smooth pictures: one view that both branches see, and two others."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(3, 4, 1, 4, 4, 4, generator=generator)
+    still, *noise = (torch.nn.functional.interpolate(c, size=(side,) * 3, mode="trilinear") for c in coarse)
+    first, second = (0.8 * still + 0.2 * other for other in noise)
+    return {"still": view(still, **options), "moved": view(first, second, **options)}
+
+
+def part(group, index):
+    """Some samples of a view."""
+    values = {field.name: getattr(group, field.name) for field in fields(group)}
+    return View(**{name: None if value is None else value[index] for name, value in values.items()})
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """The published network with formula weights, in slices and float64, and what a step of it gives."""
+    method = make(
+        spatial_dims=2, base_channels=4, num_levels=4, num_blocks=2, heads={"hidden_dim": 16, "proj_dim": 4}
+    ).double()
+    file = tmp_path_factory.mktemp("golden") / "macl.pth"
+    torch.save({"net": fill(published_shapes(base=4, proj_dim=4))}, file)
+    reports = load_parts(file, method.parts(), layout="macl")
+    images = [image[..., None] for image in golden_images()]  # slices have a third axis of one voxel
+    output = method({"still": view(*images[:2]), "moved": view(*images[2:])}, NOW)
+    output.loss.backward()
+    return method, output, reports
+
+
+@pytest.mark.parity
+def test_the_published_network_with_formula_weights_gives_the_recorded_losses(golden):
+    method, output, reports = golden
+    assert sum(p.numel() for p in method.parameters()) == 135_192
+    assert len(list(method.parameters())) == 92
+    assert [len(report.matched) for report in reports] == [60, 64, 22]  # 146 entries
+    assert output.logs["global"].item() == pytest.approx(3.125971, abs=1e-6)
+    assert output.logs["dense"].item() == pytest.approx(6.340061, abs=1e-6)
+    assert output.logs["equivariance"].item() == pytest.approx(0.077760, abs=1e-6)
+    assert output.loss.item() == pytest.approx(6.373762, abs=1e-6)
+
+
+@pytest.mark.parity
+def test_its_gradients_have_the_recorded_norms(golden):
+    encoder, decoder = golden[0].backbone.encoder, golden[0].backbone.decoder
+    assert encoder.center[0].weight.grad.norm().item() == pytest.approx(197.211927, abs=1e-6)
+    assert encoder.stages[0][0].conv.weight.grad.norm().item() == pytest.approx(51.818676, abs=1e-6)
+    assert decoder.ups[-1].weight.grad.norm().item() == pytest.approx(0.031289, abs=1e-6)
+
+
+@pytest.mark.parity
+def test_blocks_beyond_the_second_get_no_gradient_and_norms_count_their_calls(golden):
+    method = golden[0]
+    idle = {name for name, p in method.named_parameters() if p.grad is None}
+    blocks = ("ups.0.", "ups.1.", "stages.0.", "stages.1.")
+    assert idle == {
+        n for n, _ in method.named_parameters() if n.startswith(tuple(f"backbone.decoder.{b}" for b in blocks))
+    }
+    assert not any(dict(method.named_parameters())[name].requires_grad for name in idle)
+    counts = {name: int(n) for name, n in method.named_buffers() if name.endswith("num_batches_tracked")}
+    for start, calls in (("backbone.encoder", 4), ("backbone.decoder", 2), ("heads.auxiliary_pixel", 1)):
+        found = {n for name, n in counts.items() if name.startswith(start) and not name.startswith(tuple_of(idle))}
+        assert found == {calls}, start
+    assert {counts[f"backbone.decoder.stages.{level}.1.norm.num_batches_tracked"] for level in (0, 1)} == {0}
+
+
+def tuple_of(names):
+    return tuple({name.rsplit(".", 2)[0] for name in names if ".norm." in name})
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("options", "heads", "count"),
+    [
+        ({"spatial_dims": 2, "base_channels": 32, "num_levels": 4, "num_blocks": 2}, {}, 8_616_576),
+        ({"base_channels": 32, "num_levels": 4, "num_blocks": 2}, {}, 24_906_944),
+        ({"base_channels": 16, "num_levels": 4, "num_blocks": 2}, {"hidden_dim": 64}, 6_237_408),
+        ({"base_channels": 32, "num_levels": 4, "num_blocks": 1}, {}, 28_020_672),
+        ({"base_channels": 32, "num_levels": 3, "num_blocks": 2}, {}, 6_229_056),
+        ({"base_channels": 8, "num_levels": 3, "num_blocks": 1}, {"hidden_dim": 32}, 445_616),
+    ],
+)
+def test_methods_have_the_known_number_of_weights(options, heads, count):
+    with torch.device("meta"):
+        method = make(**options, heads={"hidden_dim": 128, "proj_dim": 128, **heads})
+    assert sum(p.numel() for p in method.parameters()) == count
+
+
+@pytest.mark.parametrize("still_views", [1, 2])
+def test_swapping_or_permuting_samples_changes_no_loss(still_views):
+    method, views = make().double(), batch()
+    if still_views == 2:
+        views["still"] = view(views["still"].image[:, 0], views["still"].image[:, 0])
+    views = {name: replace(group, image=group.image.double()) for name, group in views.items()}
+    permuted = {name: part(group, [2, 0, 3, 1]) for name, group in views.items()}
+    first, second = method(views, NOW), method(permuted, NOW)
+    assert first.loss.item() == pytest.approx(second.loss.item(), rel=1e-12)
+    assert first.logs["num_positives"].item() == 0.5
+
+
+def test_one_sample_has_nothing_to_contrast_with():
+    method = make().eval()
+    one = {name: part(group, [0]) for name, group in batch().items()}
+    logs = method(one, NOW).logs
+    assert logs["global"].item() == pytest.approx(0, abs=1e-6)
+    assert logs["dense"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_equal_pictures_give_the_collapse_value():
+    method = make().eval()
+    views = batch()
+    same = {name: replace(group, image=torch.ones_like(group.image)) for name, group in views.items()}
+    for module in (method.heads.dominant, method.heads.auxiliary):
+        module.fc[2].weight.data.zero_()
+        module.fc[2].bias.data.fill_(1.0)
+    assert method(same, NOW).logs["global"].item() == pytest.approx(COLLAPSE, rel=1e-5)
+
+
+@pytest.mark.parametrize("branch", ["auxiliary", "dominant"])
+def test_the_equivariance_pulls_at_both_branches(branch):
+    method = make(weight_global=0.0, weight_dense=0.0, coupling="independent")
+    method(batch(), NOW).loss.backward()
+    encoder = method.auxiliary_encoder if branch == "auxiliary" else method.backbone.encoder
+    assert encoder.center[0].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("coupling", ["shared", "independent", "ema"])
+def test_the_encoders_of_the_branches_are_one_or_two_or_a_moving_average(coupling):
+    method = make(coupling=coupling, momentum=0.5).train()
+    optimizer = torch.optim.SGD(method.param_groups()[0]["params"], lr=0.1)
+    start = method.encoder.center[0].weight.detach().clone()
+    method(batch(), NOW).loss.backward()
+    optimizer.step()
+    method.after_step(NOW)
+    moved = method.encoder.center[0].weight
+    assert not torch.equal(moved, start)
+    if coupling == "shared":
+        assert method.auxiliary_encoder is None
+        return
+    auxiliary = method.auxiliary_encoder.center[0].weight
+    assert auxiliary.requires_grad == (coupling == "independent")
+    if coupling == "ema":
+        torch.testing.assert_close(auxiliary, (start + moved) / 2)
+        assert auxiliary.grad is None
+        assert method.auxiliary_encoder.training
+    else:
+        assert not torch.equal(auxiliary, moved)
+        assert not torch.equal(auxiliary, start)
+    assert "auxiliary_encoder" in method.parts()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heads": {"global_from": "encoder"}},
+        {"heads": {"dominant_pixel": True}},
+        {"downsample": "area"},
+        {"dense_chunk": 3},
+        {"spatial_dims": 2},
+        {"coupling": "ema"},
+        {"coupling": "independent"},
+    ],
+)
+def test_with_every_option_all_trained_weights_get_a_gradient(options):
+    method, views = make(**options), batch()
+    if options.get("spatial_dims") == 2:
+        views = {name: replace(group, image=group.image[..., :1]) for name, group in views.items()}
+    output = method(views, NOW)
+    output.loss.backward()
+    assert all(output.logs[term].isfinite() for term in TERMS)
+    assert not [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    if "dense_chunk" in options:
+        assert output.loss.item() == pytest.approx(make()(views, NOW).loss.item(), rel=1e-5)
+
+
+def test_the_dominant_view_is_that_of_the_group_where_there_are_two():
+    """One view serves both branches; with two the second one is the dominant's."""
+    method, views = make().eval(), batch()
+    image = views["still"].image[:, 0]
+    double = {**views, "still": view(image, image)}
+    other = {**views, "still": view(image, 1 - image)}
+    one = method(views, NOW).logs
+    assert all(one[term].item() == method(double, NOW).logs[term].item() for term in TERMS)
+    changed = method(other, NOW).logs
+    assert changed["global"] == one["global"]
+    assert changed["equivariance"] != one["equivariance"]
+
+
+def test_all_three_terms_fall_on_a_batch():
+    method = make(base_channels=4).train()
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    views = batch()
+    logs = []
+    for _ in range(30):
+        output = method(views, NOW)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        logs.append({term: output.logs[term].item() for term in TERMS})
+    assert all(logs[-1][term] < 0.7 * logs[0][term] for term in TERMS)
+    assert logs[-1]["global"] < 0.7 * COLLAPSE
+
+
+def test_a_run_without_positives_says_so_once(capsys):
+    method, apart = make(), batch(z=(0.1, 0.3, 0.5, 0.95))
+    positives = method(apart, NOW).logs["num_positives"]
+    for step in range(1, 3 * WATCHED_STEPS):
+        method._watch(positives, replace(NOW, step=step))
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1
+    assert "method.positions.threshold" in said
+    method = make()
+    for _ in range(WATCHED_STEPS):
+        method._watch(torch.tensor(0.5), NOW)
+    assert capsys.readouterr().err == ""
+
+
+def test_crops_of_other_cohorts_are_not_compared():
+    method, views = make().eval(), batch()
+    groups = torch.tensor([0, 1, 0, 1])[:, None]
+    split = {name: replace(group, group=groups.expand_as(group.group)) for name, group in views.items()}
+    logs = method(split, NOW).logs
+    assert logs["num_compared"].item() == 1
+    assert logs["num_positives"].item() == 0  # the neighbours at 0.1 and 0.15 are of two cohorts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coupling": "loose"}, "shared, independent, ema"),
+        ({"downsample": "cubic"}, "linear, area"),
+        ({"temperature": 0.0}, "positive"),
+        ({"momentum": 2.0}, r"\[0, 1\]"),
+        ({"crop_voxel": [12, 12, 12]}, r"multiples of \[8, 8, 8\]"),
+        ({"crop_voxel": [16, 16, 4], "spatial_dims": 2}, r"\[x, y, 1\]"),
+        ({"num_blocks": 3}, "blocks 1 to 2"),
+        ({"heads": {"global_from": "head"}}, "decoder, encoder"),
+    ],
+)
+def test_wrong_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_wrong_views_are_refused():
+    views = batch()
+    with pytest.raises(ValueError, match="still"):
+        make()({"moved": views["moved"]}, NOW)
+    with pytest.raises(ValueError, match="one size"):
+        make()({**views, "still": view(torch.rand(4, 1, 16, 16, 16))}, NOW)
+    with pytest.raises(ValueError, match=r"views.groups.still.size=\[12, 12, 12\]"):
+        make()(batch(side=12), NOW)
+
+
+def test_the_picture_shows_both_branches_and_a_positive():
+    method = make().train()
+    figure = method.figures(batch(), NOW)["branches"]
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["auxiliary", "auxiliary, moved", "dominant", "dominant, moved", "a positive"]
+    assert method.training
