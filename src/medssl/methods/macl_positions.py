@@ -124,15 +124,21 @@ class PositionRule:
         threshold = torch.as_tensor(self.threshold, dtype=torch.float64, device=position.device)
         apart = (position[:, None] - position[None]).abs()
         near = (apart < threshold).all(-1) if self.norm == "linf" else (apart / threshold).square().sum(-1) < 1
-        same = group[:, None] == group
+        eligible, compared = self.allowed(group[:, None] == group)
+        return near & eligible, compared
+
+    def allowed(self, same: Bool[Tensor, "*pair"]) -> tuple[Bool[Tensor, "*pair"], Bool[Tensor, "*pair"]]:
+        """Which pairs can be positives and which are compared, for pairs that are of the `same` cohort or not."""
         everything = torch.ones_like(same)
         if self.cross_group == "ignore":
-            return near & same, same
-        return (near & same if self.cross_group == "negative" else near), everything
+            return same, same
+        return (same if self.cross_group == "negative" else everything), everything
 
-    def distances(self, position: Float64[Tensor, "b axis"]) -> Float64[Tensor, "b b"]:
-        """How far positions lie apart by the norm, over all axes alike: below t they are positives at threshold t."""
-        apart = (position[:, None] - position[None]).abs()
+    def distance(
+        self, position: Float64[Tensor, "*pair axis"], other: Float64[Tensor, "*pair axis"]
+    ) -> Float64[Tensor, "*pair"]:
+        """How far positions lie apart by the norm, all axes alike: pairs below t are near at the threshold t."""
+        apart = (position - other).abs()
         return apart.amax(-1) if self.norm == "linf" else apart.norm(dim=-1)
 
 

@@ -1,0 +1,129 @@
+"""The threshold of positions that makes a wanted share of a run's pairs positives, found before the run."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+
+from medssl.data.placements import Placement, ViewSpec
+from medssl.data.randomness import counter_generator
+from medssl.data.sampling import CaseSampler, Request
+from medssl.data.scene import Scene
+from medssl.data.store import VolumeStore
+from medssl.data.views import ViewPlan
+from medssl.methods.macl_positions import PositionRule, Positions
+
+TARGET_RATE = 0.19
+"""What one axis with the threshold 0.1 has, where positions are uniform: 2 t - t^2."""
+NUM_PAIRS = 10_000
+
+
+def automatic_threshold(
+    store: VolumeStore,
+    plan: ViewPlan,
+    sampler: CaseSampler,
+    *,
+    rule: PositionRule,
+    cases: Sequence[int],
+    batch_size: int,
+    compared_size: int | None = None,
+    rate: float = TARGET_RATE,
+    num_pairs: int = NUM_PAIRS,
+    seed: int = 0,
+) -> float:
+    """The threshold, to three digits, with which a share of `rate` of the compared pairs would be positives.
+
+    The batches are those that a run with this seed starts with, placed and not read; a pair is two samples of one
+    batch that the rule compares. A pure function of its arguments.
+
+    Args:
+        store: where cases lie.
+        plan: its first group is placed.
+        sampler: of the cases.
+        rule: how positions are compared, its own threshold left aside.
+        cases: to choose from.
+        batch_size: samples of a step, on all ranks together.
+        compared_size: samples whose loss is computed together, next to each other in a batch; None for all.
+        rate: wanted share.
+        num_pairs: looked at, about.
+        seed: of the run.
+
+    Raises: ValueError: no pair is compared, or no threshold above 0 has the rate.
+    """
+    size = compared_size or batch_size
+    if size < 2 or batch_size % size:
+        raise ValueError(f"threshold: auto compares samples of a batch, but {size} of {batch_size} are compared")
+    name, spec = next(iter(plan.groups.items()))
+    places: list[tuple[int, Placement]] = []
+    for step in range(math.ceil(num_pairs / (batch_size * (size - 1) / 2))):
+        requests = sampler.batch(step, index=cases, batch_size=batch_size, seed=seed)
+        places += [_place(store, spec, request, key=(seed, step, request.sample, name)) for request in requests]
+    return threshold_at(pair_distances(store, spec, places, rule=rule, compared_size=size), rate=rate)
+
+
+def threshold_at(distances: Float64[np.ndarray, " pair"], *, rate: float) -> float:
+    """The number, to three digits, below which about a share of `rate` of the distances lies.
+
+    It lies in the middle between two distances that occur, since crops on whole voxels have few of them.
+
+    Raises: ValueError: there is no such number.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"the rate of positives must lie between 0 and 1, got {rate}")
+    if not len(distances):
+        raise ValueError("threshold: auto found no pair that is compared; state a threshold, or cross_group: negative")
+    finite = distances[np.isfinite(distances)].round(9)
+    known, counts = np.unique(finite, return_counts=True)
+    share = counts.cumsum() / len(distances)
+    if len(known) < 2 or share[-1] < rate:
+        why = "too few pairs are of one cohort" if len(finite) < rate * len(distances) else "all crops lie in one place"
+        raise ValueError(f"threshold: auto finds none for a rate of {rate:g}, since {why}; state a number")
+    at = int(np.abs(share[:-1] - rate).argmin())
+    return float(f"{(known[at] + known[at + 1]) / 2:.3g}")
+
+
+def pair_distances(
+    store: VolumeStore,
+    spec: ViewSpec,
+    places: Sequence[tuple[int, Placement]],
+    *,
+    rule: PositionRule,
+    compared_size: int,
+) -> Float64[np.ndarray, " pair"]:
+    """How far compared pairs of each `compared_size` places lie apart; infinitely where they can be no positives."""
+    records = [store.record(case) for case, _ in places]
+
+    def table(rows: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.array(rows, dtype=np.float64))
+
+    heights = None
+    if spec.points is not None and rule.frame == "external":
+        tables = [store.derived(spec.points, case) for case, _ in places]
+        heights = table([np.hstack([t["points_voxel"], t["features"][:, :1]]) for t in tables])
+    centers = [placement.frame.center for _, placement in places]
+    position = rule.positions(
+        Positions(
+            table(centers),
+            torch.tensor([record.shape for record in records]),
+            table([record.volume_to_mm for record in records]),
+            table([record.body.to_body(center) for record, center in zip(records, centers, strict=True)]),
+            heights,
+        )
+    )
+    names = {name: number for number, name in enumerate(sorted({record.group for record in records}))}
+    group = torch.tensor([names[record.group] for record in records]).unflatten(0, (-1, compared_size))
+    first, second = torch.triu_indices(compared_size, compared_size, offset=1)
+    position = position.unflatten(0, (-1, compared_size))
+    eligible, compared = rule.allowed(group[:, first] == group[:, second])
+    distance = rule.distance(position[:, first], position[:, second])
+    return torch.where(eligible, distance, torch.inf)[compared].numpy()
+
+
+def _place(
+    store: VolumeStore, spec: ViewSpec, request: Request, *, key: tuple[int, int, int, str]
+) -> tuple[int, Placement]:
+    """The case of a request's first view, and where it lies."""
+    placement = spec.place(Scene(store, request), {}, counter_generator("place", *key))[0]
+    return request.cases[placement.slot], placement
