@@ -170,9 +170,8 @@ def levels(network: nn.Module) -> tuple[list[int], list[tuple[int, ...]]]:
             f"{type(network).__name__} cannot be part of a segmenter: it needs the attributes `channels` and `strides` "
             "with one entry for each of its maps"
         )
-    return [int(width) for width in channels], [
-        tuple(int(step) for step in stride) if len(stride) == 2 else triple(stride) for stride in strides
-    ]
+    steps = [tuple(map(int, s)) if isinstance(s, Sequence) and len(s) == 2 else triple(s) for s in strides]
+    return [int(width) for width in channels], steps
 
 
 def _unetr_recipe(width: int) -> dict[str, Any]:
