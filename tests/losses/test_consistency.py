@@ -10,6 +10,7 @@ from medssl.losses.consistency import (
     centred_softmax,
     cosine_distance_of_views,
     cross_entropy_of_views,
+    direction_spread,
     mean_entropy,
     sinkhorn,
 )
@@ -139,3 +140,10 @@ def test_half_precision_logits_are_widened_before_the_softmax():
 def test_an_unknown_set_of_pairs_is_refused():
     with pytest.raises(ValueError, match="pairs is 'some', allowed are all, same, cross"):
         cross_entropy_of_views(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), temperature=1.0, pairs="some")
+
+
+def test_spread_of_directions_is_one_over_a_sphere_and_zero_for_one_direction():
+    rows = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
+    assert direction_spread(rows).item() == pytest.approx(1, abs=0.01)
+    assert direction_spread(rows * rows.norm(dim=1, keepdim=True)).item() == pytest.approx(1, abs=0.01)
+    assert direction_spread(rows[:1] * torch.arange(1, 5)[:, None]).item() == pytest.approx(0, abs=1e-6)

@@ -96,6 +96,11 @@ def mean_entropy(probabilities: Float[Tensor, "*rows prototype"]) -> Float[Tenso
     return -torch.special.xlogy(probabilities, probabilities).sum(-1).mean()
 
 
+def direction_spread(vectors: Float[Tensor, "row dim"]) -> Float[Tensor, ""]:
+    """Mean standard deviation of the rows' directions: 1 where they are spread evenly, 0 where all are alike."""
+    return F.normalize(_wide(vectors), dim=1).std(0, correction=0).mean() * vectors.shape[1] ** 0.5
+
+
 def _mean_over_pairs(student: Tensor, teacher: Tensor, pairs: str) -> Tensor:
     # A sum over all pairs of products is the product of the sums: no tensor grows with the number of pairs, and no
     # matrix product is rounded by autocast or TF32.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from medssl.data.views import View
 from medssl.losses.alignment import halved_mse, inter_volume_loss, intra_volume_loss
-from medssl.losses.consistency import centred_softmax, mean_entropy
+from medssl.losses.consistency import centred_softmax, direction_spread, mean_entropy
 from medssl.methods.base import Method, Progress, StepOutput
 from medssl.models.alice_backbones import Backbone
 from medssl.models.alice_head import AliceHead
@@ -281,11 +281,10 @@ class Alice(Method):
     ) -> dict[str, Tensor]:
         """What tells a collapse: entropies of the teacher, spread of its features, agreement of the two networks."""
         probabilities = centred_softmax(anchors, self.centre, temperature=temperature).flatten(0, 1)
-        directions = nn.functional.normalize(features, dim=1)
         return {
             "entropy_teacher": mean_entropy(probabilities),
             "entropy_teacher_mean": mean_entropy(probabilities.mean(0)),
-            "feature_std": directions.std(0, correction=0).mean() * directions.shape[1] ** 0.5,
+            "feature_std": direction_spread(features),
             "accuracy": (anchors[0].argmax(1) == crops[1].argmax(1)).float().mean(),
         }
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from medssl.data.views import View
+from medssl.losses.consistency import direction_spread
 from medssl.losses.instance import Negatives, discriminate, queue_logits
 from medssl.methods.base import Method, Progress, StepOutput
 from medssl.ops.ema import frozen_copy, update_ema
@@ -240,8 +241,8 @@ class DrasCLR(Method):
     ) -> dict[str, Tensor]:
         """What tells a collapse, stale queues, or gates that do not tell locations apart."""
         logs = {
-            "feature_std": _spread(F.normalize(features, dim=1)),
-            "key_std": _spread(key),
+            "feature_std": direction_spread(features),
+            "key_std": direction_spread(key),
             "queue_age": self.queue.age(self.queue.ring(location).unique(), step=progress.step).to(key),
             "excluded_share": negatives.excluded.float().mean(),
         }
@@ -269,11 +270,6 @@ def _routes(location: Int64[Tensor, " row"], coordinate: Float[Tensor, "row 3"])
         0, index, torch.arange(len(location), device=location.device)
     )
     return coordinate[first], index
-
-
-def _spread(directions: Float[Tensor, "row dim"]) -> Float[Tensor, ""]:
-    """Mean standard deviation of unit vectors over rows, 1 where they are spread evenly."""
-    return directions.std(0, correction=0).mean() * directions.shape[1] ** 0.5
 
 
 def _unit(vectors: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
