@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from medssl.data.draw import box_of
+from medssl.data.draw import box_of, cut_regions
 from medssl.data.loading import RawView
 from medssl.data.module import view_of
 from medssl.data.scene import Scene
@@ -35,6 +35,8 @@ def draw() -> Callable[..., dict[str, View]]:
                         raw.label = _tensor(
                             store.read_label(view.case, raw.label_box.lower, raw.label_box.upper), device
                         )
+                    if spec.regions is not None:
+                        raw.region_box, raw.regions = cut_regions(store, view, spec.regions)
                     groups[name].append(raw)
         numbers = {name: n for n, name in enumerate(sorted({r.group for r in store.records()}))}
         return {

@@ -13,6 +13,7 @@ from medssl.data.geometry import Frame
 from medssl.data.interpolation import Places, linear_at, nearest_at
 from medssl.data.placements import ViewSpec
 from medssl.data.resampling import SINC_RATIO, resampling_matrix, support_voxel
+from medssl.data.store import VolumeStore
 from medssl.data.views import PlacedView
 
 PREFILTER_RATIO = 1.2
@@ -83,6 +84,22 @@ def _allowed(
     return first, np.clip(np.rint(high), first + 1, last).astype(np.int64)
 
 
+def cut_regions(store: VolumeStore, view: PlacedView, name: str) -> tuple[ReadBox, Int64[Tensor, "one bx by bz"]]:
+    """The part of a derived map of regions that covers the view, and its box; nothing of it is kept in memory."""
+    with np.load(store.derived_file(name, view.case)) as table:
+        regions, to_volume = table["regions"], table["to_volume"]
+    frame, displacement = view.pose
+    moved = frame.moved(np.linalg.inv(to_volume))
+    low, high = moved.bounds(0.0 if displacement is None else displacement.bound_voxel)
+    shape = np.array(regions.shape)
+    lower = np.clip(np.floor(low) - 1, 0, shape - 1).astype(np.int64)
+    upper = np.clip(np.ceil(high) + 2, lower + 1, shape).astype(np.int64)
+    shift = np.eye(4)
+    shift[:3, 3] = -lower
+    cut = regions[tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))]
+    return ReadBox(0, lower, upper, moved.moved(shift)), torch.from_numpy(cut[None].astype(np.int64))
+
+
 def draw_image(
     voxels: Shaped[Tensor, "channel bx by bz"],
     box: ReadBox,
@@ -147,7 +164,7 @@ def _scale(values: Tensor, view: PlacedView) -> None:
 def draw_label(
     voxels: Integer[Tensor, "one bx by bz"], box: ReadBox, view: PlacedView, *, out: Int64[Tensor, "one x y z"]
 ) -> None:
-    """Draw the view's labels into `out`: nearest neighbour, 0 outside; `voxels` are of level 0."""
+    """Draw the view's labels into `out`: nearest neighbour, 0 outside; `voxels` are those of the box."""
     frame = box.frame
     if view.pose.displacement is None and frame.is_aligned and _covers(box):
         out.copy_(_turned(voxels, frame))

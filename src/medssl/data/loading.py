@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medssl.data.draw import ReadBox, box_of
+from medssl.data.draw import ReadBox, box_of, cut_regions
 from medssl.data.placements import ViewSpec
 from medssl.data.sampling import CaseSampler, Request
 from medssl.data.scene import Scene
@@ -27,6 +27,8 @@ class RawView:
     voxels: Any  # a future, then a tensor (channel, box)
     label_box: ReadBox | None = None
     label: Any = None
+    region_box: ReadBox | None = None
+    regions: Tensor | None = None
 
 
 @dataclass
@@ -44,6 +46,7 @@ class RawBatch:
         for raw in (raw for views in self.groups.values() for raw in views):
             raw.voxels = raw.voxels.to(device, non_blocking=non_blocking)
             raw.label = None if raw.label is None else raw.label.to(device, non_blocking=non_blocking)
+            raw.regions = None if raw.regions is None else raw.regions.to(device, non_blocking=non_blocking)
         return self
 
 
@@ -177,12 +180,16 @@ class PrefetchingLoader:
         if spec.label:
             raw.label_box = box_of(view, spec, finest=True)
             raw.label = self.store.read_label(view.case, raw.label_box.lower, raw.label_box.upper)
+        if spec.regions is not None:
+            raw.region_box, raw.regions = cut_regions(self.store, view, spec.regions)
         return raw
 
     def _finish(self, batch: RawBatch) -> RawBatch:
         for raw in (raw for views in batch.groups.values() for raw in views):
             raw.voxels = self._tensor(raw, raw.voxels)
             raw.label = None if raw.label is None else self._tensor(raw, raw.label)
+            if raw.regions is not None and self.pin_memory:
+                raw.regions = raw.regions.pin_memory()
         return batch
 
     def _tensor(self, raw: RawView, future: Any) -> Tensor:

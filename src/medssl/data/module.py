@@ -182,10 +182,13 @@ def view_of(
     shape = placed[0].pose.frame.shape
     image = torch.empty((len(raws), channels.pop(), *shape), device=device)
     label = torch.empty((len(raws), 1, *shape), dtype=torch.int64, device=device) if spec.label else None
+    regions = torch.empty((len(raws), 1, *shape), dtype=torch.int64, device=device) if spec.regions else None
     for number, raw in enumerate(raws):
         draw_image(raw.voxels, raw.box, raw.placed, outside=spec.outside, out=image[number])
         if label is not None:
             draw_label(raw.label, raw.label_box or raw.box, raw.placed, out=label[number])
+        if regions is not None and raw.regions is not None:
+            draw_label(raw.regions, raw.region_box or raw.box, raw.placed, out=regions[number])
     image = grouped(image)
     intensity = [augmentation for augmentation in spec.augment if isinstance(augmentation, IntensityAugmentation)]
     for order, augmentation in enumerate(intensity):
@@ -217,6 +220,8 @@ def view_of(
         view.valid = grouped(torch.stack([draw_valid(p, device) for p in placed]))
     if label is not None:
         view.label = grouped(label)
+    if regions is not None:
+        view.regions = grouped(regions)
     if spec.points is not None:
         tables = [store.derived(spec.points, p.case) for p in placed]
         view.points = table([t["points_voxel"] for t in tables], torch.float64)

@@ -33,6 +33,8 @@ class ViewSpec(ABC):
         label: also give the label, nearest neighbour.
         points: name of a derived table whose `points_voxel` (k, 3) travel with the view; every case must hold the
             same k.
+        regions: name of a derived table whose map `regions` (x y z), on a grid of its own that `to_volume` (4, 4)
+            takes to volume voxels, is drawn like a label.
     """
 
     size: Sequence[int] = ()
@@ -45,6 +47,7 @@ class ViewSpec(ABC):
     valid: bool = False
     label: bool = False
     points: str | None = None
+    regions: str | None = None
 
     def __post_init__(self) -> None:
         """Check what every placement shares."""

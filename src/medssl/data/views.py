@@ -43,6 +43,7 @@ class View:
         location_valid: whether the case shows the grid location.
         valid: voxels inside the volume.
         label: nearest-neighbour labels.
+        regions: nearest-neighbour numbers of a derived map, 0 beyond it.
         points: points that travel with the view, in volume voxels.
         inside: whether they lie in the view.
         point_features: further columns of the points' table.
@@ -63,6 +64,7 @@ class View:
     location_valid: Bool[Tensor, "b v"] | None = None
     valid: Bool[Tensor, "b v 1 x y z"] | None = None
     label: Int[Tensor, "b v 1 x y z"] | None = None
+    regions: Int[Tensor, "b v 1 x y z"] | None = None
     points: Float64[Tensor, "b v k 3"] | None = None
     inside: Bool[Tensor, "b v k"] | None = None
     point_features: Float32[Tensor, "b v k f"] | None = None
