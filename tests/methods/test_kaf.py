@@ -1,3 +1,4 @@
+import copy
 import math
 from collections import Counter
 from dataclasses import replace
@@ -199,6 +200,43 @@ def test_gradient_reaches_the_first_convolution_from_the_matching_alone():
     everything = make()
     everything(batch(), at()).loss.backward()
     assert not [name for name, p in everything.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def train(method, optimizer, views, steps):
+    """The outputs of some steps on one batch."""
+    outputs = []
+    for step in steps:
+        output = method(views, at(step))
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        outputs.append(output)
+    return outputs
+
+
+def test_the_matching_of_one_batch_is_learnt():
+    method = make(points={"max_points": 24}, weight_image=0.0, weight_keypoints=0.0, weight_matching=1.0)
+    outputs = train(method, torch.optim.Adam(method.parameters(), lr=1e-2), batch(b=1), [0] * 12)
+    loss = [output.loss.item() for output in outputs]
+    found = [output.logs["partners_found"].item() for output in outputs]
+    assert loss[-1] < 0.5 * loss[0], loss
+    assert found[0] < 0.3
+    assert found[-1] > 0.8, found
+
+
+def test_a_resumed_run_equals_the_straight_one():
+    views, straight = batch(), make()
+    optimizer = torch.optim.SGD(straight.parameters(), lr=0.01, momentum=0.9)
+    train(straight, optimizer, views, [0])
+    half, moments = copy.deepcopy((straight.state_dict(), optimizer.state_dict()))
+    train(straight, optimizer, views, [1])
+    resumed = make()
+    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.01, momentum=0.9)
+    resumed.load_state_dict(half)
+    optimizer.load_state_dict(moments)
+    train(resumed, optimizer, views, [1])
+    state = straight.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
 
 
 def test_views_without_any_keypoint_are_left_out_of_keypoint_contrast_and_matching():

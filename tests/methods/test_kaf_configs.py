@@ -1,16 +1,21 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from test_kaf import at, batch
 
 import medssl
 from medssl.config import compose, main
 from medssl.derive import run as derive
 from medssl.prepare import run as prepare
 from medssl.pretrain import run
+from medssl.training.optim import build_optimizer
 
+RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "kaf_tiny_ten_steps.json").read_text())
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
 FEW = ("model.encoder.base_channels=2", "method.heads.bottleneck_channels=64", "views.groups.first.size=[16,16,16]")
 
@@ -44,11 +49,38 @@ def test_the_encoder_of_a_run_finds_keypoints_by_itself(finished):
     assert maps[-1].shape[2:] == (2, 2, 2)
 
 
+def resolved(*overrides):
+    """The configuration of a run on 32 volumes; no data source is needed."""
+    config = compose("pretrain", ["~data", *overrides])
+    config.facts = {"num_cases": 32, "num_channels": 1, "num_locations": 0, "steps_per_epoch": 4.0}
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def ten_steps():
+    """The terms of ten steps on four batches of 16^3 voxels."""
+    values = resolved("method=kaf_tiny")
+    torch.manual_seed(0)
+    method = instantiate(values["method"], _convert_="all")
+    optimizer, schedule = build_optimizer(values["optimizer"], method.param_groups(), total_steps=200)
+    losses = []
+    for step in range(10):
+        output = method(batch(seed=step % 4), at(step))
+        losses.append([output.logs[name].item() for name in ("image", "keypoints", "matching")])
+        output.loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
+    for found, recorded in zip(ten_steps(), RECORDED["losses"], strict=True):
+        assert found == pytest.approx(recorded, rel=5e-3)
+
+
 @pytest.mark.parity
 def test_the_released_values_are_the_default():
-    config = compose("pretrain", ["~data", "method=kaf"])
-    config.facts = {"num_cases": 32, "num_channels": 1, "num_locations": 0, "steps_per_epoch": 4.0}
-    values = OmegaConf.to_container(config, resolve=True)
+    values = resolved("method=kaf")
     method = values["method"]
     weights = [method[f"weight_{term}"] for term in ("image", "keypoints", "matching")]
     assert weights == [1, 1, 0.01]
