@@ -193,6 +193,14 @@ def test_a_segment_is_a_positive_of_itself_within_one_sample():
     assert other.item() == pytest.approx(segment_contrast(first, second, segment, every=1).item(), rel=1e-12)
 
 
+def test_segments_of_a_finer_grid_count_where_they_are_nearest():
+    first, second = random_maps(2, 4, 2, 3)
+    coarse = torch.tensor([[[1, 2, 2], [1, 1, 3]], [[4, 4, 5], [4, 5, 5]]])
+    fine = coarse.repeat_interleave(4, dim=1).repeat_interleave(2, dim=2)
+    expected = segment_contrast(first, second, coarse, every=1)
+    assert segment_contrast(first, second, fine, every=1).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_settings_that_cannot_be_are_refused():
     first, second = random_maps(2, 4, 3)
     with pytest.raises(ValueError, match="chunk must be at least 1 or null, got 0"):

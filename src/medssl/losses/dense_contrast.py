@@ -47,7 +47,8 @@ def dense_contrast(
 
     with torch.autocast(first.device.type, enabled=False):
         maps = _float(torch.cat([first, second]))
-        directions = F.normalize(maps.flatten(2), dim=1, eps=EPSILON).permute(2, 0, 1)  # (place, 2b, c)
+        rows = maps.flatten(2).permute(2, 0, 1).contiguous()  # (place, 2b, c); small products of strided rows are slow
+        directions = F.normalize(rows, dim=2, eps=EPSILON)
         if chunk is None or chunk >= len(directions):
             total = contrast(directions)
         else:
@@ -78,7 +79,7 @@ def equivariance_loss(
 def segment_contrast(
     first: Float[Tensor, "b c *spatial"],
     second: Float[Tensor, "b c *spatial"],
-    segment: Int[Tensor, "b *spatial"],
+    segment: Int[Tensor, "b *fine"],
     *,
     temperature: float = 0.1,
     base_temperature: float = 0.07,
@@ -91,7 +92,7 @@ def segment_contrast(
     Args:
         first: one map of each sample.
         second: another map of the same geometry.
-        segment: number of the segment at each place.
+        segment: number of the segment at each place, or on a finer grid of the same extent, where the nearest counts.
         temperature: of the cosines.
         base_temperature: what the loss is scaled by.
         every: of the places in order only each `every`-th takes part.
@@ -104,7 +105,8 @@ def segment_contrast(
     with torch.autocast(first.device.type, enabled=False):
         pair = _float(torch.stack([first.flatten(2), second.flatten(2)], dim=1)[..., ::every])  # (b 2 c place)
         directions = F.normalize(pair, dim=2, eps=EPSILON).transpose(2, 3).flatten(1, 2)  # (b, 2 place, c)
-        for own, number in zip(directions, segment.flatten(1)[:, ::every], strict=True):
+        segment = _nearest(segment, tuple(first.shape[2:])).flatten(1)[:, ::every]
+        for own, number in zip(directions, segment, strict=True):
             counted, compared = masks((number[:, None] == number).repeat(2, 2), None)
             loss = contrast_of_directions(own[None], counted, compared=compared, temperature=temperature)
             total = total + loss[0]
@@ -113,3 +115,12 @@ def segment_contrast(
 
 def _float(maps: Tensor) -> Tensor:
     return maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps
+
+
+def _nearest(segment: Int[Tensor, "b *fine"], size: tuple[int, ...]) -> Int[Tensor, "b *spatial"]:
+    """The numbers at the middles of a coarser grid's voxels."""
+    for axis, (fine, side) in enumerate(zip(segment.shape[1:], size, strict=True), start=1):
+        if fine != side:
+            at = ((torch.arange(side, device=segment.device) + 0.5) * fine / side).long()
+            segment = segment.index_select(axis, at)
+    return segment
