@@ -112,7 +112,7 @@ def step(who: str, repeats: int) -> dict[str, float]:
     batch = {"still": group(1), "moved": group(2)}
 
     def work() -> Tensor:
-        loss = method(batch, Progress(step=0, max_steps=10)).loss
+        loss = method(batch, Progress(0, 10, 0.0, 1.0, 0)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
