@@ -175,11 +175,11 @@ def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The command on phantoms: 30 steps of a pair of small crops, found by body coordinates."""
+    """The command on phantoms: 20 steps of two pairs of crops, found by body coordinates."""
     root = tmp_path_factory.mktemp("alice")
-    settings = ["method=alice_tiny", *SMALL, "data=phantoms", "data.num_cases=4", "data.size_voxel=32"]
-    settings += [f"store={root / 'store'}", f"output_dir={root / 'run'}", "batch_size=1", "trainer.max_steps=30"]
-    settings += ["validate_every=15", "figures_every=30", "data.phantom_spacing_mm=12.0"]
+    settings = ["method=alice_tiny", "data=phantoms", "data.num_cases=4", "data.size_voxel=32"]
+    settings += [f"store={root / 'store'}", f"output_dir={root / 'run'}", "batch_size=2", "trainer.max_steps=20"]
+    settings += ["validate_every=10", "figures_every=20", "data.phantom_spacing_mm=12.0"]
     main("pretrain", run, arguments=settings)
     return root / "run"
 
@@ -187,13 +187,12 @@ def finished(tmp_path_factory):
 def test_a_run_on_phantoms_learns_and_does_not_collapse(finished):
     lines = [line.split(",") for line in (finished / "metrics.csv").read_text().splitlines()]
     rows = [dict(zip(lines[0], map(lambda cell: float(cell or "nan"), line), strict=True)) for line in lines[1:]]
-    assert len(rows) == 30
+    assert len(rows) == 20
     first, last = ([sum(row[term] for row in some) / 5 for term in RECORDED["terms"]] for some in (rows[:5], rows[-5:]))
     assert last[2] < 0.7 * first[2]
-    # A crop of 16 voxels has one bottleneck token: its loss jumps, as the centre of two tokens does.
-    assert sum(r["loss"] - r["intra_volume"] for r in rows[-5:]) < sum(r["loss"] - r["intra_volume"] for r in rows[:5])
+    assert sum(row["loss"] for row in rows[-5:]) < sum(row["loss"] for row in rows[:5])
     assert min(row["feature_std"] for row in rows) > 0.05
-    assert (finished / "figures" / "pair-0000030.png").stat().st_size > 0
+    assert (finished / "figures" / "pair-0000020.png").stat().st_size > 0
     assert yaml.safe_load((finished / "config.yaml").read_text())["optimizer"]["weight_decay_end"] == 0.4
 
 
