@@ -16,6 +16,7 @@ PRESETS = {  # name: weights with one channel and 14 classes at 96 voxels, multi
     "nnformer_tiny": (2_376_350, 16),
     "kaf": (54_516_014, 16),
     "macl_unet": (22_579_598, 16),
+    "macl_unet_tiny": (351_022, 8),
     "attention_unet": (22668330, 16),
 }
 

@@ -9,9 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medssl.data.views import View
-from medssl.losses.dense_contrast import dense_contrast, equivariance_loss
+from medssl.losses.consistency import direction_spread
+from medssl.losses.dense_contrast import dense_contrast, equivariance_loss, segment_contrast
 from medssl.losses.position_contrast import contrast_of_positives
 from medssl.methods.base import Method, Progress, StepOutput
+from medssl.methods.macl_places import PlaceRule, rows_of, segments_of
 from medssl.methods.macl_positions import PositionRule
 from medssl.models.macl_heads import MACLHeads
 from medssl.models.partial_unet import PartialUNet
@@ -35,9 +37,10 @@ class MACL(Method):
     The auxiliary branch is the encoder on a crop; the dominant branch is the encoder and the first blocks of the
     decoder on the crop made smaller, so much that its decoded map is as large as the auxiliary bottleneck. The view
     group `moved` holds two views a sample that were moved independently, one for each branch: their embeddings are
-    contrasted. The group `still` holds one view for both, or two of one geometry: the branches are contrasted at each
-    place, and their bottlenecks drawn together. Positives are crops of nearby positions, of whatever volume, and the
-    other branch.
+    contrasted. The group `still` holds one view for both branches: they are contrasted at each place, and their
+    bottlenecks drawn together. An optional group `still_dominant` of the same geometry is what the dominant branch sees
+    of it instead, for instance in another contrast. Positives are crops of nearby positions, of whatever volume, and
+    the other branch.
 
     Args:
         backbone: encoder and decoder.
@@ -47,6 +50,9 @@ class MACL(Method):
         weight_global: of the contrast of images.
         weight_dense: of the contrast of places.
         weight_equivariance: of the mean absolute difference of the bottlenecks.
+        weight_supervoxel: of a contrast within each sample, places of one supervoxel being positives; above 0 it wants
+            `regions` for the view `still`.
+        supervoxel_every: of the places in order only each such one takes part in that.
         temperature: of both contrasts.
         base_temperature: they are scaled by `temperature / base_temperature`.
         coupling: the branches' encoders are one (`shared`), two (`independent`), or the auxiliary one is the moving
@@ -55,6 +61,7 @@ class MACL(Method):
         gather: contrast the samples of all processes; None does where a process has fewer than 16.
         downsample: how images and maps are made smaller, `linear` or `area`, see `shrunk`.
         dense_chunk: places that are contrasted at once; None is all.
+        places: how places are compared by positions of their own; None compares places of equal number.
 
     Source: arXiv:2309.11876; repository stevezs315/MACL, pretrain_MACL.py.
     """
@@ -69,6 +76,8 @@ class MACL(Method):
         weight_global: float = 1.0,
         weight_dense: float = 0.5,
         weight_equivariance: float = 1.0,
+        weight_supervoxel: float = 0.0,
+        supervoxel_every: int = 16,
         temperature: float = 0.1,
         base_temperature: float = 0.07,
         coupling: str = "shared",
@@ -76,6 +85,7 @@ class MACL(Method):
         gather: bool | None = None,
         downsample: str = "linear",
         dense_chunk: int | None = None,
+        places: PlaceRule | None = None,
     ) -> None:
         super().__init__()
         for name, value, allowed in (("coupling", coupling, COUPLINGS), ("downsample", downsample, SHRINKINGS)):
@@ -95,9 +105,11 @@ class MACL(Method):
         if coupling != "shared":  # it trains by batch statistics of its own, as the dominant one does
             self.auxiliary_encoder = frozen_copy(backbone.encoder).train().requires_grad_(coupling == "independent")
         self.weights = {"global": weight_global, "dense": weight_dense, "equivariance": weight_equivariance}
+        self.weights |= {"supervoxel": weight_supervoxel} if weight_supervoxel else {}
         self.temperatures = {"temperature": temperature, "base_temperature": base_temperature}
         self.coupling, self.momentum, self.gather = coupling, momentum, gather
         self.downsample, self.dense_chunk = downsample, dense_chunk
+        self.places, self.supervoxel_every = places, supervoxel_every
         self.watched: list[Tensor] | None = []
         if crop_voxel is not None:
             self._reduced_size(tuple(crop_voxel))
@@ -108,28 +120,35 @@ class MACL(Method):
         return self.backbone.encoder
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
-        """Weighted sum of the three losses."""
-        still, moved = self._groups(batch)
+        """Weighted sum of the losses."""
+        still, dominant_still, moved = self._groups(batch)
         gathers = len(still.image) < SMALL_BATCH if self.gather is None else self.gather
         positive, compared = self.positions(still, gather=gathers)
-        auxiliary, dominant, decoded = self._branches(still)
-        vectors = self.heads.images(*self._branches(moved))
+        auxiliary, dominant, decoded = self._branches(still.image[:, 0], dominant_still.image[:, 0])
+        vectors = self.heads.images(*self._branches(moved.image[:, 0], moved.image[:, 1]))
         first, second = self.heads.places(auxiliary, decoded)
         with torch.autocast(first.device.type, enabled=False):
             options: dict[str, Any] = {"compared": compared.repeat(2, 2), "missing": "raise", **self.temperatures}
             image = torch.cat([_everywhere(part, gathers) for part in vectors])
             terms = {"global": contrast_of_positives(image, positive.repeat(2, 2), **options)}
-            maps = _everywhere(first, gathers), _everywhere(second, gathers)
-            terms["dense"] = dense_contrast(*maps, positive.repeat(2, 2), chunk=self.dense_chunk, **options)
+            if self.places is None:
+                maps = _everywhere(first, gathers), _everywhere(second, gathers)
+                terms["dense"] = dense_contrast(*maps, positive.repeat(2, 2), chunk=self.dense_chunk, **options)
+            else:
+                terms["dense"] = self._by_place(first, second, still, progress, gathers=gathers)
             terms["equivariance"] = equivariance_loss(auxiliary, dominant, how=self.downsample)
+            if "supervoxel" in self.weights:
+                segments = segments_of(still, self.backbone.spatial_dims)
+                terms["supervoxel"] = segment_contrast(
+                    first, second, segments, every=self.supervoxel_every, **self.temperatures
+                )
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
-        directions = nn.functional.normalize(image.detach(), dim=1)
         num_positives = positive.sum(1).float().mean() - 1  # a sample is a positive of itself
         if self.training:
             self._watch(num_positives, progress)
         logs = {name: term.detach() for name, term in terms.items()}
         logs |= {"num_positives": num_positives, "num_compared": compared.sum(1).float().mean() - 1}
-        logs["feature_std"] = directions.std(0, correction=0).mean() * directions.shape[1] ** 0.5
+        logs["feature_std"] = direction_spread(image.detach())
         return StepOutput(loss, logs)
 
     @torch.no_grad()
@@ -152,26 +171,38 @@ class MACL(Method):
         """What the branches see of the first sample, and the crop of another sample that is its positive, if any."""
         from medssl.methods.panels import orthogonal_slices
 
-        still, moved = self._groups(batch)
+        still, dominant_still, moved = self._groups(batch)
         positive, _ = self.positions(still)
         partners = [other for other in positive[0].nonzero().flatten().tolist() if other]
         panels = {"auxiliary": still.image[0, 0, 0], "auxiliary, moved": moved.image[0, 0, 0]}
-        for name, view in (("dominant", still), ("dominant, moved", moved)):
+        for name, view in (("dominant", dominant_still), ("dominant, moved", moved)):
             small = self._small(self._flat(view.image[:1, -1]))[0, 0]
             panels[name] = small if small.ndim == 3 else small[..., None]
         if partners:
             panels["a positive"] = still.image[partners[0], 0, 0]
         return {"branches": orthogonal_slices(panels, title=f"what the branches see, step {progress.step}")}
 
-    def _branches(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
-        """Auxiliary bottleneck of the first view, dominant bottleneck and decoded map of the last one."""
-        image = self._flat(view.image[:, 0])
+    def _branches(
+        self, full: Float[Tensor, "b c x y z"], other: Float[Tensor, "b c x y z"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Bottleneck of the first crops as they are; bottleneck and decoded map of the others made smaller."""
+        image = self._flat(full)
         if self.auxiliary_encoder is None:
             auxiliary = self.backbone.encoder(image)[-1]
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.coupling == "independent"):
                 auxiliary = self.auxiliary_encoder(image)[-1]
-        return auxiliary, *self.backbone(self._small(self._flat(view.image[:, -1])))
+        return auxiliary, *self.backbone(self._small(self._flat(other)))
+
+    def _by_place(self, first: Tensor, second: Tensor, view: View, progress: Progress, *, gathers: bool) -> Tensor:
+        """The contrast of places by positions of their own."""
+        assert self.places is not None
+        grid = tuple(first.shape[2:])
+        chosen = self.places.choose(first[0, 0].numel(), progress, first.device)
+        near, compared = self.places.masks(self.positions, view, grid, chosen, gather=gathers)
+        rows = torch.cat([_everywhere(rows_of(maps, chosen), gathers) for maps in (first, second)])
+        options: dict[str, Any] = {"compared": compared.repeat(2, 2), **self.temperatures}
+        return contrast_of_positives(rows, near.repeat(2, 2), **options)
 
     def _small(self, image: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b c *small"]:
         size = self.backbone.law.reduced(image.shape[2:], setting="views.groups.still.size")
@@ -188,16 +219,24 @@ class MACL(Method):
             crop_voxel = crop_voxel[:2]
         return self.backbone.law.reduced(crop_voxel, setting="views.groups.still.size")
 
-    def _groups(self, batch: Mapping[str, View]) -> tuple[View, View]:
+    def _groups(self, batch: Mapping[str, View]) -> tuple[View, View, View]:
         found = {name: tuple(view.image.shape[1:]) for name, view in batch.items()}
-        counts = {name: shape[0] for name, shape in found.items()}
-        sizes = {found[name][1:] for name in ("still", "moved") if name in found}
-        if counts.get("still") not in (1, 2) or counts.get("moved") != 2 or len(sizes) != 1:
+        counts = {"still": 1, "moved": 2} | ({"still_dominant": 1} if "still_dominant" in batch else {})
+        wrong = any(found.get(name, (0,))[0] != count for name, count in counts.items())
+        if wrong or len({found[name][1:] for name in counts}) != 1:
             raise ValueError(
-                "MACL needs a view group `still` with one view, or two of one geometry, and a group `moved` with two, "
-                f"all of one size; the batch has {found}"
+                "MACL needs a view group `still` with one view and a group `moved` with two, and if there is a group "
+                f"`still_dominant` one view in it, all of one size; the batch has {found}"
             )
-        return batch["still"], batch["moved"]
+        still, other = batch["still"], batch.get("still_dominant", batch["still"])
+        if other is not still:
+            bent = still.displacement is not None or other.displacement is not None
+            if bent or not torch.equal(still.matrix, other.matrix):
+                raise ValueError(
+                    "the view groups `still` and `still_dominant` show other places; make the latter placement Same of "
+                    "still, and leave spatial augmentations to `moved`"
+                )
+        return still, other, batch["moved"]
 
     def _watch(self, num_positives: Float[Tensor, ""], progress: Progress) -> None:
         """Say once where, over some steps, crops have hardly a positive but their own other view."""

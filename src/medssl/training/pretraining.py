@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from medssl.data.module import VolumeDataModule
 from medssl.data.randomness import counter_key
 from medssl.data.splits import pretraining_cases
 from medssl.methods.base import Method
+from medssl.methods.macl_threshold import automatic_threshold
 from medssl.training.checkpoints import LastCheckpoint
 from medssl.training.export import Export, build_card
 from medssl.training.metrics import Metrics
@@ -53,6 +55,7 @@ def pretrain(begin: Start) -> None:
         validation_cases=validation_cases,
     )
     config.facts = data.facts()
+    find_threshold(config, data)
     values = resolved(config)
     module = build_module(begin, build_method(values), values)
     column = "validation_loss" if values["validate_every"] else None
@@ -67,6 +70,26 @@ def pretrain(begin: Start) -> None:
         step, channels = trainer.global_step, store.record(0).channels
         stopped = begin.signals.requested
         print(closing_words(folder, stopped=stopped, step=step, total=trainer.max_steps, channels=channels))
+
+
+def find_threshold(config: DictConfig, data: VolumeDataModule) -> None:
+    """Put the number into `config` that `method.positions.threshold=auto` stands for, which follows from data and seed.
+
+    Raises: ValueError: there is none.
+    """
+    positions = config.method.get("positions")
+    if not isinstance(positions, DictConfig) or positions.get("threshold") != "auto":
+        return
+    positions.threshold = automatic_threshold(
+        data.store,
+        data.plan,
+        data.sampler,
+        rule=instantiate(positions, threshold=1.0, _convert_="all"),
+        cases=data.training_cases,
+        batch_size=config.batch_size,
+        compared_size=config.batch_size // config.accumulate,
+        seed=config.seed,
+    )
 
 
 def build_method(values: dict[str, Any]) -> Method:

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from medssl.models.partial_unet import PartialUNet, ScaleLaw, build_partial_unet, names_of_blocks
+from medssl.models.swin import SwinEncoder
+from medssl.models.unet import UNetDecoder, UNetEncoder
+
+FOUR_LEVELS = ((1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 8, 8))
+
+
+def plain(**options):
+    encoder = UNetEncoder(widths=(4, 4, 8), **options)
+    return encoder, UNetDecoder(in_channels=1, encoder_channels=encoder.channels, encoder_strides=encoder.strides)
+
+
+@pytest.mark.parametrize(
+    ("bottleneck", "num_blocks", "size", "reduced"),
+    [
+        (16, 2, 128, 32),
+        (16, 2, 64, 16),
+        (16, 1, 96, 48),
+        (16, 4, 256, 16),
+    ],
+)
+def test_the_decoded_map_of_the_small_image_is_as_large_as_the_bottleneck_of_the_crop(
+    bottleneck, num_blocks, size, reduced
+):
+    law = ScaleLaw((bottleneck,) * 3, FOUR_LEVELS, num_blocks)
+    assert law.reduced([size] * 3) == (reduced,) * 3
+    assert reduced // FOUR_LEVELS[-num_blocks][0] == size // bottleneck
+
+
+def test_axes_have_factors_of_their_own():
+    law = ScaleLaw((16, 16, 4), ((1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 8, 2)), 2)
+    assert (law.factor, law.multiple_voxel) == ((4, 4, 4), (64, 64, 16))
+    assert law.reduced((128, 64, 16)) == (32, 16, 4)
+    flat = ScaleLaw((16, 16, 1), ((1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 8, 1)), 2)
+    assert flat.reduced((128, 128, 5)) == (32, 32, 5)
+
+
+def test_a_crop_that_does_not_fit_is_refused_with_what_does():
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        ScaleLaw((16,) * 3, FOUR_LEVELS, 2).reduced([96, 96, 96], setting="views.groups.still.size")
+    said = str(caught.value)
+    assert "views.groups.still.size=[96, 96, 96] does not fit num_blocks=2" in said
+    assert "multiples of [64, 64, 64]" in said
+    assert "num_blocks=1 with this network" in said
+    assert "(4, 1)" in said
+    assert "(3, 2)" in said
+    assert "(4, 2)" not in said
+    assert "views.groups.still.size=[128, 128, 128]" in said
+    with pytest.raises(ValueError, match="blocks 1 to 4"):
+        ScaleLaw((16,) * 3, FOUR_LEVELS, 5)
+    with pytest.raises(ValueError, match="has 2 axes"):
+        ScaleLaw((16,) * 3, FOUR_LEVELS, 2).reduced([64, 64])
+
+
+def test_maps_that_are_compared_have_equal_size_and_idle_blocks_are_frozen():
+    torch.manual_seed(0)
+    net = PartialUNet(*plain(), num_blocks=1)
+    image = torch.rand(1, 1, 16, 16, 16)
+    small, decoded = net(torch.rand(1, 1, *net.law.reduced(image.shape[2:])))
+    whole, _ = net(image)
+    assert decoded.shape[2:] == whole.shape[2:] == (4, 4, 4)
+    assert small.shape[2:] == (2, 2, 2)
+    assert (net.bottleneck_channels, net.decoded_channels) == (8, 4)
+    assert decoded.shape[1] == 4
+    decoded.sum().backward()
+    for name, parameter in net.decoder.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None) == (".1." in name[:9])
+
+
+@pytest.mark.parametrize(("patch", "first"), [(2, 5), (4, 5)])
+def test_the_stem_of_a_decoder_over_the_image_belongs_to_the_finest_blocks(patch, first):
+    """It runs with block `first` and trains from then on; block 6 of 6 for patches of 4 needs it too."""
+    encoder = SwinEncoder(feature_size=3, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), patch_voxel=patch)
+    fitted = {"encoder_channels": encoder.channels, "encoder_strides": encoder.strides}
+    decoder = UNetDecoder(in_channels=1, **fitted)
+    stem = {name for name in decoder.state_dict() if name.startswith("image_levels")}
+    assert stem
+    assert not stem & names_of_blocks(decoder, first - 1)
+    assert stem <= names_of_blocks(decoder, first)
+    assert names_of_blocks(decoder, len(decoder.channels)) == set(decoder.state_dict())
+
+
+def test_networks_are_built_from_the_recipes_of_a_segmenter():
+    encoder = {"_target_": "medssl.models.macl_unet.MACLUNetEncoder", "base_channels": 2, "num_levels": 2}
+    decoder = {"_target_": "medssl.models.macl_unet.MACLUNetDecoder"}
+    assert build_partial_unet({**encoder, "spatial_dims": 2}, decoder, num_blocks=1).spatial_dims == 2
+    assert build_partial_unet(encoder, None, num_blocks=2).decoded_channels == 2
+    with pytest.raises(ValueError, match="outside"):
+        build_partial_unet({"_target_": "os.system"}, decoder)
