@@ -22,8 +22,8 @@ def build_card(config: Mapping[str, Any], store: VolumeStore, cases: Sequence[in
     """The card of a run from its resolved configuration: architecture, reading recipe, data, versions.
 
     `transfers` names the parts that a segmenter starts from: the encoder, and the decoder of a `backbone`, which is one
-    that segmenters can use. The fingerprint of the data holds the volumes that are trained on, `cases`, and no held-out
-    ones.
+    that segmenters can use; `decoder_blocks` says how many of its blocks were trained, where not all were. The
+    fingerprint of the data holds the volumes that are trained on, `cases`, and no held-out ones.
     """
     method, data = config["method"], config["data"]
     stated = method.get("backbone", method)  # where the recipes of encoder and decoder lie
@@ -31,6 +31,7 @@ def build_card(config: Mapping[str, Any], store: VolumeStore, cases: Sequence[in
     return {
         **networks,
         "transfers": [part for part in networks if part == "encoder" or "backbone" in method],
+        **({"decoder_blocks": stated["num_blocks"]} if "num_blocks" in stated else {}),
         "method": method["_target_"],
         "training": short_hash({key: config[key] for key in COURSE} | {"steps": config["trainer"]["max_steps"]}),
         "reading": {"channels": data.get("channels"), "spacing_mm": data.get("spacing_mm"), "views": config["views"]},

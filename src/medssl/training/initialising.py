@@ -8,10 +8,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from medssl.config import config_dir
+from medssl.models.partial_unet import names_of_blocks
 from medssl.models.segmenter import Segmenter
 from medssl.weights import card_of, describe_loading, encoder_recipe, load_parts
 
 BRANCHES = ("student", "teacher")
+DECODERS = ("all", "trained", "none")
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Initial:
         card: its card.
         layout: of a published file.
         branch: student or teacher.
+        decoder: what of the file's decoder is taken: `all`, the blocks that pre-training `trained`, or `none`.
     """
 
     path: Path | None
     card: dict[str, Any] | None
     layout: str | None
     branch: str
+    decoder: str = "all"
 
     @property
     def name(self) -> str:
@@ -40,6 +44,7 @@ class Initial:
         details = [f"{step} steps"] if step is not None else []
         details += [f"{data['num_cases']} volumes of {data['name']}"] if "num_cases" in data else []
         details += [self.branch] if self.branch != "student" else []
+        details += [f"decoder: {self.decoder}"] if self.decoder != "all" else []
         mark = f" [{self.card['training']}]" if "training" in self.card else ""
         return (f"{method} ({', '.join(details)})" if details else method) + mark
 
@@ -53,9 +58,15 @@ def find_initial(config: DictConfig) -> Initial:
     """
     if config.weights.branch not in BRANCHES:
         raise ValueError(f"weights.branch={config.weights.branch}: give one of {', '.join(BRANCHES)}")
+    if (decoder := config.weights.decoder) not in DECODERS:
+        raise ValueError(f"weights.decoder={decoder}: give one of {', '.join(DECODERS)}")
     layout, branch = config.weights.layout, config.weights.branch
     path = None if config.weights.path is None else Path(config.weights.path).expanduser()
     card = None if path is None else card_of(path, layout=layout, branch=branch)
+    if card is not None and decoder == "trained" and "decoder_blocks" not in card:
+        raise ValueError(
+            f"weights.decoder=trained: {path} does not say which blocks of a decoder were trained; give all or none"
+        )
     if config.model.get("encoder") is None:
         if config.model.get("like") is None:
             if config.model.get("keypoints") is not None:
@@ -63,7 +74,7 @@ def find_initial(config: DictConfig) -> Initial:
             config.model = OmegaConf.load(config_dir() / "model" / "unet.yaml")
         else:
             _take_network(config, Path(config.model.like).expanduser(), layout=layout, branch=branch)
-    return Initial(path, card, layout, branch)
+    return Initial(path, card, layout, branch, decoder)
 
 
 def _take_network(config: DictConfig, like: Path, *, layout: str | None, branch: str) -> None:
@@ -73,6 +84,8 @@ def _take_network(config: DictConfig, like: Path, *, layout: str | None, branch:
         if not str(net["_target_"]).endswith(".KAFEncoder"):
             raise ValueError(f"model.keypoints={keypoints}: the network of {like} knows no keypoints; leave it out")
         net["mode"] = keypoints
+    if encoder.get("spatial_dims") == 2:  # of slices; volumes are segmented, and the network knows how to become 3D
+        encoder = {**encoder, "spatial_dims": 3}
     config.model.encoder = encoder
     card = card_of(like, layout=layout, branch=branch)
     if config.model.get("decoder") is None and "decoder" in transferred(card):
@@ -87,8 +100,8 @@ def transferred(card: Mapping[str, Any]) -> list[str]:
 def load_initial(initial: Initial, segmenter: Segmenter) -> list[str]:
     """Load the parts that the file has for this network, all of their tensors; lines that say what came of it.
 
-    The encoder always, and the decoder where the file has one for segmenters and it is of the same class; the head
-    starts anew.
+    The encoder always, and the decoder where the file has one for segmenters and it is of the same class, or of it the
+    blocks that were trained alone; the head starts anew.
 
     Raises: ValueError: tensors do not match; nothing was loaded.
     """
@@ -96,7 +109,14 @@ def load_initial(initial: Initial, segmenter: Segmenter) -> list[str]:
         return ["weights: none, the network starts from scratch"]
     parts, kind = {"encoder": segmenter.encoder}, type(segmenter.decoder)
     stated = initial.card["decoder"]["_target_"] if "decoder" in transferred(initial.card) else None
-    if stated == f"{kind.__module__}.{kind.__qualname__}":
+    if stated == f"{kind.__module__}.{kind.__qualname__}" and initial.decoder != "none":
         parts["decoder"] = segmenter.decoder
+    fresh = {name: tensor.clone() for name, tensor in segmenter.decoder.state_dict().items()}
     reports = load_parts(initial.path, parts, layout=initial.layout, branch=initial.branch)
-    return [f"weights: {initial.path}", describe_loading(reports, segmenter)]
+    lines = [f"weights: {initial.path}", describe_loading(reports, segmenter)]
+    if initial.decoder == "trained" and "decoder" in parts:
+        num_blocks = initial.card["decoder_blocks"]
+        idle = fresh.keys() - names_of_blocks(segmenter.decoder, num_blocks)
+        segmenter.decoder.load_state_dict({name: fresh[name] for name in idle}, strict=False)
+        lines.append(f"of the decoder the first {num_blocks} blocks; {len(idle)} tensors of the others start anew")
+    return lines

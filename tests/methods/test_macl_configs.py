@@ -1,0 +1,218 @@
+import math
+from unittest.mock import Mock
+
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import medssl
+from medssl.config import compose, main
+from medssl.methods.macl import MACL
+from medssl.models.segmenter import build_segmenter
+from medssl.prepare import run as prepare
+from medssl.pretrain import run
+from medssl.training.initialising import find_initial, load_initial
+from medssl.training.optim import build_optimizer
+from medssl.weights import read_card
+
+SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
+BUDGET = ("trainer.max_steps=2", "batch_size=4", "validate_every=null", "figures_every=2")
+NARROW = ("model.encoder.base_channels=2", "model.encoder.num_levels=2", "views.groups.still.size=[16,16,16]")
+CONVOLUTIONS = ("model.encoder.widths=[4,8,8]", "model.encoder.strides=[1,2,2]", "views.groups.still.size=[16,16,16]")
+SWIN = ("model.encoder.feature_size=12", "model.encoder.window_voxel=4", "views.groups.still.size=[64,64,64]")
+BACKBONES = {
+    "macl_unet_tiny": NARROW,
+    "attention_unet": NARROW,
+    "unet": CONVOLUTIONS,
+    "resenc": (*CONVOLUTIONS, "model.encoder.blocks=[1,1,1]"),
+    "swinunetr": (*SWIN, "model.encoder.depths=[1,1,1,1]", "batch_size=2", "trainer.max_steps=1"),
+}
+ONE_THRESHOLD = Mock(return_value=0.123)
+TERMS = ("global", "dense", "equivariance")
+
+
+def resolved(*overrides):
+    """The configuration of a run on 32 volumes; no data source is needed."""
+    config = compose("pretrain", ["~data", *overrides])
+    config.facts = {"num_cases": 32, "num_channels": 1, "num_locations": 0, "steps_per_epoch": 4.0}
+    return OmegaConf.to_container(config, resolve=True)
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory):
+    """Phantoms, prepared."""
+    root = tmp_path_factory.mktemp("macl")
+    settings = [*SMALL, f"store={root / 'store'}"]
+    main("prepare", prepare, arguments=settings)
+    return settings
+
+
+def pretrained(where, folder, *settings, method="macl_tiny"):
+    """A finished run, by the command."""
+    main("pretrain", run, arguments=[f"method={method}", *where, *BUDGET, *settings, f"output_dir={folder}"])
+    return folder
+
+
+def rows(folder):
+    names, *lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+    return [dict(zip(names, map(lambda cell: float(cell or "nan"), line), strict=True)) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(where, tmp_path_factory):
+    """A run whose automatic threshold is 0.123."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medssl.training.pretraining.automatic_threshold", ONE_THRESHOLD)
+        folder = tmp_path_factory.mktemp("finished") / "run"
+        return pretrained(where, folder, *NARROW, "method.positions.threshold=auto", "method.positions.norm=l2")
+
+
+@pytest.mark.parametrize("model", BACKBONES)
+def test_every_backbone_is_pre_trained_and_starts_a_segmenter(where, tmp_path, model):
+    folder = pretrained(where, tmp_path / "run", f"model={model}", *BACKBONES[model])
+    for row in rows(folder):
+        assert all(math.isfinite(row[term]) and row[term] > 0 for term in TERMS)
+        assert row["num_compared"] == (1 if model == "swinunetr" else 3)
+    card = read_card(folder / "encoder.safetensors")
+    assert card["transfers"] == ["encoder", "decoder"]
+    network, said = segmenter(folder)
+    whole = len(network.encoder.state_dict()), len(network.decoder.state_dict())
+    assert f"encoder: {whole[0]} tensors matched" in said
+    assert f"decoder: {whole[1]} tensors matched" in said
+    assert said.endswith("from scratch: head")
+    assert network(torch.rand(1, 1, 32, 32, 32)).shape == (1, 3, 32, 32, 32)
+
+
+def segmenter(folder, *settings):
+    """The network of a fine-tuning run that starts from a run, and what it says."""
+    config = compose("finetune", [f"weights.path={folder / 'encoder.safetensors'}", *settings])
+    initial = find_initial(config)
+    torch.manual_seed(1)
+    network, _ = build_segmenter(config.model.encoder, config.model.decoder, num_classes=3, in_channels=1)
+    return network, "\n".join(load_initial(initial, network))
+
+
+def fresh(folder):
+    config = compose("finetune", [f"model.like={folder / 'encoder.safetensors'}"])
+    find_initial(config)
+    torch.manual_seed(1)
+    return build_segmenter(config.model.encoder, config.model.decoder, num_classes=3, in_channels=1)[0]
+
+
+def equal_names(a, b):
+    """Names of tensors that two modules have in common, value by value."""
+    return {name for name, tensor in a.state_dict().items() if torch.equal(tensor, b.state_dict()[name])}
+
+
+def test_a_run_logs_its_terms_and_positives_and_shows_what_it_sees(finished):
+    for row in rows(finished):
+        assert all(math.isfinite(row[term]) for term in TERMS)
+        assert row["num_compared"] == 3
+        assert 0 <= row["num_positives"] <= 3
+        assert 0 < row["feature_std"] < 1.5
+    assert (finished / "figures" / "branches-0000002.png").stat().st_size > 0
+    maps = medssl.load_encoder(finished / "encoder.safetensors")(torch.rand(1, 1, 16, 16, 16))
+    assert [level.shape[1] for level in maps] == [2, 4, 8]
+
+
+def test_an_automatic_threshold_is_a_number_in_the_settings_of_the_run(finished):
+    assert yaml.safe_load((finished / "config.yaml").read_text())["method"]["positions"]["threshold"] == 0.123
+    (_, plan, sampler), asked = ONE_THRESHOLD.call_args
+    assert (list(plan.groups), type(sampler).__name__) == (["still", "moved"], "Anchored")
+    assert (asked["rule"].norm, asked["batch_size"], asked["compared_size"], asked["seed"]) == ("l2", 4, 4, 0)
+    assert len(asked["cases"]) == 4
+
+
+@pytest.mark.parametrize("decoder", ["all", "trained", "none"])
+def test_fine_tuning_takes_all_of_the_decoder_or_its_trained_blocks_or_none(finished, decoder):
+    network, said = segmenter(finished, f"weights.decoder={decoder}")
+    scratch, whole = fresh(finished), segmenter(finished)[0]
+    names = set(network.decoder.state_dict())
+    assert equal_names(network.encoder, whole.encoder) == set(network.encoder.state_dict())
+    taken = equal_names(network.decoder, whole.decoder) - equal_names(whole.decoder, scratch.decoder)
+    alike = equal_names(whole.decoder, scratch.decoder)  # biases and norms of blocks that nothing has trained
+    coarsest = {name for name in names if name.startswith(("ups.1.", "stages.1."))}
+    if decoder == "all":
+        assert taken | alike == names
+    elif decoder == "trained":
+        assert taken == coarsest - alike
+        assert len(taken) > 10
+        assert said.endswith(
+            f"of the decoder the first 1 blocks; {len(names - coarsest)} tensors of the others start anew"
+        )
+    else:
+        assert taken == set()
+        assert said.endswith("from scratch: decoder, head")
+
+
+def test_a_file_that_names_no_blocks_cannot_give_the_trained_ones(finished, tmp_path):
+    from medssl.weights import save_weights
+
+    card = {key: value for key, value in read_card(finished / "encoder.safetensors").items() if key != "decoder_blocks"}
+    save_weights(tmp_path / "encoder.safetensors", fresh(finished).parts(), card)
+    with pytest.raises(ValueError, match="give all or none"):
+        segmenter(tmp_path, "weights.decoder=trained")
+    with pytest.raises(ValueError, match="all, trained, none"):
+        segmenter(finished, "weights.decoder=half")
+
+
+def test_slices_pre_train_a_network_that_segments_volumes(where, tmp_path):
+    small = ("model.encoder.base_channels=2", "model.encoder.num_levels=2", "method.backbone.num_blocks=1")
+    folder = pretrained(where, tmp_path / "run", *small, "views.groups.still.size=[16,16,1]", method="macl_2d")
+    assert all(math.isfinite(row[term]) for row in rows(folder) for term in TERMS)
+    encoder = medssl.load_encoder(folder / "encoder.safetensors")
+    assert [level.shape[2:] for level in encoder(torch.rand(1, 1, 16, 16))] == [(16, 16), (8, 8), (4, 4)]
+    network, said = segmenter(folder)
+    kernel = encoder.stages[0][0].conv.weight
+    inflated = network.encoder.stages[0][0].conv.weight
+    assert torch.equal(inflated[..., 1], kernel)
+    assert inflated[..., [0, 2]].abs().max() == 0
+    assert "decoder: 32 tensors matched" in said
+    assert network(torch.rand(1, 1, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
+
+
+@pytest.mark.parity
+def test_the_published_values_are_the_default():
+    values = resolved("method=macl")
+    method = values["method"]
+    assert [method[f"weight_{term}"] for term in TERMS] == [1, 0.5, 1]
+    assert (method["temperature"], method["base_temperature"]) == (0.1, 0.07)
+    assert (method["positions"]["threshold"], method["backbone"]["num_blocks"], method["coupling"]) == (
+        0.1,
+        2,
+        "shared",
+    )
+    optimizer = values["optimizer"]
+    assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (0.01, 0.9, 1e-5)
+    slices = resolved("method=macl_2d")
+    assert slices["views"]["groups"]["still"]["size"] == [512, 512, 1]
+    assert (slices["method"]["positions"]["frame"], slices["method"]["positions"]["axes"]) == ("volume", ["z"])
+    assert slices["batch_size"] == 32
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "count"), [("macl", 24_906_944), ("macl_tiny", 445_616), ("macl_2d", 8_616_576)])
+def test_a_configuration_builds_a_method_of_the_known_size(name, count):
+    method = instantiate(resolved(f"method={name}")["method"], _convert_="all")
+    assert isinstance(method, MACL)
+    assert sum(p.numel() for p in method.parameters()) == count
+
+
+@pytest.mark.parity
+def test_the_rate_follows_half_a_cosine_to_nothing():
+    """100 epochs of 500 steps."""
+    weights = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
+    _, schedule = build_optimizer(resolved("method=macl")["optimizer"], weights, total_steps=50_000)
+    share = schedule.lr_lambdas[0]
+    rates = [0.01 * share(step) for step in (0, 12_500, 25_000, 50_000)]
+    assert rates == pytest.approx([0.01, 0.008535534, 0.005, 0], abs=1e-9)
+
+
+def test_crops_that_do_not_fit_are_refused_with_what_does(capsys):
+    with pytest.raises(SystemExit):
+        main("pretrain", run, arguments=["method=macl_tiny", "views.groups.still.size=[24,24,24]"])
+    said = capsys.readouterr().err
+    assert "views.groups.still.size=[24, 24, 24]" in said
+    assert "multiples of [16, 16, 16]" in said
