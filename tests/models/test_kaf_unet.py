@@ -325,3 +325,21 @@ def test_wrong_options_and_images_are_named():
         KAFDecoder(in_channels=1, encoder_channels=[4, 8], encoder_strides=[[2, 2, 2], [4, 4, 4]])
     with pytest.raises(ValueError, match="matcher layers are self, cross; got across"):
         KeypointMatcher(layers=["self", "across"])
+
+
+@pytest.mark.parity
+def test_convolutions_start_as_the_card_says_and_the_last_bias_of_an_mlp_at_zero():
+    torch.manual_seed(0)
+    encoder = KAFEncoder(base_channels=8, dim=16, num_heads=2, num_layers=1, hidden=16, position_widths=(8, 16))
+    decoder = KAFDecoder(in_channels=1, encoder_channels=encoder.channels, encoder_strides=encoder.strides)
+    for network in (encoder, decoder):
+        for name, module in network.named_modules():
+            if isinstance(module, torch.nn.Conv3d | torch.nn.ConvTranspose3d):
+                fan = module.weight.shape[1] * module.weight[0, 0].numel()
+                expected = (2 / (1 + 0.01**2) / fan) ** 0.5
+                assert module.weight.std().item() == pytest.approx(expected, rel=0.15), name
+                assert module.bias.count_nonzero() == 0, name
+    for layer in encoder.kaf.values():
+        assert layer.position.mlp[-1].bias.count_nonzero() == 0
+        assert all(message.mlp[-1].bias.count_nonzero() == 0 for message in layer.attention)
+        assert layer.embed.bias.count_nonzero() > 0

@@ -77,3 +77,14 @@ def test_descriptors_are_the_voxels_about_a_point_whatever_brightness_and_contra
     assert torch.allclose(patch_descriptors(3 * image + 1, point, side=3), found, atol=1e-5)
     assert found.isfinite().all()
     assert patch_descriptors(torch.ones_like(image), point, side=3).abs().max() == 0
+
+
+def test_all_shared_points_are_taken_where_there_is_room():
+    first = torch.ones(2, 20, dtype=torch.bool)
+    second = first.clone()
+    second[1, 12:] = False
+    noise = torch.rand(2, 20, generator=torch.Generator().manual_seed(0))
+    roomy = choose_shared(first, second, noise, max_points=20)
+    assert [(roomy.pairs[:, 0] == b).sum().item() for b in (0, 1)] == [20, 12 + 8]
+    crowded = choose_shared(first, second, noise, max_points=10)
+    assert ((crowded.pairs[:, 1:] >= 0).all(1) & (crowded.pairs[:, 0] == 0)).sum() == 9

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medssl.models.conv_blocks import CONVOLUTIONS, norm_layer
-from medssl.models.macl_unet import fit_axes, initialise
+from medssl.models.conv_blocks import CONVOLUTIONS, initialise, norm_layer
+from medssl.models.macl_unet import fit_axes
 from medssl.models.skip_decoder import SkipDecoder
 
 
@@ -72,7 +72,7 @@ class AttentionUNetDecoder(SkipDecoder):
         self.gates = nn.ModuleList(
             AttentionGate(width, spatial_dims=self.spatial_dims, norm=norm) for width in self.channels
         )
-        self.apply(initialise)
+        self.gates.apply(initialise)
 
     def skip(
         self, level: int, up: Float[Tensor, "batch channel *spatial"], encoded: Float[Tensor, "batch channel *spatial"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from medssl.models.unet import SLOPE, InstanceNorm
 
@@ -38,6 +39,14 @@ def conv_block(in_channels: int, out_channels: int, *, spatial_dims: int, norm: 
     conv = CONVOLUTIONS[spatial_dims](in_channels, out_channels, 3, padding=1)
     layer = norm_layer(out_channels, spatial_dims=spatial_dims, norm=norm)
     return nn.Sequential(OrderedDict(conv=conv, norm=layer, act=nn.LeakyReLU(SLOPE, inplace=True)))
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw the weights of a convolution, transposed or not, from He's normal distribution; biases are 0."""
+    if isinstance(module, _ConvNd):
+        nn.init.kaiming_normal_(module.weight, a=SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def pooled(x: Float[Tensor, "batch channel *spatial"], step: Sequence[int]) -> Float[Tensor, "batch channel *coarse"]:

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from medssl.models.conv_blocks import CONVOLUTIONS, check_image, conv_block, inflated, pooled, steps_of, strides_of
+from medssl.models.conv_blocks import (
+    CONVOLUTIONS,
+    check_image,
+    conv_block,
+    inflated,
+    initialise,
+    pooled,
+    steps_of,
+    strides_of,
+)
 from medssl.models.kaf_layer import KAFLayer, Keypoints, find_tokens
 from medssl.models.keypoints import Detector, DifferenceOfGaussians, detect
 from medssl.models.skip_decoder import SkipDecoder
@@ -134,6 +143,7 @@ class KAFEncoder(nn.Module):
             }
         )
         self.token_channels = dim * len(self.kaf)
+        self.apply(initialise)
 
     def forward(
         self,

@@ -82,12 +82,17 @@ class TokenLayerNorm(nn.Module):
 
 
 def token_mlp(widths: Sequence[int], *, norm: str = "batch", momentum: float = 0.1) -> nn.Sequential:
-    """Linear layers from the first width to the last, a norm and a rectifier after each but the last."""
+    """Linear layers from the first width to the last, a norm and a rectifier after each but the last.
+
+    The last layer's bias starts at 0.
+    """
     layers: list[nn.Module] = []
     for before, width in pairwise(widths[:-1]):
         kind = TokenBatchNorm(width, momentum=momentum) if norm == "batch" else TokenLayerNorm(width)
         layers += [nn.Linear(before, width), kind, nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+    last = nn.Linear(widths[-2], widths[-1])
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
 
 
 def normalised(

@@ -3,9 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medssl.models.conv_blocks import conv_block
+from medssl.models.conv_blocks import conv_block, initialise
 from medssl.models.heads import MLPHead
-from medssl.models.macl_unet import initialise
 
 
 class MACLHeads(nn.Module):

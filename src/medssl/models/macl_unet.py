@@ -13,13 +13,14 @@ from medssl.models.conv_blocks import (
     check_image,
     conv_block,
     inflated,
+    initialise,
     pooled,
     steps_of,
     strides_of,
 )
 from medssl.models.skip_decoder import SkipDecoder
 from medssl.models.stem import fit_stem
-from medssl.models.unet import SLOPE, run
+from medssl.models.unet import run
 
 
 class MACLUNetEncoder(nn.Module):
@@ -107,38 +108,12 @@ class MACLUNetDecoder(SkipDecoder):
     Source: arXiv:2309.11876; repository stevezs315/MACL, network/unet2d.py.
     """
 
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        encoder_channels: Sequence[int],
-        encoder_strides: Sequence[Sequence[int]],
-        norm: str = "batch",
-        checkpoint_activations: bool = False,
-    ) -> None:
-        super().__init__(
-            in_channels=in_channels,
-            encoder_channels=encoder_channels,
-            encoder_strides=encoder_strides,
-            norm=norm,
-            checkpoint_activations=checkpoint_activations,
-        )
-        self.apply(initialise)
-
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same weights, those of slices fitted to volumes.
 
         Kernels of slices stand in the middle plane of the last axis; those of transposed convolutions in all planes.
         """
         return fit_axes(tensors, self)
-
-
-def initialise(module: nn.Module) -> None:
-    """Draw the weights of a convolution, transposed or not, from He's normal distribution; biases are 0."""
-    if isinstance(module, _ConvNd):
-        nn.init.kaiming_normal_(module.weight, a=SLOPE)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def fit_axes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medssl.models.conv_blocks import UPSAMPLINGS, conv_block
+from medssl.models.conv_blocks import UPSAMPLINGS, conv_block, initialise
 from medssl.models.unet import blocks_to_run, run
 
 
@@ -56,6 +56,7 @@ class SkipDecoder(nn.Module):
             )
             for width in self.channels
         )
+        self.apply(initialise)
 
     def forward(
         self,

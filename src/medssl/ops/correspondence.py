@@ -36,8 +36,9 @@ def choose_shared(
 ) -> Choice:
     """Points of a volume that two views see, in the random order of `noise`, shared ones first.
 
-    At most `max_matched_fraction * max_points` shared points are taken; the rest of a view are points that it alone
-    sees, so that partnerless points remain. A shared point that is left out is left out of both.
+    Where a view sees more than `max_points`, at most `max_matched_fraction * max_points` shared points are taken; the
+    rest of a view are points that it alone sees, so that partnerless points remain. A shared point that is left out is
+    left out of both.
 
     Args:
         first_inside: which points of the list lie in the first view.
@@ -47,7 +48,8 @@ def choose_shared(
         max_matched_fraction: see above.
     """
     both = first_inside & second_inside
-    limit = int(max_matched_fraction * max_points)
+    crowded = (torch.maximum(first_inside.sum(1), second_inside.sum(1)) > max_points)[:, None]
+    limit = torch.where(crowded, int(max_matched_fraction * max_points), max_points)
     order = torch.where(both, noise, 2.0).argsort(dim=1)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
