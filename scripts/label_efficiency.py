@@ -9,7 +9,8 @@ and a U-Net from scratch on the very same, with three seeds each, and compares a
     python scripts/label_efficiency.py --root ... --output ... --method kaf_tiny --derive what=keypoints \
         --arms scratch pretrained duplicate unet
 
-The arm `duplicate` is, for a network that uses keypoints, the one from scratch whose maps are doubled instead.
+The arm `duplicate` is, for a network that uses keypoints, the one from scratch whose maps are doubled instead; the arm
+`encoder` leaves a pre-trained decoder out.
 `--derive` makes a table that the method's views want, in the store, before the first pre-training.
 Finished runs are kept, so that a second start goes on with what is missing, and the U-Net serves every method.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 
 NUM_TRAINING, NUM_TEST = 100, 60
 ARMS = ("scratch", "pretrained", "unet")  # the first is the reference of the comparison
-MORE_ARMS = ("duplicate",)
+MORE_ARMS = ("duplicate", "encoder")
 
 
 def write_split(root: Path, path: Path) -> None:
@@ -83,6 +84,7 @@ def main() -> None:
                 "pretrained": [f"weights={encoder}"],
                 "scratch": [f"model.like={encoder}"],
                 "duplicate": [f"model.like={encoder}", "model.keypoints=duplicate"],
+                "encoder": [f"weights={encoder}", "weights.decoder=none"],
                 "unet": ["model=unet"],
             }[arm]
             budget = [f"data.labelled={options.labelled}", f"trainer.max_steps={options.steps}", f"seed={seed}"]
