@@ -7,6 +7,7 @@ from oracles.kaf import Oracle, fill, published_shapes
 import medssl
 from medssl.config import compose
 from medssl.models.kaf_unet import KAFEncoder
+from medssl.models.keypoints import DifferenceOfGaussians
 from medssl.models.segmenter import build_segmenter
 from medssl.training.initialising import find_initial, load_initial
 from medssl.weights import encoder_recipe, load_parts, save_weights
@@ -37,13 +38,20 @@ def test_a_file_of_slices_loads_into_a_network_of_slices(published):
 def test_a_file_of_slices_becomes_a_network_of_volumes_whose_planes_are_those_slices(published):
     path, _ = published
     recipe = encoder_recipe(path, layout="kaf")
-    assert recipe == {"_target_": "medssl.models.kaf_unet.KAFEncoder", "in_channels": 1, **OPTIONS}
+    detector = {"_target_": "medssl.models.keypoints.DifferenceOfGaussians", "value_range": [0, 1]}
+    assert recipe == {
+        "_target_": "medssl.models.kaf_unet.KAFEncoder",
+        "in_channels": 1,
+        "detector": detector,
+        **OPTIONS,
+    }
     flat, deep = KAFEncoder(spatial_dims=2, **OPTIONS).eval(), medssl.load_encoder(path, layout="kaf")
     load_parts(path, {"encoder": flat}, layout="kaf")
     image, nothing = torch.randn(1, 1, 16, 16, 16), torch.zeros(1, 0, 3)
     first = deep(image, points=nothing)[0]
     wanted = flat(image[..., 7], points=nothing[..., :2])[0]
     assert torch.allclose(first[..., 7], wanted, atol=1e-5)
+    assert deep.detector == DifferenceOfGaussians(value_range=[0, 1])
     assert deep.kaf["0"].position.mlp[0].weight[:, 2].abs().sum() == 0
 
 

@@ -83,7 +83,7 @@ def _kaf_name(key: str) -> str:
 
 
 def kaf_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The encoder in a KAF file, for volumes: kernels of slices become the middle planes of its own.
+    """The encoder in a KAF file, for volumes in [0, 1]: kernels of slices become the middle planes of its own.
 
     Raises:
         ValueError: its levels have different numbers of attention layers.
@@ -105,5 +105,6 @@ def kaf_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
         "dim": dim,
         "num_layers": depths[0] // 2,
         "hidden": hidden,
+        "detector": {"_target_": "medssl.models.keypoints.DifferenceOfGaussians", "value_range": [0, 1]},
         "position_widths": [len(tensors[key]) for key in sorted(codes, key=lambda key: int(key.split(".")[5]))[:-1]],
     }

@@ -1,13 +1,15 @@
 """Tables of keypoints as they come out of `medssl.derive`, carried through drawn views."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from medssl.data.augment import Affine, Elastic, Flip
+from medssl.data.augment import Affine, ByModality, Elastic, Flip, Percentiles, Window
 from medssl.data.derived import derive
-from medssl.data.placements import RandomCrop
+from medssl.data.placements import Nearby, RandomCrop
 from medssl.data.scene import Request
 from medssl.data.store import VolumeStore
 from medssl.data.views import ViewPlan
@@ -51,3 +53,34 @@ def test_rows_without_a_keypoint_lie_in_no_view(store, draw, is_bent):
     assert (back - view.points)[view.inside].norm(dim=-1).max() <= 0.25
     inside_box = torch.tensor(np.array(store.record(0).shape) - 1)
     assert (view.points[0][view.inside[0]] <= inside_box).all()
+
+
+@pytest.mark.parametrize(
+    ("normalise", "shown"),
+    [
+        (ByModality(window_hu=[-160, 240]), None),
+        (Window(low_hu=-160, high_hu=240), None),
+        (Percentiles(), None),
+        (ByModality(), "[-1000,1000]"),
+        (Window(low_hu=-160, high_hu=300), "[-160,300]"),
+    ],
+)
+def test_views_in_another_window_than_their_points_are_told_once(store, normalise, shown):
+    first = RandomCrop(size=[16, 16, 16], points="keypoints", augment=[Flip(axes=[0]), normalise])
+    second = Nearby(of="first", size=[16, 16, 16], points="keypoints", augment=first.augment)
+    plan = ViewPlan(groups={"first": first, "second": second})
+    notes = plan.notes(store)
+    assert len(notes) == (shown is not None)
+    if shown is not None:
+        assert f"views show CT in the window {shown} HU" in notes[0]
+        assert "points of the table 'keypoints' were found in [-160,240]" in notes[0]
+        assert f"what.window_hu={shown}" in notes[0]
+    pointless = ViewPlan(groups={"first": replace(first, points=None)})
+    assert pointless.notes(store) == []
+
+
+def test_the_window_of_points_does_not_matter_without_ct(make_store):
+    made = make_store(texture((40, 36, 32), seed=0), modality="mr")
+    derive(made.root, KeypointTables(detector=DifferenceOfGaussians()), num_workers=0, progress=False)
+    plan = ViewPlan(groups={"first": RandomCrop(size=[16] * 3, points="keypoints", augment=[ByModality()])})
+    assert plan.notes(VolumeStore(made.root)) == []

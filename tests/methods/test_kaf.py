@@ -2,6 +2,7 @@ import copy
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,12 +20,12 @@ from medssl.models.keypoint_matcher import KeypointMatcher
 SIDE = 16
 
 
-def make(*, points=None, local=False, **options):
+def make(*, points=None, local=False, mode="use", **options):
     torch.manual_seed(0)
     sizes = {"dim": 8, "num_heads": 2, "position_widths": [4]}
-    encoder = KAFEncoder(base_channels=2, num_layers=1, hidden=4, levels=(1, 1), **sizes)
-    heads = KAFHeads(bottleneck_channels=16, token_channels=16, dim=8, embed_dim=6, local=local)
-    matcher = KeypointMatcher(layers=("self", "cross"), **sizes)
+    encoder = KAFEncoder(base_channels=2, num_layers=1, hidden=4, levels=(1, 1), mode=mode, **sizes)
+    heads = partial(KAFHeads, dim=8, embed_dim=6, local=local)
+    matcher = partial(KeypointMatcher, layers=("self", "cross"), **sizes)
     rule = PointRule(**{"max_points": 12, "min_points": 2, **(points or {})})
     return KAF(encoder=encoder, heads=heads, matcher=matcher, points=rule, transport_iterations=20, **options).train()
 
@@ -192,6 +193,16 @@ def test_points_found_in_each_view_are_matched_by_place_or_by_looks(match):
     assert method(views, at()).loss.isfinite()
 
 
+@pytest.mark.parametrize("match", ["geometric", "descriptor"])
+def test_points_are_not_looked_for_in_the_noise_of_views_that_show_next_to_nothing(match):
+    views = {name: replace(view, image=0.5 + 1e-5 * view.image) for name, view in batch().items()}
+    points = make(points={"match": match, "min_points": 0}).points(
+        views["first"], views["second"], at(), is_random=True
+    )
+    assert not points.first_valid.any()
+    assert len(points.pairs) == 0
+
+
 def test_gradient_reaches_the_first_convolution_from_the_matching_alone():
     method = make(weight_image=0.0, weight_keypoints=0.0, weight_matching=1.0)
     method(batch(), at()).loss.backward()
@@ -268,8 +279,11 @@ def test_places_run_from_0_to_1_over_what_a_crop_can_have():
     middle = torch.tensor([[0.25, 0.5, 0.75], [0.3, 0.9, 0.0]]).double()
     assert places(middle - 0.25, middle + 0.25).tolist() == [[0.0, 0.5, 1.0], [pytest.approx(0.1), 1.0, 0.0]]
     assert places(middle - 0.5, middle + 0.5).tolist() == [[0.5] * 3] * 2, "crops as large as the body"
-    position_of_both = make(position_per_view=False)(views, at()).logs["num_positives"]
-    assert position_of_both >= 1
+    for name, y in (("first", 0.25), ("second", 0.5)):  # places that differ by 0.5 or more
+        middle = torch.tensor([[0.25, y, 0.25], [0.75, y, 0.25]]).double()
+        views[name].crop_body = torch.stack([middle - 0.25, middle + 0.25], dim=1)[:, None]
+    assert make(position_per_view=True)(views, at()).logs["num_positives"] == 0
+    assert make(position_per_view=False)(views, at()).logs["num_positives"] == 1
 
 
 def test_positives_may_be_crops_that_share_enough_of_the_body():
@@ -304,6 +318,10 @@ def test_held_out_views_and_pictures_leave_no_trace():
         (lambda: make(reduction="mean"), "reduction is 'mean'"),
         (lambda: make(temperature=0.0), "must be positive"),
         (lambda: make(weight_local=1.0), "weight_local=1.0 and method.heads.local=False do not fit"),
+        (
+            lambda: make(mode="duplicate"),
+            "uses none: set model.keypoints=use, and at least one",
+        ),
         (lambda: make(local=True), "single keypoints are embedded just where they are contrasted"),
         (lambda: make(points={"match": "all"}), "match is 'all', allowed are shared, geometric, descriptor"),
         (lambda: make(points={"min_points": 20}), "0 <= min_points <= max_points is wanted, got 20 and 12"),

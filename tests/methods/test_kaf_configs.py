@@ -17,7 +17,7 @@ from medssl.training.optim import build_optimizer
 
 RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "kaf_tiny_ten_steps.json").read_text())
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
-FEW = ("model.encoder.base_channels=2", "method.heads.bottleneck_channels=64", "views.groups.first.size=[16,16,16]")
+FEW = ("model.encoder.base_channels=2", "views.groups.first.size=[16,16,16]")
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +78,38 @@ def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
         assert found == pytest.approx(recorded, rel=5e-3)
 
 
+@pytest.mark.parametrize(
+    ("method", "setting", "channels", "token_channels"),
+    [
+        ("kaf_tiny", "model.encoder.levels=[0,1,1,1]", 256, 192),
+        ("kaf_tiny", "model.encoder.base_channels=16", 512, 256),
+        ("kaf", "model.encoder.max_channels=320", 320, 1024),
+    ],
+)
+def test_heads_follow_the_encoder(method, setting, channels, token_channels):
+    built = instantiate(resolved(f"method={method}", setting)["method"], _convert_="all").eval()
+    assert built.heads.bottleneck[0].in_features == channels
+    assert built.heads.fusion.in_features == token_channels
+    with torch.no_grad():
+        assert built(batch(b=2), at()).loss.isfinite()
+
+
+def test_views_and_table_of_keypoints_show_ct_in_one_window():
+    table = compose("derive", ["what=keypoints"]).what
+    for group in resolved("method=kaf")["views"]["groups"].values():
+        shown = group["augment"][0]
+        assert shown["_target_"].endswith("ByModality")
+        assert (shown["window_hu"], shown["percentiles"]) == (table.window_hu, table.percentiles)
+
+
 @pytest.mark.parity
-def test_the_released_values_are_the_default():
+def test_the_released_weights_temperatures_and_optimiser_are_the_default():
     values = resolved("method=kaf")
     method = values["method"]
     weights = [method[f"weight_{term}"] for term in ("image", "keypoints", "matching")]
     assert weights == [1, 1, 0.01]
-    assert (method["temperature"], method["base_temperature"], method["threshold"]) == (0.1, 0.07, 0.35)
+    assert (method["temperature"], method["base_temperature"]) == (0.1, 0.07)
+    assert (method["metric"], method["threshold"]) == ("linf", 0.35), "ours: as many positives as 0.1 along one axis"
     optimizer = values["optimizer"]
     assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (0.002, 0.9, 1e-5)
     built = instantiate(method, _convert_="all")

@@ -1,7 +1,8 @@
 """What a method asks for (`ViewPlan`) and what it gets (`View`)."""
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from torch import Tensor
 
-from medssl.data.augment.base import IntensityAugmentation, Pose, SpatialAugmentation
+from medssl.data.augment.base import Augmentation, IntensityAugmentation, Pose, SpatialAugmentation
+from medssl.data.augment.normalise import ByModality, Window
 from medssl.data.placements import GridCrop, ViewSpec
 from medssl.data.randomness import counter_generator, counter_key
 from medssl.data.scene import Placement, Scene
@@ -180,6 +182,35 @@ def other_size(spec: GridCrop, store: VolumeStore) -> str | None:
     )
 
 
+def other_window(spec: ViewSpec, store: VolumeStore) -> str | None:
+    """In words that views show CT in another window than that in which their points were found; None where alike.
+
+    None too where the window of either is unknown, and where the store has no CT.
+    """
+    pointer = store.root / "derived" / f"{spec.points}.json"
+    if spec.points is None or not pointer.is_file():
+        return None
+    found_in = json.loads(pointer.read_text()).get("recipe", {}).get("window_hu")
+    shown_in = next((window for augmentation in spec.augment if (window := _window_hu(augmentation))), None)
+    if found_in is None or shown_in is None or list(found_in) == list(shown_in):
+        return None
+    if all(record.modality != "ct" for record in store.records()):
+        return None
+    found, shown = (f"[{low:g},{high:g}]" for low, high in (found_in, shown_in))
+    return (
+        f"views show CT in the window {shown} HU, but the points of the table {spec.points!r} were found in {found}: "
+        f"the views do not look like what the points mark; give them window_hu={found}, or derive the table with "
+        f"what.window_hu={shown}"
+    )
+
+
+def _window_hu(augmentation: Augmentation) -> Sequence[float] | None:
+    """Of CT, where the augmentation states one."""
+    if isinstance(augmentation, Window):
+        return augmentation.low_hu, augmentation.high_hu
+    return augmentation.window_hu if isinstance(augmentation, ByModality) else None
+
+
 class ViewPlan:
     """The groups of views a method asks for, by name, placed in the order in which they are stated.
 
@@ -215,6 +246,7 @@ class ViewPlan:
     def notes(self, store: VolumeStore) -> list[str]:
         """What is odd about the groups in this store, a line each."""
         found = [other_size(spec, store) for spec in self.groups.values() if isinstance(spec, GridCrop)]
+        found += [other_window(spec, store) for spec in self.groups.values()]
         return [note for note in dict.fromkeys(found) if note is not None]
 
     def place(self, scene: Scene, *, seed: int, step: int) -> dict[str, list[PlacedView]]:

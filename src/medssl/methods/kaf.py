@@ -1,6 +1,6 @@
 """KAF: an image and its keypoints contrast by position, and the keypoints of two views are matched."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,8 +35,9 @@ class KAF(Method):
 
     Args:
         encoder: U-Net encoder with keypoints.
-        heads: embeddings of image and keypoints, and the fusion of tokens.
-        matcher: scores of pairs of keypoints.
+        heads: builds embeddings of image and keypoints and the fusion of tokens, given `bottleneck_channels` and
+            `token_channels` of the encoder.
+        matcher: builds the scores of pairs of keypoints, given `spatial_dims` of the encoder.
         points: how keypoints are chosen and put in correspondence.
         weight_image: of the contrast of images.
         weight_keypoints: of the contrast of keypoints.
@@ -61,8 +62,8 @@ class KAF(Method):
         self,
         *,
         encoder: KAFEncoder,
-        heads: KAFHeads,
-        matcher: KeypointMatcher,
+        heads: Callable[..., KAFHeads],
+        matcher: Callable[..., KeypointMatcher],
         points: PointRule | None = None,
         weight_image: float = 1.0,
         weight_keypoints: float = 1.0,
@@ -87,16 +88,20 @@ class KAF(Method):
                 raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
         if min(temperature, base_temperature, threshold) <= 0 or transport_iterations < 1:
             raise ValueError("temperature, base_temperature, threshold and transport_iterations must be positive")
-        if (weight_local > 0) != (heads.local is not None):
-            raise ValueError(
-                f"method.weight_local={weight_local} and method.heads.local={heads.local is not None} do not fit: "
-                "single keypoints are embedded just where they are contrasted"
-            )
         if not encoder.token_channels:
             raise ValueError(
-                "KAF pre-trains keypoints, but the encoder uses none: set method.encoder.mode=use and a level"
+                "KAF pre-trains keypoints, but the encoder uses none: set model.keypoints=use, and at least one of "
+                "model.encoder.levels to 1"
             )
-        self.encoder, self.heads, self.matcher, self.points = encoder, heads, matcher, points or PointRule()
+        self.encoder = encoder
+        self.heads = heads(bottleneck_channels=encoder.channels[-1], token_channels=encoder.token_channels)
+        if (weight_local > 0) != (self.heads.local is not None):
+            raise ValueError(
+                f"method.weight_local={weight_local} and method.heads.local={self.heads.local is not None} do not fit: "
+                "single keypoints are embedded just where they are contrasted"
+            )
+        self.matcher = matcher(spatial_dims=encoder.spatial_dims)
+        self.points = points or PointRule()
         self.weights = {"image": weight_image, "keypoints": weight_keypoints, "matching": weight_matching}
         self.weights |= {"local": weight_local} if weight_local else {}
         self.positives, self.metric, self.threshold = positives, metric, threshold

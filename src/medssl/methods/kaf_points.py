@@ -44,7 +44,7 @@ class PointRule:
         radius_voxel: largest distance of a pair in voxels of the first view, for `geometric`.
         gate_share: largest distance of a pair, its components added, in shares of the view's side, for `descriptor`.
         detector: for `geometric` and `descriptor`; null is `Foerstner`, which finds the same points again most often,
-            and `DifferenceOfGaussians`.
+            and `DifferenceOfGaussians`, both for views in [0, 1].
 
     Source: arXiv:2310.01680, section 3.3; repository zshyang/kaf, dataset/match_utils.py.
     """
@@ -114,7 +114,8 @@ class PointRule:
         return PointPair(a, b, choice.first_valid, choice.second_valid, choice.pairs)
 
     def _found(self, first: View, second: View) -> PointPair:
-        detector = self.detector or (Foerstner() if self.match == "geometric" else DifferenceOfGaussians())
+        kind = Foerstner if self.match == "geometric" else DifferenceOfGaussians
+        detector = self.detector or kind(value_range=(0, 1))
         images = [view.image[:, 0].float() for view in (first, second)]
         found = [detect(image, max_points=self.max_points, detector=detector) for image in images]
         (a, b), (a_valid, b_valid) = ([f.points.float() for f in found], [f.valid for f in found])
