@@ -227,6 +227,14 @@ def test_sometimes_moves_all_or_nothing(noise_store, draw):
     assert 15 < int(turned.sum()) < 45
 
 
+def test_a_slice_is_bent_within_its_plane(noise_store, draw):
+    groups = {"slice": Fixed(size=[12, 12, 1], count=8, augment=[A.Elastic(rms_voxel=[2, 2])])}
+    view = draw(noise_store, ViewPlan(groups=groups), [Request((0,), 0)])["slice"]
+    in_plane, through = view.displacement[0, :, :2], view.displacement[0, :, 2]
+    assert in_plane.square().mean().sqrt() > 1
+    assert through.count_nonzero() == 0
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

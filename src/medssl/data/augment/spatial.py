@@ -121,6 +121,8 @@ class Affine(SpatialAugmentation):
 class Elastic(SpatialAugmentation):
     """Bends the view by a smooth random displacement (cubic B-splines on random control points); at most one a view.
 
+    A slice, which has one voxel along an axis, is bent within its plane.
+
     Args:
         sigma_voxel: range of the smoothness: the field is as smooth as white noise after a Gaussian of this width,
             view voxels.
@@ -149,6 +151,7 @@ class Elastic(SpatialAugmentation):
             return pose
         lattice = [Displacement.num_nodes(side, spacing) for side in pose.frame.shape]
         nodes = np.clip(rng.standard_normal((3, *lattice)), -3, 3) * amplitude
+        nodes[np.array(pose.frame.shape) == 1] = 0
         return Pose(pose.frame, Displacement(nodes.astype(np.float32), float(spacing)))
 
 
