@@ -45,8 +45,8 @@ def test_another_rank_waits_for_the_word_and_not_for_that_of_an_earlier_launch(t
     word = word_file(tmp_path)
     word.write_text("ValueError: of yesterday")
     os.utime(word, (time.time() - 86400,) * 2)
-    threading.Timer(0.3, word.write_text, ["ready"]).start()
     started = time.monotonic()
+    threading.Timer(0.3, word.write_text, ["ready"]).start()
     with rank_zero_first(tmp_path, tmp_path / "store"):
         assert time.monotonic() - started > 0.2
 
