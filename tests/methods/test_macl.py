@@ -69,7 +69,7 @@ def golden(tmp_path_factory):
     torch.save({"net": fill(published_shapes(base=4, proj_dim=4))}, file)
     reports = load_parts(file, method.parts(), layout="macl")
     images = [image[..., None] for image in golden_images()]  # slices have a third axis of one voxel
-    views = {name: view(image) for name, image in zip(("still", "still_dominant"), images, strict=False)}
+    views = {name: view(image) for name, image in zip(("still", "still_dominant"), images[:2], strict=True)}
     output = method({**views, "moved": view(*images[2:])}, NOW)
     output.loss.backward()
     return method, output, reports

@@ -58,7 +58,7 @@ def blob_sigma(width, dims):
     ("size", "width"), [((40, 36, 44), 1.5), ((40, 36, 44), 2.0), ((64, 64, 64), 4.0), ((48, 60), 2.5)]
 )
 def test_a_blob_is_found_at_its_place_and_scale(size, width, bright):
-    middle = [n / 2 + shift for n, shift in zip(size, (0.3, -1.25, 0.45), strict=False)]
+    middle = [n / 2 + shift for n, shift in zip(size, (0.3, -1.25, 0.45)[: len(size)], strict=True)]
     image = gaussian_blob(size, middle, width)
     points, scale, response = found((image if bright else 1 - image)[None, None])
     assert points[0].tolist() == pytest.approx(middle, abs=0.12)

@@ -13,7 +13,7 @@ def randomised(attention):
 
 
 def filled_up(tokens, window):
-    size = [-(-side // step) * step for side, step in zip(tokens.shape, window, strict=False)]
+    size = [-(-side // step) * step for side, step in zip(tokens.shape[:3], window, strict=True)]
     whole = torch.zeros(*size, tokens.shape[-1])
     whole[: tokens.shape[0], : tokens.shape[1], : tokens.shape[2]] = tokens
     return whole

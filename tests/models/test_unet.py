@@ -32,7 +32,7 @@ def test_the_default_network_has_the_counts_of_its_layers_written_out():
 
     assert encoder.channels == widths
     assert encoder.strides == tuple((2**level,) * 3 for level in range(5))
-    down = sum(stage(before, width) for before, width in zip((1, *widths), widths, strict=False))
+    down = sum(stage(before, width) for before, width in itertools.pairwise((1, *widths)))
     up = sum(8 * coarse * fine + fine + stage(2 * fine, fine) for fine, coarse in itertools.pairwise(widths))
     assert (num_weights(encoder), num_weights(decoder)) == (down, up)
 

@@ -141,7 +141,8 @@ class ConditionedEncoder(nn.Module):
         inputs = [in_channels, *outputs[:-1]]
         for number in (1, 2, 3):
             self.add_module(f"downsample{number}", nn.Module())
-        for (block, number, stride, step), before, width in zip(self.layers, inputs, outputs, strict=False):
+        n = len(self.layers)
+        for (block, number, stride, step), before, width in zip(self.layers, inputs[:n], outputs[:n], strict=True):
             conv = ConditionalConv(before, width, stride=stride, step=step, num_experts=num_experts, init=init)
             owner = self.get_submodule(block.removesuffix("."))
             owner.add_module(f"conv{number}", conv)

@@ -60,7 +60,8 @@ class Segmenter(nn.Module):
         self, image: Float[Tensor, "batch channel *spatial"], location: Float[Tensor, "batch 3 *spatial"] | None = None
     ) -> list[Float[Tensor, "batch class *coarse"]]:
         """Logits of every supervised resolution, full resolution first."""
-        return [head(level) for head, level in zip(self.head, self._decoded(image, location), strict=False)]
+        supervised = self._decoded(image, location)[: len(self.head)]
+        return [head(level) for head, level in zip(self.head, supervised, strict=True)]
 
     def parts(self) -> dict[str, nn.Module]:
         """The named networks that a file holds."""

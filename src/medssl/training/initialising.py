@@ -111,12 +111,13 @@ def load_initial(initial: Initial, segmenter: Segmenter) -> list[str]:
     stated = initial.card["decoder"]["_target_"] if "decoder" in transferred(initial.card) else None
     if stated == f"{kind.__module__}.{kind.__qualname__}" and initial.decoder != "none":
         parts["decoder"] = segmenter.decoder
-    fresh = {name: tensor.clone() for name, tensor in segmenter.decoder.state_dict().items()}
+    takes_part = initial.decoder == "trained" and "decoder" in parts
+    fresh = {name: tensor.clone() for name, tensor in segmenter.decoder.state_dict().items()} if takes_part else {}
     reports = load_parts(initial.path, parts, layout=initial.layout, branch=initial.branch)
     lines = [f"weights: {initial.path}", describe_loading(reports, segmenter)]
-    if initial.decoder == "trained" and "decoder" in parts:
+    if takes_part:
         num_blocks = initial.card["decoder_blocks"]
         idle = fresh.keys() - names_of_blocks(segmenter.decoder, num_blocks)
-        segmenter.decoder.load_state_dict({name: fresh[name] for name in idle}, strict=False)
+        segmenter.decoder.load_state_dict(segmenter.decoder.state_dict() | {name: fresh[name] for name in idle})
         lines.append(f"of the decoder the first {num_blocks} blocks; {len(idle)} tensors of the others start anew")
     return lines

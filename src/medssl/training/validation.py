@@ -109,7 +109,7 @@ def write_pictures(
 ) -> list[Path]:
     """Save the worst and the best case as `NAME-worst-STEP.png` and `NAME-best-STEP.png`; the paths."""
     paths = []
-    for which, picture in zip(("worst", "best"), pictures, strict=False):
+    for which, picture in zip(("worst", "best")[: len(pictures)], pictures, strict=True):
         path = folder / f"{name}-{which}-{step:07d}.png"
         title = f"{picture.case}: mean Dice {picture.dice:.3f} ({which} of the {name} cases, step {step})"
         case_figure(picture, num_classes=num_classes, title=title).savefig(path, dpi=100)
