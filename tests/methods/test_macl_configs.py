@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import medssl
 from medssl.config import compose, main
+from medssl.losses.dense_contrast import segment_contrast
 from medssl.methods.macl import MACL
 from medssl.models.segmenter import build_segmenter
 from medssl.prepare import run as prepare
@@ -198,6 +199,20 @@ def test_a_configuration_builds_a_method_of_the_known_size(name, count):
     method = instantiate(resolved(f"method={name}")["method"], _convert_="all")
     assert isinstance(method, MACL)
     assert sum(p.numel() for p in method.parameters()) == count
+
+
+@pytest.mark.parametrize("name", ["macl", "macl_tiny"])
+def test_the_places_of_the_supervoxel_term_spread_over_all_axes(name):
+    values = resolved(f"method={name}")
+    encoder = values["model"]["encoder"]
+    sides = [side >> encoder["num_levels"] for side in values["views"]["groups"]["still"]["size"]]
+    first = torch.randn(1, 2, *sides, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    segment = torch.zeros(1, *sides, dtype=torch.int64)
+    segment_contrast(first, first.detach() + 1, segment, every=values["method"]["supervoxel_every"]).backward()
+    taken = first.grad[0].abs().sum(0).nonzero()
+    assert [set(axis.tolist()) for axis in taken.T] == [set(range(side)) for side in sides]
+    assert len(taken) < 0.25 * math.prod(sides)
+    assert resolved("method=macl_2d")["method"]["supervoxel_every"] == 16
 
 
 @pytest.mark.parity

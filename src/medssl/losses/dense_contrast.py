@@ -95,7 +95,8 @@ def segment_contrast(
         segment: number of the segment at each place, or on a finer grid of the same extent, where the nearest counts.
         temperature: of the cosines.
         base_temperature: what the loss is scaled by.
-        every: of the places in order only each `every`-th takes part.
+        every: of the places in order only each `every`-th takes part. For volumes give a number that shares no divisor
+            with the sides of the maps; with others the places lie on few planes.
 
     Source: arXiv:2504.14737; repository stevezs315/SuperCL, train_contrast.py.
     """

@@ -52,7 +52,7 @@ class MACL(Method):
         weight_equivariance: of the mean absolute difference of the bottlenecks.
         weight_supervoxel: of a contrast within each sample, places of one supervoxel being positives; above 0 it wants
             `regions` for the view `still`.
-        supervoxel_every: of the places in order only each such one takes part in that.
+        supervoxel_every: of the places in order only each such one takes part in that, see `segment_contrast`.
         temperature: of both contrasts.
         base_temperature: they are scaled by `temperature / base_temperature`.
         coupling: the branches' encoders are one (`shared`), two (`independent`), or the auxiliary one is the moving
@@ -77,7 +77,7 @@ class MACL(Method):
         weight_dense: float = 0.5,
         weight_equivariance: float = 1.0,
         weight_supervoxel: float = 0.0,
-        supervoxel_every: int = 16,
+        supervoxel_every: int = 17,
         temperature: float = 0.1,
         base_temperature: float = 0.07,
         coupling: str = "shared",
