@@ -4,6 +4,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -223,6 +224,13 @@ def test_the_rate_follows_half_a_cosine_to_nothing():
     share = schedule.lr_lambdas[0]
     rates = [0.01 * share(step) for step in (0, 12_500, 25_000, 50_000)]
     assert rates == pytest.approx([0.01, 0.008535534, 0.005, 0], abs=1e-9)
+
+
+def test_a_crop_that_leaves_one_voxel_to_an_instance_norm_is_refused_when_the_method_is_built():
+    small = ("model.encoder.widths=[4,8,8]", "model.encoder.strides=[1,2,2]", "views.groups.still.size=[8,8,8]")
+    settings = resolved("method=macl_tiny", "model=unet", *small)["method"]
+    with pytest.raises(InstantiationException, match="leaves a single voxel at the coarsest stage"):
+        instantiate(settings, _convert_="all")
 
 
 def test_crops_that_do_not_fit_are_refused_with_what_does(capsys):

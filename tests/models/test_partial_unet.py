@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
 from medssl.models.partial_unet import PartialUNet, ScaleLaw, build_partial_unet, names_of_blocks
 from medssl.models.swin import SwinEncoder
 from medssl.models.unet import UNetDecoder, UNetEncoder
@@ -53,6 +54,40 @@ def test_a_crop_that_does_not_fit_is_refused_with_what_does():
         ScaleLaw((16,) * 3, FOUR_LEVELS, 5)
     with pytest.raises(ValueError, match="has 2 axes"):
         ScaleLaw((16,) * 3, FOUR_LEVELS, 2).reduced([64, 64])
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_a_small_image_of_a_single_coarsest_voxel_is_refused_where_it_would_be_normalised(side):
+    net = PartialUNet(*plain(), num_blocks=1)
+    if side == 16:
+        net.check_crop([16, 16, 16])
+        return
+    with pytest.raises(ValueError, match=r"size=\[8, 8, 8\] is \[4, 4, 4\] .*leaves a single voxel at the coarsest"):
+        net.check_crop([8, 8, 8], setting="size")
+
+
+def test_a_single_voxel_may_be_where_nothing_normalises_it():
+    encoder = MACLUNetEncoder(base_channels=2, num_levels=2, norm="instance")
+    fitted = {"encoder_channels": encoder.channels, "encoder_strides": encoder.strides, "norm": "instance"}
+    net = PartialUNet(encoder, MACLUNetDecoder(in_channels=1, **fitted), num_blocks=1)
+    net.check_crop([8, 8, 8])
+    before = [tensor.clone() for tensor in net.state_dict().values()]
+    assert net(torch.rand(1, 1, 4, 4, 4))[1].std() > 0
+    encoder.center.append(torch.nn.InstanceNorm3d(8))
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        net.check_crop([8, 8, 8])
+    assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
+
+
+def test_a_network_that_needs_values_is_left_to_the_first_batch():
+    class Reading(UNetEncoder):
+        def forward(self, image, location=None):
+            assert image.sum().item() < 1e9
+            return super().forward(image)
+
+    encoder = Reading(widths=(4, 4, 8))
+    fitted = {"encoder_channels": encoder.channels, "encoder_strides": encoder.strides}
+    PartialUNet(encoder, UNetDecoder(in_channels=1, **fitted), num_blocks=1).check_crop([8, 8, 8])
 
 
 def test_maps_that_are_compared_have_equal_size_and_idle_blocks_are_frozen():

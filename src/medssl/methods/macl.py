@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COUPLINGS = ("shared", "independent", "ema")
 SMALL_BATCH = 16
 """Samples of a process below which those of the others are gathered, unless said otherwise."""
+SIZE = "views.groups.still.size"
 WATCHED_STEPS = 20
 FEWEST_POSITIVES = 0.5
 
@@ -46,7 +47,7 @@ class MACL(Method):
         backbone: encoder and decoder.
         heads: builds the heads, given `bottleneck_channels`, `decoded_channels` and `spatial_dims`.
         positions: which crops are positives, and which are compared.
-        crop_voxel: size of the crops, checked here against the strides of the networks; None checks the first batch.
+        crop_voxel: size of the crops, tried here on the networks; None leaves that to the first batch.
         weight_global: of the contrast of images.
         weight_dense: of the contrast of places.
         weight_equivariance: of the mean absolute difference of the bottlenecks.
@@ -112,7 +113,7 @@ class MACL(Method):
         self.places, self.supervoxel_every = places, supervoxel_every
         self.watched: list[Tensor] | None = []
         if crop_voxel is not None:
-            self._reduced_size(tuple(crop_voxel))
+            self.backbone.check_crop(self._plane(tuple(crop_voxel)), setting=SIZE)
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
@@ -205,19 +206,20 @@ class MACL(Method):
         return contrast_of_positives(rows, near.repeat(2, 2), **options)
 
     def _small(self, image: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b c *small"]:
-        size = self.backbone.law.reduced(image.shape[2:], setting="views.groups.still.size")
+        size = self.backbone.law.reduced(image.shape[2:], setting=SIZE)
         return shrunk(image, size, how=self.downsample)
 
     def _flat(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b c *spatial"]:
         """Slices without their third axis, for networks of two."""
         return image[..., 0] if self.backbone.spatial_dims == 2 else image
 
-    def _reduced_size(self, crop_voxel: tuple[int, ...]) -> tuple[int, ...]:
-        if self.backbone.spatial_dims == 2:
-            if len(crop_voxel) != 3 or crop_voxel[2] != 1:
-                raise ValueError(f"views.groups.still.size={list(crop_voxel)}: a 2D network takes slices, [x, y, 1]")
-            crop_voxel = crop_voxel[:2]
-        return self.backbone.law.reduced(crop_voxel, setting="views.groups.still.size")
+    def _plane(self, crop_voxel: tuple[int, ...]) -> tuple[int, ...]:
+        """The sides that the network sees."""
+        if self.backbone.spatial_dims == 3:
+            return crop_voxel
+        if len(crop_voxel) != 3 or crop_voxel[2] != 1:
+            raise ValueError(f"{SIZE}={list(crop_voxel)}: a 2D network takes slices, [x, y, 1]")
+        return crop_voxel[:2]
 
     def _groups(self, batch: Mapping[str, View]) -> tuple[View, View, View]:
         found = {name: tuple(view.image.shape[1:]) for name, view in batch.items()}

@@ -1,10 +1,13 @@
 """An encoder with the first blocks of a decoder, and the law that ties crop size, strides and blocks together."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from medssl.models.segmenter import build_networks
 
@@ -112,6 +115,23 @@ class PartialUNet(nn.Module):
         """Bottleneck and the map after the last block that runs."""
         maps = self.encoder(image)
         return maps[-1], self.decoder(image, maps, num_blocks=self.num_blocks)[0]
+
+    def check_crop(self, size_voxel: Sequence[int], *, setting: str = "the crop") -> None:
+        """Try the shapes that the small image of a crop takes, without any value; `setting` names the crop in an error.
+
+        Raises: ValueError: the crop does not fit, or a network refuses the small image: instance norm a single voxel.
+        """
+        small = self.law.reduced(size_voxel, setting=setting)
+        state = {name: tensor.to("meta") for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        image = torch.empty((2, int(self.encoder.in_channels), *small), device="meta")  # type: ignore[arg-type]
+        try:
+            with torch.no_grad(), suppress(RuntimeError):  # networks that need values are left to the first batch
+                functional_call(self, state, (image,))
+        except ValueError as error:
+            raise ValueError(
+                f"{setting}={[int(side) for side in size_voxel]} is {list(small)} where it is made smaller, which the "
+                f"network refuses: {error}"
+            ) from error
 
 
 def names_of_blocks(decoder: nn.Module, num_blocks: int) -> set[str]:
