@@ -87,7 +87,7 @@ def test_the_order_of_rows_is_of_no_account_and_a_changed_score_makes_new_tables
         ([("a", 1, 2)], ("case", "z", "score"), "has no column 'z_mm'"),
         ([("a", 1, 2)], None, "case a needs at least two rows"),
         ([("a", 1, 2), ("a", 2, 1)], None, "whose score rises with z_mm"),
-        ([("a", 1, "high")], None, "line 2: z_mm and score must be numbers"),
+        ([("a", 1, "high")], None, "line 2: score must be a number, got 'high'"),
         ([("a", 1, 2), ("a", 2, 3)], None, "has no row of case"),
     ],
 )
@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(store, tmp_path, capsys, rows, columns, message):
 def test_a_missing_file_is_one_line(store, capsys):
     for argument, message in (
         ("file=null", "needs file=FILE.csv"),
-        ("file=/no/where.csv", "there is no table of heights"),
+        ("file=/no/where.csv", "there is no table /no/where.csv"),
     ):
         with pytest.raises(SystemExit) as stop:
             main("derive", run_derive, arguments=["what=heights", f"store={store.root}", argument, "num_workers=0"])

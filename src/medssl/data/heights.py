@@ -1,6 +1,5 @@
 """Heights on a common scale, as found outside: the derived table `heights`."""
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from medssl.data.case_numbers import read_case_numbers
 from medssl.data.derived import Table
 from medssl.data.store import VolumeStore
 
-COLUMNS = ("case", "z_mm", "score")
+COLUMNS = ("z_mm", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,24 +87,9 @@ def _column(score: Float64[np.ndarray, " row"], missing: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _read(path: Path) -> Mapping[str, Float64[np.ndarray, "row 2"]]:
-    if not path.is_file():
-        raise ValueError(f"there is no table of heights {path}")
-    found: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        names = list(reader.fieldnames or [])
-        if absent := [column for column in COLUMNS if column not in names]:
-            raise ValueError(f"{path} has no column {absent[0]!r}; it needs {', '.join(COLUMNS)}, and has {names}")
-        for number, row in enumerate(reader, start=2):
-            try:
-                pair = float(row["z_mm"]), float(row["score"])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: z_mm and score must be numbers ({error})") from error
-            found.setdefault((row["case"] or "").strip(), []).append(pair)
-    tables = {case: np.array(sorted(rows)) for case, rows in found.items()}
+    tables = {case: rows[np.lexsort(rows.T[::-1])] for case, rows in read_case_numbers(path, COLUMNS).items()}
     for case, table in tables.items():
-        steps = np.diff(table, axis=0)
-        if len(table) < 2 or not np.isfinite(table).all() or steps.min() <= 0:
+        if len(table) < 2 or np.diff(table, axis=0).min() <= 0:
             raise ValueError(
                 f"{path}: case {case} needs at least two rows whose z_mm differ and whose score rises with z_mm; "
                 "smooth noisy scores, and turn a scale round that falls from feet to head"

@@ -183,7 +183,7 @@ class Csv:
         """One case a row."""
         existing_root(self.root)
         table = self._table()
-        rows = _read_table(table)
+        rows = read_table(table)
         columns = [c.strip() for c in (rows[0] if rows else []) if c]
         for column in columns:
             if column not in CSV_COLUMNS and (close := difflib.get_close_matches(column, CSV_COLUMNS, 1, 0.8)):
@@ -278,7 +278,8 @@ def _beside(table: Path, file: str) -> Path:
     return table.parent / (Path(file).expanduser() if file.startswith("~/") else file)
 
 
-def _read_table(table: Path) -> list[dict[str, str]]:
+def read_table(table: Path) -> list[dict[str, str]]:
+    """The rows of a file with a header: cells between commas, semicolons or tabs, whichever the header has most of."""
     try:
         lines = table.read_text(encoding="utf-8-sig").splitlines()
         delimiter = max(",;\t", key=lines[0].count) if lines else ","

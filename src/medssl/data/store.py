@@ -313,7 +313,10 @@ class VolumeStore:
         """The derived table `name` of a case, as `medssl.derive` made it; `derived` gives its arrays and keeps them."""
         pointer = self.root / "derived" / f"{name}.json"
         if not pointer.is_file():
-            needs = {"pairs": " weights=FILE", "embeddings": " weights=FILE", "heights": " file=FILE.csv"}.get(name, "")
+            weights, table = " weights=FILE", " file=FILE.csv"
+            needs = {"pairs": weights, "embeddings": weights, "heights": table, "external_keypoints": table}.get(
+                name, ""
+            )
             options = f"what={name}{needs} store={self.root}"
             raise ValueError(f"{self.root} has no derived data {name!r}; run `python -m medssl.derive {options}`")
         folder = self.root / "derived" / json.loads(pointer.read_text())["folder"]
