@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Float64
-from torch import Tensor, nn
+from torch import Tensor
 
 from medssl.data.views import View
 from medssl.losses import position_contrast
+from medssl.losses.consistency import direction_spread
 from medssl.losses.optimal_transport import REDUCTIONS, log_transport, matching_accuracy, matching_loss
 from medssl.losses.position_contrast import contrast_of_positives, equal_labels, near_positions, overlapping_boxes
 from medssl.methods.base import Method, Progress, StepOutput
@@ -137,7 +138,6 @@ class KAF(Method):
             terms["matching"] = matching_loss(plan, points.pairs, reduction=self.reduction)  # type: ignore[arg-type]
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
         itself = torch.eye(len(positive), dtype=torch.bool, device=positive.device)
-        directions = nn.functional.normalize(image.detach(), dim=1)
         logs = {name: term.detach() for name, term in terms.items()}
         logs |= {
             "matching_accuracy": matching_accuracy(plan, points.pairs),
@@ -145,7 +145,7 @@ class KAF(Method):
             "matched_share": points.matched_share(),
             "points": (points.first_valid.sum(1) + points.second_valid.sum(1)).float().mean() / 2,
             "num_positives": (positive & ~itself).sum(1).float().mean(),
-            "feature_std": directions.std(0, correction=0).mean() * directions.shape[1] ** 0.5,
+            "feature_std": direction_spread(image.detach()),
         }
         return StepOutput(loss, logs)
 
