@@ -28,6 +28,14 @@ CHUNK_VOXEL = 32
 COARSEST_VOXEL = 96
 """No further level is made once the longest side is at most this long, so that the coarsest is about 64 voxels."""
 
+NEEDS = {
+    "pairs": " weights=FILE",
+    "embeddings": " weights=FILE",
+    "heights": " file=FILE.csv",
+    "external_keypoints": " file=FILE.csv",
+}
+"""What `medssl.derive` has to be told besides, by the name of the table."""
+
 # No chunk cache: crops hardly ever share chunks, and the process must not come to hold whole volumes.
 CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
 
@@ -313,11 +321,7 @@ class VolumeStore:
         """The derived table `name` of a case, as `medssl.derive` made it; `derived` gives its arrays and keeps them."""
         pointer = self.root / "derived" / f"{name}.json"
         if not pointer.is_file():
-            weights, table = " weights=FILE", " file=FILE.csv"
-            needs = {"pairs": weights, "embeddings": weights, "heights": table, "external_keypoints": table}.get(
-                name, ""
-            )
-            options = f"what={name}{needs} store={self.root}"
+            options = f"what={name}{NEEDS.get(name, '')} store={self.root}"
             raise ValueError(f"{self.root} has no derived data {name!r}; run `python -m medssl.derive {options}`")
         folder = self.root / "derived" / json.loads(pointer.read_text())["folder"]
         return folder / f"{self.record(case).case}.npz"
