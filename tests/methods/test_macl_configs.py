@@ -233,9 +233,13 @@ def test_a_crop_that_leaves_one_voxel_to_an_instance_norm_is_refused_when_the_me
         instantiate(settings, _convert_="all")
 
 
-def test_crops_that_do_not_fit_are_refused_with_what_does(capsys):
-    with pytest.raises(SystemExit):
-        main("pretrain", run, arguments=["method=macl_tiny", "views.groups.still.size=[24,24,24]"])
+@pytest.mark.parametrize("threshold", [0.1, "auto"])
+def test_crops_that_do_not_fit_are_refused_with_what_does_before_any_volume_is_prepared(threshold, tmp_path, capsys):
+    settings = ["method=macl_tiny", "views.groups.still.size=[24,24,24]", f"method.positions.threshold={threshold}"]
+    with pytest.raises(SystemExit) as stop:
+        main("pretrain", run, arguments=[*settings, f"output_dir={tmp_path / 'run'}", f"store={tmp_path / 'store'}"])
+    assert stop.value.code == 2
+    assert not (tmp_path / "store").exists()
     said = capsys.readouterr().err
     assert "views.groups.still.size=[24, 24, 24]" in said
     assert "multiples of [16, 16, 16]" in said

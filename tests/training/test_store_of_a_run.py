@@ -6,8 +6,10 @@ import shutil
 import nibabel
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 
 from medssl.config import compose
+from medssl.training import pretraining
 from medssl.training.running import open_store
 
 
@@ -81,3 +83,21 @@ def test_new_files_that_are_too_often_unreadable_leave_the_store_as_it_is(images
         "a",
         "b",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_tried"),
+    [
+        (("method=macl_tiny",), True),
+        (("method=macl_tiny", "data.channels=all"), False),  # how many is not known
+        (("method=drasclr_tiny",), False),  # its queue has as many entries as there are cases
+    ],
+)
+def test_a_method_is_tried_before_the_store_unless_it_needs_what_only_the_store_knows(settings, is_tried, monkeypatch):
+    built = []
+    monkeypatch.setattr(pretraining, "build_method", built.append)
+    config = compose("pretrain", settings)
+    pretraining.try_method(config, instantiate(config.views, _convert_="all"))
+    assert len(built) == is_tried
+    assert config.facts.num_channels is None
+    assert all(values["method"]["backbone"]["encoder"]["in_channels"] == 1 for values in built)

@@ -79,7 +79,7 @@ class VolumeDataModule(lightning.LightningDataModule):
             "num_cases": num_cases,
             "num_channels": self.store.record(self.training_cases[0]).channels,
             "num_locations": self.plan.locations_in(self.store),
-            "crop_voxel": [int(side) for side in next(iter(self.plan.groups.values())).size],
+            "crop_voxel": self.plan.first_size,
             "steps_per_epoch": per_epoch,
             "steps_per_round": of_round(num_cases, self.batch_size),
         }

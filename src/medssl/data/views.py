@@ -235,6 +235,11 @@ class ViewPlan:
         return max(getattr(spec, "num_locations", 0) for spec in self.groups.values())
 
     @property
+    def first_size(self) -> list[int]:
+        """Voxels of the views of the first group."""
+        return [int(side) for side in next(iter(self.groups.values())).size]
+
+    @property
     def tables(self) -> set[str]:
         """The derived tables that hold locations."""
         return {table for spec in self.groups.values() if (table := getattr(spec, "table", None))}

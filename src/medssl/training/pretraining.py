@@ -1,15 +1,18 @@
 """A pre-training run from its configuration: store, views, method, loop."""
 
+import copy
 import sys
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from medssl.data.module import VolumeDataModule
 from medssl.data.randomness import counter_key
 from medssl.data.splits import pretraining_cases
+from medssl.data.views import ViewPlan
 from medssl.methods.base import Method
 from medssl.methods.macl_threshold import automatic_threshold
 from medssl.training.checkpoints import LastCheckpoint
@@ -17,7 +20,7 @@ from medssl.training.export import Export, build_card
 from medssl.training.metrics import Metrics
 from medssl.training.pictures import Pictures
 from medssl.training.run_folder import RunFolder, process_rank
-from medssl.training.running import build_module, check_trainer, fit, open_store, quiet, resolved
+from medssl.training.running import build_module, check_trainer, fit, is_prepared, open_store, quiet, resolved
 from medssl.training.starting import Start
 
 
@@ -28,11 +31,13 @@ def pretrain(begin: Start) -> None:
     """
     config, folder = begin.config, begin.folder
     quiet()
-    check_trainer(config)  # this, views and sampler before the store: a slip need not cost an hour of preparing
+    check_trainer(config)  # this, views, sampler and method before the store: a slip need not cost hours of preparing
     views = instantiate(config.views, _convert_="all")
     config.facts.num_locations = views.num_locations
     if not views.tables:
         instantiate(config.sampler, _convert_="all")
+    if not is_prepared(config):
+        try_method(config, views)
     store = open_store(config, is_resumed=begin.checkpoint is not None)
     config.facts.num_locations = views.locations_in(store)
     for note in views.notes(store) if process_rank() == 0 else ():
@@ -72,14 +77,39 @@ def pretrain(begin: Start) -> None:
         print(closing_words(folder, stopped=stopped, step=step, total=trainer.max_steps, channels=channels))
 
 
+def try_method(config: DictConfig, views: ViewPlan) -> None:
+    """Build the method and forget it, unless its settings follow from facts that only the prepared data tell.
+
+    Raises: ValueError: it refuses its settings.
+    """
+    known: dict[str, Any] = {"crop_voxel": views.first_size}
+    known |= {} if config.data.get("channels") == "all" else {"num_channels": 1}
+    known |= {} if views.tables else {"num_locations": views.num_locations}
+    trial = copy.deepcopy(config)
+    trial.facts = dict.fromkeys(config.facts, "???") | known
+    if finds_threshold(config):
+        trial.method.positions.threshold = 1.0
+    try:
+        settings = OmegaConf.to_container(trial.method, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException:
+        return
+    build_method({"method": settings, "seed": config.seed})
+
+
+def finds_threshold(config: DictConfig) -> bool:
+    """Whether the method compares positions with a threshold that is to be found."""
+    positions = config.method.get("positions")
+    return isinstance(positions, DictConfig) and positions.get("threshold") == "auto"
+
+
 def find_threshold(config: DictConfig, data: VolumeDataModule) -> None:
     """Put the number into `config` that `method.positions.threshold=auto` stands for, which follows from data and seed.
 
     Raises: ValueError: there is none.
     """
-    positions = config.method.get("positions")
-    if not isinstance(positions, DictConfig) or positions.get("threshold") != "auto":
+    if not finds_threshold(config):
         return
+    positions = config.method.positions
     positions.threshold = automatic_threshold(
         data.store,
         data.plan,

@@ -47,6 +47,11 @@ def open_store(config: DictConfig, *, is_resumed: bool = False) -> VolumeStore:
     return VolumeStore(root)
 
 
+def is_prepared(config: DictConfig) -> bool:
+    """Whether the store of the run was finished once."""
+    return (Path(locate_store(config.data, config.store)) / "index.jsonl").is_file()
+
+
 def update_store(config: DictConfig, root: Path) -> None:
     """Prepare the store, or what is new in its source, and say in a line what has changed."""
     is_finished = (root / "index.jsonl").is_file()
