@@ -17,6 +17,7 @@ from medssl.prepare import run as prepare
 from medssl.pretrain import run
 from medssl.training.initialising import find_initial, load_initial
 from medssl.training.optim import build_optimizer
+from medssl.training.running import check_trainer
 from medssl.weights import read_card
 
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
@@ -123,8 +124,10 @@ def test_an_automatic_threshold_is_a_number_in_the_settings_of_the_run(finished)
     assert yaml.safe_load((finished / "config.yaml").read_text())["method"]["positions"]["threshold"] == 0.123
     (_, plan, sampler), asked = ONE_THRESHOLD.call_args
     assert (list(plan.groups), type(sampler).__name__) == (["still", "moved"], "Anchored")
-    assert (asked["rule"].norm, asked["batch_size"], asked["compared_size"], asked["seed"]) == ("l2", 4, 4, 0)
+    assert (asked["rule"].norm, asked["batch_size"], asked["seed"]) == ("l2", 4, 0)
+    assert (asked["world"], asked["accumulate"], asked["gather"]) == (1, 1, None)
     assert len(asked["cases"]) == 4
+    assert check_trainer(compose("pretrain", ["trainer.devices=2"])) == 2
 
 
 @pytest.mark.parametrize("decoder", ["all", "trained", "none"])

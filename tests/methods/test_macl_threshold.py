@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from medssl.data.placements import Nearby, RandomCrop
+from medssl.data.geometry import Frame
+from medssl.data.placements import Nearby, Placement, RandomCrop
 from medssl.data.sampling import Anchored, Shuffled
 from medssl.data.views import ViewPlan
 from medssl.methods.macl_positions import PositionRule
@@ -71,8 +72,49 @@ def test_anchored_batches_need_a_smaller_threshold(make_store):
     plan = ViewPlan(groups={"still": Nearby(**crop, of="anchor", shift=0.05)})
     tied = automatic_threshold(store, plan, Anchored(volumes_per_anchor=2), **settings)
     assert tied < 0.15 < free
-    alone = settings | {"compared_size": 2}  # both samples of an anchor on one rank
-    assert automatic_threshold(store, plan, Anchored(volumes_per_anchor=2), **alone) < tied
+    alone = {"world": 2, "gather": False}  # both samples of an anchor on one rank
+    assert automatic_threshold(store, plan, Anchored(volumes_per_anchor=2), **settings, **alone) < tied
+
+
+@pytest.mark.parametrize(
+    ("options", "compared"),
+    [
+        ({}, [{0, 1, 2, 3, 4, 5, 6, 7}]),
+        ({"world": 2}, [{0, 1, 2, 3, 4, 5, 6, 7}]),
+        ({"world": 2, "gather": False}, [{0, 1, 2, 3}, {4, 5, 6, 7}]),
+        ({"accumulate": 2}, [{0, 1, 2, 3}, {4, 5, 6, 7}]),
+        ({"world": 2, "accumulate": 2}, [{0, 1, 4, 5}, {2, 3, 6, 7}]),
+        ({"world": 2, "accumulate": 2, "gather": False}, [{0, 1}, {4, 5}, {2, 3}, {6, 7}]),
+    ],
+)
+def test_the_samples_that_a_run_compares_are_compared(options, compared, make_store, monkeypatch):
+    """As micro-batches of the ranks hold them."""
+    store, seen = make_store(*noise((12, 12, 12))), []
+
+    def distances(store, spec, places, *, rule, compared_size):
+        numbers = [round(placement.frame.center[2]) for _, placement in places]
+        seen.extend(set(numbers[at : at + compared_size]) for at in range(0, len(numbers), compared_size))
+        return np.arange(10.0)
+
+    class Marked(RandomCrop):
+        def place(self, scene, placed, rng):
+            return [Placement(0, Frame.at([0, 0, scene.request.sample], (4, 4, 4), step_voxel=[1, 1, 1]))]
+
+    monkeypatch.setattr("medssl.methods.macl_threshold.pair_distances", distances)
+    plan, rule = ViewPlan(groups={"still": Marked(size=[4, 4, 4])}), PositionRule()
+    automatic_threshold(store, plan, Shuffled(), rule=rule, cases=[0], batch_size=8, num_pairs=1, **options)
+    assert seen == compared
+
+
+def test_processes_of_sixteen_samples_compare_their_own(make_store):
+    store = make_store(*noise(*[(40, 40, 40)] * 4))
+    plan = ViewPlan(groups={"still": Nearby(size=[8, 8, 8], within="body", of="anchor", shift=0.05)})
+    settings = {"rule": PositionRule(frame="body"), "cases": [0, 1, 2, 3], "batch_size": 32, "num_pairs": 2000}
+    sampler = Anchored(volumes_per_anchor=16)  # an anchor a process
+    together = automatic_threshold(store, plan, sampler, **settings, world=2, gather=True)
+    own = automatic_threshold(store, plan, sampler, **settings, world=2)
+    assert own == automatic_threshold(store, plan, sampler, **settings, world=2, gather=False)
+    assert own < 0.9 * together
 
 
 def test_cohorts_count_as_the_rule_says(make_store):
@@ -99,7 +141,9 @@ def test_places_that_do_not_differ_have_no_threshold(make_store):
     settings = {"rule": rule, "cases": [0, 1], "batch_size": 2, "num_pairs": 20}
     with pytest.raises(ValueError, match="all crops lie in one place; state a number"):
         automatic_threshold(store, plan, Shuffled(), **settings)
-    with pytest.raises(ValueError, match="but 3 of 2 are compared"):
-        automatic_threshold(store, plan, Shuffled(), **settings, compared_size=3)
+    with pytest.raises(ValueError, match="1 for each of 2 processes x 1 micro-batches; raise batch_size=2"):
+        automatic_threshold(store, plan, Shuffled(), **settings, world=2, gather=False)
+    with pytest.raises(ValueError, match="0 for each of 3 processes x 1"):
+        automatic_threshold(store, plan, Shuffled(), **settings, world=3)
     with pytest.raises(ValueError, match=r"must lie between 0 and 1, got 1\.5"):
         automatic_threshold(store, plan, Shuffled(), **settings, rate=1.5)

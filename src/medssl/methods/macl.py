@@ -14,7 +14,7 @@ from medssl.losses.dense_contrast import dense_contrast, equivariance_loss, segm
 from medssl.losses.position_contrast import contrast_of_positives
 from medssl.methods.base import Method, Progress, StepOutput
 from medssl.methods.macl_places import PlaceRule, rows_of, segments_of
-from medssl.methods.macl_positions import PositionRule
+from medssl.methods.macl_positions import PositionRule, is_gathered
 from medssl.models.macl_heads import MACLHeads
 from medssl.models.partial_unet import PartialUNet
 from medssl.ops.ema import frozen_copy, update_ema
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COUPLINGS = ("shared", "independent", "ema")
-SMALL_BATCH = 16
-"""Samples of a process below which those of the others are gathered, unless said otherwise."""
 SIZE = "views.groups.still.size"
 WATCHED_STEPS = 20
 FEWEST_POSITIVES = 0.5
@@ -123,7 +121,7 @@ class MACL(Method):
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
         """Weighted sum of the losses."""
         still, dominant_still, moved = self._groups(batch)
-        gathers = len(still.image) < SMALL_BATCH if self.gather is None else self.gather
+        gathers = is_gathered(self.gather, len(still.image))
         positive, compared = self.positions(still, gather=gathers)
         auxiliary, dominant, decoded = self._branches(still.image[:, 0], dominant_still.image[:, 0])
         vectors = self.heads.images(*self._branches(moved.image[:, 0], moved.image[:, 1]))

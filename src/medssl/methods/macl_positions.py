@@ -14,6 +14,8 @@ AXES = ("x", "y", "z")
 FRAMES = ("volume", "body", "mm", "external")
 NORMS = ("linf", "l2")
 CROSS_GROUP = ("ignore", "negative", "compare")
+SMALL_BATCH = 16
+"""Samples of a process below which those of the others are gathered, unless said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,11 @@ class PositionRule:
         """How far positions lie apart by the norm, all axes alike: pairs below t are near at the threshold t."""
         apart = (position - other).abs()
         return apart.amax(-1) if self.norm == "linf" else apart.norm(dim=-1)
+
+
+def is_gathered(gather: bool | None, num_samples: int) -> bool:
+    """Whether samples of all processes are compared; with None where each has few, `num_samples`."""
+    return num_samples < SMALL_BATCH if gather is None else gather
 
 
 def height_score(table: Float64[Tensor, "b row 2"], z_mm: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:

@@ -13,7 +13,7 @@ from medssl.data.sampling import CaseSampler, Request
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
 from medssl.data.views import ViewPlan
-from medssl.methods.macl_positions import PositionRule, Positions
+from medssl.methods.macl_positions import PositionRule, Positions, is_gathered
 
 TARGET_RATE = 0.19
 """What one axis with the threshold 0.1 has, where positions are uniform: 2 t - t^2."""
@@ -28,7 +28,9 @@ def automatic_threshold(
     rule: PositionRule,
     cases: Sequence[int],
     batch_size: int,
-    compared_size: int | None = None,
+    world: int = 1,
+    accumulate: int = 1,
+    gather: bool | None = None,
     rate: float = TARGET_RATE,
     num_pairs: int = NUM_PAIRS,
     seed: int = 0,
@@ -44,22 +46,30 @@ def automatic_threshold(
         sampler: of the cases.
         rule: how positions are compared, its own threshold left aside.
         cases: to choose from.
-        batch_size: samples of a step, on all ranks together.
-        compared_size: samples whose loss is computed together, next to each other in a batch; None for all.
+        batch_size: samples of a step, over all processes and micro-batches.
+        world: number of processes.
+        accumulate: micro-batches a step.
+        gather: compare the samples of all processes, see `is_gathered`.
         rate: wanted share.
         num_pairs: looked at, about.
         seed: of the run.
 
     Raises: ValueError: no pair is compared, or no threshold above 0 has the rate.
     """
-    size = compared_size or batch_size
-    if size < 2 or batch_size % size:
-        raise ValueError(f"threshold: auto compares samples of a batch, but {size} of {batch_size} are compared")
+    each = batch_size // (world * accumulate)
+    size = each * world if is_gathered(gather, each) else each
+    if size < 2 or batch_size % (world * accumulate):
+        raise ValueError(
+            f"threshold: auto compares samples of a batch, of which there are {each} for each of {world} processes x "
+            f"{accumulate} micro-batches; raise batch_size={batch_size}, a multiple of both, or state a number"
+        )
+    together = np.arange(batch_size).reshape(world, accumulate, each).swapaxes(0, 1).ravel()  # micro-batches in turn
     name, spec = next(iter(plan.groups.items()))
     places: list[tuple[int, Placement]] = []
     for step in range(math.ceil(num_pairs / (batch_size * (size - 1) / 2))):
         requests = sampler.batch(step, index=cases, batch_size=batch_size, seed=seed)
-        places += [_place(store, spec, request, key=(seed, step, request.sample, name)) for request in requests]
+        for request in (requests[number] for number in together):
+            places.append(_place(store, spec, request, key=(seed, step, request.sample, name)))
     return threshold_at(pair_distances(store, spec, places, rule=rule, compared_size=size), rate=rate)
 
 

@@ -31,7 +31,7 @@ def pretrain(begin: Start) -> None:
     """
     config, folder = begin.config, begin.folder
     quiet()
-    check_trainer(config)  # this, views, sampler and method before the store: a slip need not cost hours of preparing
+    world = check_trainer(config)  # this, views, sampler and method before the store: a slip costs no preparing
     views = instantiate(config.views, _convert_="all")
     config.facts.num_locations = views.num_locations
     if not views.tables:
@@ -60,7 +60,7 @@ def pretrain(begin: Start) -> None:
         validation_cases=validation_cases,
     )
     config.facts = data.facts()
-    find_threshold(config, data)
+    find_threshold(config, data, world=world)
     values = resolved(config)
     module = build_module(begin, build_method(values), values)
     column = "validation_loss" if values["validate_every"] else None
@@ -102,8 +102,10 @@ def finds_threshold(config: DictConfig) -> bool:
     return isinstance(positions, DictConfig) and positions.get("threshold") == "auto"
 
 
-def find_threshold(config: DictConfig, data: VolumeDataModule) -> None:
+def find_threshold(config: DictConfig, data: VolumeDataModule, *, world: int) -> None:
     """Put the number into `config` that `method.positions.threshold=auto` stands for, which follows from data and seed.
+
+    It is that of `world` processes, whose samples are compared together or not.
 
     Raises: ValueError: there is none.
     """
@@ -117,7 +119,9 @@ def find_threshold(config: DictConfig, data: VolumeDataModule) -> None:
         rule=instantiate(positions, threshold=1.0, _convert_="all"),
         cases=data.training_cases,
         batch_size=config.batch_size,
-        compared_size=config.batch_size // config.accumulate,
+        world=world,
+        accumulate=config.accumulate,
+        gather=config.method.get("gather"),
         seed=config.seed,
     )
 

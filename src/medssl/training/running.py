@@ -78,11 +78,14 @@ def update_store(config: DictConfig, root: Path) -> None:
             print(f"the source has changed: {summary}", flush=True)
 
 
-def check_trainer(config: DictConfig) -> None:
-    """Raises: ValueError: Lightning refuses the `trainer` settings, or this machine lacks the devices."""
+def check_trainer(config: DictConfig) -> int:
+    """The number of processes that will train.
+
+    Raises: ValueError: Lightning refuses the `trainer` settings, or this machine lacks the devices.
+    """
     settings = {key: value for key, value in config.trainer.items() if key != "max_steps"}
     try:
-        L.Trainer(**instantiate(settings, _convert_="all"), logger=False, enable_checkpointing=False)
+        return L.Trainer(**instantiate(settings, _convert_="all"), logger=False, enable_checkpointing=False).world_size
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
 
