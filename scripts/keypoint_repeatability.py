@@ -28,6 +28,7 @@ from medssl.models.keypoints import DifferenceOfGaussians, Foerstner, RandomPoin
 RANGE = (0.0, 1.0)
 DETECTORS = {
     "blobs, sigma0 0.8": DifferenceOfGaussians(value_range=RANGE),
+    "blobs, sigma0 0.8, cross": DifferenceOfGaussians(neighbourhood="cross", value_range=RANGE),
     "blobs, sigma0 1.0": DifferenceOfGaussians(sigma0=1.0, value_range=RANGE),
     "blobs, sigma0 1.6": DifferenceOfGaussians(sigma0=1.6, value_range=RANGE),
     "Foerstner": Foerstner(value_range=RANGE),

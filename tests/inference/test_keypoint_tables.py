@@ -91,6 +91,8 @@ def test_the_command_writes_a_quality_table_and_a_picture(store, capsys):
         "contrast": 0.04,
         "edge_ratio": 10.0,
         "border": 3,
+        "refine": True,
+        "neighbourhood": "full",
         "num_octaves": None,
         "value_range": [0, 1],
     }

@@ -82,6 +82,29 @@ def test_blobs_between_two_octaves_are_found_once():
     assert twice == 0
 
 
+@pytest.mark.parametrize("width", [1.5, 2.5, 4.0])
+def test_without_refinement_a_blob_is_found_once_at_a_voxel_and_a_level_of_its_octave(width):
+    detector = DifferenceOfGaussians(value_range=(0, 1), refine=False)
+    middle = (32.4, 31.8, 33.3)
+    points, scale, response = found(gaussian_blob((64, 64, 64), middle, width)[None, None], detector)
+    octave = int(math.log2(scale[0] / 0.8 - 1e-3))
+    assert (points[0] % 2**octave == 0).all()
+    assert (points[0] - torch.tensor(middle)).abs().max() <= 0.5 * 2**octave
+    level = 3 * math.log2(scale[0] / 0.8)
+    assert level == pytest.approx(round(level), abs=1e-4)
+    assert abs(level - 3 * math.log2(blob_sigma(width, 3) / 0.8)) < 0.7
+    assert (response[1:].abs() < 0.2 * response[0].abs()).all()
+
+
+def test_a_cross_finds_all_that_the_full_neighbourhood_finds_and_more():
+    image = texture(1, (32, 28, 36))
+    full, cross = (
+        found(image, DifferenceOfGaussians(value_range=(0, 1), neighbourhood=name))[0] for name in ("full", "cross")
+    )
+    assert len(cross) > 1.2 * len(full)
+    assert torch.cdist(full, cross).amin(1).max() < 1e-3
+
+
 @pytest.mark.parametrize(("flat", "shape"), [((0, 1), "plate"), ((2,), "tube"), ((), "blob")])
 def test_plates_and_tubes_are_rejected(flat, shape):
     ridge = gaussian_blob((48, 48, 48), (23.7, 24.1, 24.4), 1.5, flat=flat)
@@ -93,10 +116,12 @@ def test_plates_and_tubes_are_rejected(flat, shape):
 
 
 @pytest.mark.parametrize("size", [(32, 28, 36), (72, 66)])
-def test_differences_of_gaussians_match_a_slow_search(size):
+@pytest.mark.parametrize(("neighbourhood", "refine"), [("full", True), ("cross", True), ("full", False)])
+def test_differences_of_gaussians_match_a_slow_search(size, neighbourhood, refine):
     image = texture(1, size)
-    rows = blobs(image[0, 0].numpy())
-    points, scale, response = found(image)
+    rows = blobs(image[0, 0].numpy(), cross=neighbourhood == "cross", refine=refine)
+    detector = DifferenceOfGaussians(value_range=(0, 1), neighbourhood=neighbourhood, refine=refine)
+    points, scale, response = found(image, detector)
     assert len(rows) > 5
     assert points.shape == (len(rows), len(size))
     assert points.numpy() == pytest.approx(rows[:, :-2], abs=0.01)
@@ -246,6 +271,7 @@ def test_random_points_depend_on_the_seed_alone_and_are_distinct_voxels():
     [
         ({"sigma0": 0.5}, "sigma0 must exceed 0.5"),
         ({"border": 0}, "must be at least 1"),
+        ({"neighbourhood": "cube"}, "neighbourhood is 'cube', allowed are full, cross"),
         ({"contrast": -1.0}, "must not be negative"),
         ({"value_range": (1.0, 0.0)}, "two ascending values"),
     ],

@@ -7,7 +7,9 @@ import numpy as np
 from scipy import ndimage
 
 
-def blobs(image, *, sigma0=0.8, steps=3, contrast=0.04, edge_ratio=10.0, border=3, num_octaves=None):
+def blobs(
+    image, *, sigma0=0.8, steps=3, contrast=0.04, edge_ratio=10.0, border=3, num_octaves=None, cross=False, refine=True
+):
     """Rows of point, sigma and response: extrema of differences of Gaussians of an image in [0, 1]."""
     image = np.asarray(image, dtype=np.float64)
     num_octaves = num_octaves or max(1, math.floor(math.log2(min(image.shape))) - 3)
@@ -23,11 +25,11 @@ def blobs(image, *, sigma0=0.8, steps=3, contrast=0.04, edge_ratio=10.0, border=
         ends = set()
         for place in np.argwhere(np.abs(field) > 0.5 * contrast / steps):
             place = tuple(map(int, place))
-            if inside(place, field.shape, border, steps) and is_extremum(field, place):
-                ends |= {settle(field, place, border, steps)} - {None}
+            if inside(place, field.shape, border, steps) and is_extremum(field, place, cross):
+                ends |= {settle(field, place, border, steps) if refine else place} - {None}
         for place in sorted(ends):
             gradient, hessian = slopes(field, place)
-            offset = -np.linalg.solve(hessian, gradient)
+            offset = -np.linalg.solve(hessian, gradient) if refine else np.zeros(len(place))
             value = field[place] + gradient @ offset / 2
             curvature = np.linalg.eigvalsh(hessian[1:, 1:])
             rounded = curvature[0] * curvature[-1] > 0 and min(abs(curvature)) * edge_ratio > max(abs(curvature))
@@ -44,9 +46,9 @@ def blobs(image, *, sigma0=0.8, steps=3, contrast=0.04, edge_ratio=10.0, border=
             edge
             for edge in edges
             for other in kept
-            if np.linalg.norm(point - other[:-2]) < edge / 2
-            and abs(math.log2(sigma / edge)) < 0.5 / steps
-            and abs(math.log2(other[-2] / edge)) < 0.5 / steps
+            if np.linalg.norm(point - other[:-2]) < (edge / 2 if refine else edge)
+            and abs(math.log2(sigma / edge)) < (0.5 if refine else 1) / steps
+            and abs(math.log2(other[-2] / edge)) < (0.5 if refine else 1) / steps
         ]
         kept += [] if twins else [row]
     return np.array(kept).reshape(-1, image.ndim + 2)
@@ -57,12 +59,13 @@ def inside(place, shape, border, steps):
     return fits and 1 <= place[0] <= steps
 
 
-def is_extremum(field, place):
+def is_extremum(field, place, cross):
     around = [
         field[tuple(p + s for p, s in zip(place, shift, strict=True))]
         for shift in itertools.product((-1, 0, 1), repeat=len(place))
-        if any(shift)
+        if any(shift) and not (cross and np.count_nonzero(shift[1:]) > 1)
     ]
+    assert len(around) == (3 * (2 * field.ndim - 1) if cross else 3**field.ndim) - 1
     return field[place] > max(around) if field[place] > 0 else field[place] < min(around)
 
 

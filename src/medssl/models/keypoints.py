@@ -20,10 +20,11 @@ from medssl.models.keypoints_filters import (
     reach_of,
     stretched,
 )
-from medssl.models.keypoints_peaks import MOST_MOVES, OWN, Slab, is_blob, local_maxima, refine, slabs
+from medssl.models.keypoints_peaks import MOST_MOVES, OWN, Slab, is_blob, local_maxima, refine, slabs, unrefined
 
 INPUT_SIGMA = 0.5
 """Blur that an image is taken to have, in voxels."""
+NEIGHBOURHOODS = ("full", "cross")
 TINY = 1e-20
 """Below it the second invariant of a structure tensor of images in [0, 1] is rounding."""
 
@@ -139,6 +140,9 @@ class DifferenceOfGaussians:
         contrast: keypoints have a difference of at least this over `levels_per_octave`, in units of `value_range`.
         edge_ratio: largest ratio of curvatures; plates, tubes and edges exceed it.
         border: voxels at the faces, in each octave, without keypoints.
+        refine: whether place and scale are those of a parabola; otherwise of the voxel and the level, in each octave.
+        neighbourhood: `full`: larger than all that touch it in place and scale, 80 in a volume; `cross`: than those
+            that touch it with a face and these at the scales next to it, 20 in a volume.
         num_octaves: of scales; null is log2 of the shortest side less 3, at least 1.
         value_range: what counts as contrast 1, for instance [0, 1] for windowed images; null is each image's own range.
 
@@ -150,11 +154,16 @@ class DifferenceOfGaussians:
     contrast: float = 0.04
     edge_ratio: float = 10.0
     border: int = 3
+    refine: bool = True
+    neighbourhood: str = "full"
     num_octaves: int | None = None
     value_range: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        if self.neighbourhood not in NEIGHBOURHOODS:
+            allowed = ", ".join(NEIGHBOURHOODS)
+            raise ValueError(f"neighbourhood is {self.neighbourhood!r}, allowed are {allowed}")
         if self.sigma0 <= INPUT_SIGMA:
             raise ValueError(f"sigma0 must exceed {INPUT_SIGMA}, the blur of the image itself; got {self.sigma0}")
         if self.levels_per_octave < 1 or self.border < 1 or (self.num_octaves is not None and self.num_octaves < 1):
@@ -190,13 +199,14 @@ class DifferenceOfGaussians:
 
     def _without_twins(self, fine: Found, coarse: Found, *, octave: int) -> tuple[Found, Found]:
         """Two octaves without the weaker of keypoints that both have found, at scales where they meet."""
-        step = 2 ** (1 / self.levels_per_octave)
-        meeting = self.sigma0 * 2**octave * math.sqrt(step)
-        upper = (fine.scale > meeting / math.sqrt(step)).nonzero()[:, 0]
-        lower = (coarse.scale < meeting * math.sqrt(step)).nonzero()[:, 0]
+        half_step = 2 ** (0.5 / self.levels_per_octave)
+        meeting = self.sigma0 * 2**octave * half_step
+        slack = 1 if self.refine else 2  # voxels and levels are off by up to a half
+        upper = (fine.scale > meeting / half_step**slack).nonzero()[:, 0]
+        lower = (coarse.scale < meeting * half_step**slack).nonzero()[:, 0]
         one, two = fine.chosen(upper), coarse.chosen(lower)
         exact = "donot_use_mm_for_euclid_dist"
-        is_twin = torch.cdist(one.points, two.points, compute_mode=exact) < meeting / 2
+        is_twin = torch.cdist(one.points, two.points, compute_mode=exact) < slack * meeting / 2
         is_twin &= one.sample[:, None] == two.sample
         is_stronger = one.response.abs()[:, None] >= two.response.abs()
         keep_fine, keep_coarse = (torch.ones_like(part.sample, dtype=torch.bool) for part in (fine, coarse))
@@ -222,10 +232,11 @@ class DifferenceOfGaussians:
         """Keypoints of a slab, in voxels of its octave."""
         differences = torch.stack([after - before for before, after in pairwise(levels)], dim=1)  # (b level *spatial)
         bound = self.contrast / self.levels_per_octave
-        place = local_maxima(differences, reach=1, above=bound / 2, minima=True)
+        cross = self.neighbourhood == "cross"
+        place = local_maxima(differences, reach=1, above=bound / 2, minima=True, cross=cross)
         lower = [1, *slab.lower(self.border)]
         upper = [self.levels_per_octave, *slab.upper(self.border)]
-        peaks = refine(differences, place, lower=lower, upper=upper)
+        peaks = (refine if self.refine else unrefined)(differences, place, lower=lower, upper=upper)
         kept = (peaks.offset.abs() <= OWN).all(1) & (peaks.value.abs() >= bound) & slab.owns(peaks.place[:, 2])
         kept &= is_blob(peaks.hessian[:, 1:, 1:], edge_ratio=self.edge_ratio)
         position = (peaks.place[:, 1:] + peaks.offset)[kept]

@@ -6,7 +6,7 @@ A filter is a matrix product. On a CPU this takes a fraction of the time of a co
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from jaxtyping import Float32
@@ -70,12 +70,28 @@ def extreme_within(
 ) -> Float32[Tensor, "b *inner"]:
     """The `torch.maximum` or `torch.minimum` of each cube of `2 * reach + 1` along the axes, where it fits."""
     for axis in range(1, values.ndim):
-        length = values.shape[axis] - 2 * reach
-        found = values.narrow(axis, 0, length)
-        for shift in range(1, 2 * reach + 1):
-            found = extreme(found, values.narrow(axis, shift, length))
-        values = found
+        values = _extreme_along(values, axis, reach, extreme)
     return values
+
+
+def extreme_on_cross(
+    values: Float32[Tensor, "b level *axes"], reach: int, extreme: Callable[[Tensor, Tensor], Tensor]
+) -> Float32[Tensor, "b inner_level *inner"]:
+    """As `extreme_within`, of lines through each cube's middle only: along one of `axes` at a time, at all levels."""
+    values = _extreme_along(values, 1, reach, extreme)
+    arms = []
+    for axis in range(2, values.ndim):
+        line = values
+        for other in range(2, values.ndim):
+            if other != axis:
+                line = line.narrow(other, reach, line.shape[other] - 2 * reach)
+        arms.append(_extreme_along(line, axis, reach, extreme))
+    return reduce(extreme, arms)
+
+
+def _extreme_along(values: Tensor, axis: int, reach: int, extreme: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    length = values.shape[axis] - 2 * reach
+    return reduce(extreme, (values.narrow(axis, shift, length) for shift in range(2 * reach + 1)))
 
 
 @contextmanager

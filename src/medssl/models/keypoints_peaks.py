@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from medssl.models.keypoints_filters import extreme_within
+from medssl.models.keypoints_filters import extreme_on_cross, extreme_within
 
 MOST_MOVES = 5
 """A parabola's top may lie nearer to another voxel; so many times that voxel is tried."""
@@ -37,33 +37,41 @@ class Peaks(NamedTuple):
 
 
 def local_maxima(
-    field: Float32[Tensor, "b *axes"], *, reach: int, above: float, minima: bool = False
+    field: Float32[Tensor, "b *axes"], *, reach: int, above: float, minima: bool = False, cross: bool = False
 ) -> Int64[Tensor, "k index"]:
     """Sample and voxel of values `above` a bound that no neighbour up to `reach` voxels along each axis exceeds.
 
     Of equal neighbours the first one counts. Voxels without all neighbours do not. With `minima` also the maxima of the
-    negated field.
+    negated field. With `cross` only neighbours count that differ along the first axis and one other at most.
     """
     if min(field.shape[1:]) <= 2 * reach:
         return torch.empty(0, field.ndim, dtype=torch.int64, device=field.device)
     inner = field[(slice(None), *(slice(reach, side - reach) for side in field.shape[1:]))]
-    is_peak = (inner >= extreme_within(field, reach, torch.maximum)) & (inner > above)
+    extreme_of = extreme_on_cross if cross else extreme_within
+    is_peak = (inner >= extreme_of(field, reach, torch.maximum)) & (inner > above)
     if minima:
-        is_peak |= (inner <= extreme_within(field, reach, torch.minimum)) & (inner < -above)
+        is_peak |= (inner <= extreme_of(field, reach, torch.minimum)) & (inner < -above)
     place = is_peak.nonzero()
     place[:, 1:] += reach
     patch = neighbours(field, place, reach=reach).flatten(1)
     middle = patch.shape[1] // 2
-    value = patch[:, middle, None]
-    return place[(patch[:, :middle] * value.sign() < value.abs()).all(1)]
+    value, earlier = patch[:, middle, None], torch.arange(middle, device=field.device)
+    if cross:
+        earlier = earlier[[sum(map(bool, step[1:])) <= 1 for step in steps(field.ndim - 1, reach)[:middle]]]
+    return place[(patch[:, earlier] * value.sign() < value.abs()).all(1)]
+
+
+def steps(dims: int, reach: int) -> list[tuple[int, ...]]:
+    """Those from the middle of a cube of `2 * reach + 1` voxels along each axis to all of its voxels, in order."""
+    return list(product(range(-reach, reach + 1), repeat=dims))
 
 
 def neighbours(field: Float32[Tensor, "b *axes"], place: Int64[Tensor, "k index"], *, reach: int) -> Tensor:
     """The cubes (k, side, ..., side) of `2 * reach + 1` values along each axis about places."""
     field = field.contiguous()
-    steps = torch.tensor(field.stride(), device=field.device)
-    shifts = torch.tensor(list(product(range(-reach, reach + 1), repeat=field.ndim - 1)), device=field.device)
-    flat = (place * steps).sum(1, keepdim=True) + (shifts * steps[1:]).sum(1)
+    strides = torch.tensor(field.stride(), device=field.device)
+    shifts = torch.tensor(steps(field.ndim - 1, reach), device=field.device)
+    flat = (place * strides).sum(1, keepdim=True) + (shifts * strides[1:]).sum(1)
     return field.flatten()[flat].unflatten(1, (2 * reach + 1,) * (field.ndim - 1))
 
 
@@ -86,12 +94,7 @@ def refine(
 
     Source: Brown and Lowe, Invariant features from interest point groups, BMVC 2002.
     """
-    low, high = (torch.tensor(bound, device=field.device) for bound in (lower, upper))
-
-    def within(place: Tensor) -> Tensor:
-        return place[((place[:, 1:] >= low) & (place[:, 1:] <= high)).all(1)].unique(dim=0)
-
-    settled, place = [], within(place)
+    settled, place = [], within(place, lower=lower, upper=upper)
     for _ in range(1 + MOST_MOVES):
         offset = _fitted(field, place)[0]
         known = offset.isfinite().all(1)
@@ -99,9 +102,30 @@ def refine(
         move = torch.where(offset.abs() > OWN, offset.sign(), 0.0).long()
         rests = (move == 0).all(1)
         settled.append(place[rests])
-        place = within(torch.cat([place[:, :1], place[:, 1:] + move], dim=1)[~rests])
+        place = within(torch.cat([place[:, :1], place[:, 1:] + move], dim=1)[~rests], lower=lower, upper=upper)
     place = torch.cat(settled).unique(dim=0)
     return Peaks(place, *_fitted(field, place))
+
+
+def unrefined(
+    field: Float32[Tensor, "b *axes"],
+    place: Int64[Tensor, "k index"],
+    *,
+    lower: Sequence[int],
+    upper: Sequence[int],
+) -> Peaks:
+    """The places as they are, with their own values; arguments as of `refine`."""
+    place = within(place, lower=lower, upper=upper)
+    hessian = derivatives(neighbours(field, place, reach=1))[1]
+    return Peaks(place, torch.zeros_like(hessian[:, 0]), field[tuple(place.unbind(1))], hessian)
+
+
+def within(
+    place: Int64[Tensor, "k index"], *, lower: Sequence[int], upper: Sequence[int]
+) -> Int64[Tensor, "kept index"]:
+    """Places whose voxels lie from `lower` to `upper` along each axis, each once."""
+    low, high = place.new_tensor(lower), place.new_tensor(upper)
+    return place[((place[:, 1:] >= low) & (place[:, 1:] <= high)).all(1)].unique(dim=0)
 
 
 def _fitted(field: Float32[Tensor, "b *axes"], place: Int64[Tensor, "k index"]) -> tuple[Tensor, Tensor, Tensor]:
