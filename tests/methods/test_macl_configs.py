@@ -229,6 +229,19 @@ def test_the_rate_follows_half_a_cosine_to_nothing():
     assert rates == pytest.approx([0.01, 0.008535534, 0.005, 0], abs=1e-9)
 
 
+@pytest.mark.parity
+def test_the_rate_of_the_paper_s_fine_tuning_stops_at_a_hundredth():
+    """100 epochs of 20 steps."""
+    paper = ("_target_=torch.optim.Adam", "lr=5e-4", "warmup_steps=0", "clip_norm=null")
+    config = compose("finetune", [*(f"optimizer.{setting}" for setting in paper), "+optimizer.least_fraction=0.01"])
+    weights = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
+    optimizer, schedule = build_optimizer(OmegaConf.to_container(config.optimizer), weights, total_steps=2000)
+    rates = [5e-4 * schedule.lr_lambdas[0](20 * epoch) for epoch in (0, 90, 93, 94, 99)]
+    assert rates == pytest.approx([5e-4, 1.2236e-5, 6.021e-6, 5e-6, 5e-6], rel=5e-5)
+    (group,) = optimizer.param_groups
+    assert (type(optimizer), group["weight_decay"]) == (torch.optim.Adam, 1e-5)
+
+
 def test_a_crop_that_leaves_one_voxel_to_an_instance_norm_is_refused_when_the_method_is_built():
     small = ("model.encoder.widths=[4,8,8]", "model.encoder.strides=[1,2,2]", "views.groups.still.size=[8,8,8]")
     settings = resolved("method=macl_tiny", "model=unet", *small)["method"]

@@ -17,6 +17,12 @@ def test_the_cosine_ends_at_the_final_fraction():
     assert warmup_cosine(0, total_steps=100, final_fraction=0.1) == 1
 
 
+def test_the_cosine_stops_at_the_least_fraction_and_the_warm_up_starts_below():
+    shares = [warmup_cosine(step, total_steps=110, warmup_steps=10, least_fraction=0.25) for step in (5, 60, 80, 110)]
+    assert warmup_cosine(1, total_steps=110, warmup_steps=10, least_fraction=0.25) == 0.1
+    assert shares == pytest.approx([0.5, 0.5, 0.25, 0.25])
+
+
 def test_groups_keep_what_they_state_and_take_the_rest_from_the_settings():
     weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     settings = {"_target_": "torch.optim.AdamW", "lr": 0.2, "weight_decay": 0.5, "betas": [0.9, 0.95]}

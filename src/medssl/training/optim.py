@@ -11,15 +11,24 @@ from torch.optim.lr_scheduler import LambdaLR
 from medssl.ops import schedules
 
 
-def warmup_cosine(step: float, *, total_steps: int, warmup_steps: float = 0, final_fraction: float = 0.0) -> float:
+def warmup_cosine(
+    step: float,
+    *,
+    total_steps: int,
+    warmup_steps: float = 0,
+    final_fraction: float = 0.0,
+    least_fraction: float = 0.0,
+) -> float:
     """The share of the peak learning rate at `step`: linear from 0, then half a cosine down to `final_fraction`.
+
+    Where the cosine would fall below `least_fraction` the share stays there.
 
     Source: arXiv:2111.06377, appendix A.1; updated every step.
     """
     if step < warmup_steps:
         return step / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+    return max(least_fraction, final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 class RateAndDecay(LambdaLR):
@@ -63,7 +72,8 @@ def build_optimizer(
     Args:
         settings: `_target_` and arguments of a torch optimiser, with `warmup_steps`, `final_fraction` and `clip_norm`
             beside them (clipping is done by the trainer). `weight_decay_end` lets `weight_decay` follow half a cosine
-            that ends there; without it the decay is constant. `hold_steps` lets the schedule stand for as many steps.
+            that ends there; without it the decay is constant. `hold_steps` lets the schedule stand for as many steps,
+            `least_fraction` is a share of the rate that it does not fall below after the warm-up.
         groups: parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`, and its `lr_scale`
             is a share of the learning rate there.
         total_steps: length of the run, where the cosine ends.
@@ -71,7 +81,7 @@ def build_optimizer(
     Raises: ValueError: the warm-up is as long as the run, the optimiser does not know a key, or a decay is to move
         and has no beginning.
     """
-    ours = ("warmup_steps", "final_fraction", "clip_norm", "weight_decay_end", "hold_steps")
+    ours = ("warmup_steps", "final_fraction", "clip_norm", "weight_decay_end", "hold_steps", "least_fraction")
     arguments = {key: value for key, value in settings.items() if key not in ours}
     warmup_steps, final_fraction = settings.get("warmup_steps", 0), settings.get("final_fraction", 0.0)
     if warmup_steps and warmup_steps >= total_steps:
@@ -102,8 +112,13 @@ def build_optimizer(
     hold = settings.get("hold_steps") or 1
 
     def share(step: int) -> float:
-        held = step // hold * hold
-        return warmup_cosine(held, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
+        return warmup_cosine(
+            step // hold * hold,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            final_fraction=final_fraction,
+            least_fraction=settings.get("least_fraction", 0.0),
+        )
 
     if end is None or start is None:
         return optimizer, LambdaLR(optimizer, share)

@@ -15,7 +15,7 @@ from medssl.config import to_yaml
 LEAST = {"seed": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1, "trainer.max_steps": 1}
 LEAST |= {"data.fold": 0, "data.labelled_seed": 0, "deep_supervision": 0, "window_batch": 1}
 RATES = tuple(f"optimizer.{name}" for name in ("lr", "weight_decay", "warmup_steps", "final_fraction", "clip_norm"))
-RATES += ("decoder_lr", "layer_decay", "label_share", "tolerance_mm")
+RATES += ("optimizer.least_fraction", "decoder_lr", "layer_decay", "label_share", "tolerance_mm")
 MAY_BE_NULL = ("optimizer.clip_norm", "decoder_lr")
 SWITCHES = ("overwrite", "compile", "checkpoint_activations", "logger.offline", "allow_leakage", "scratch_twin")
 INTERVALS = ("export_every", "figures_every", "validate_every")
