@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
 
@@ -85,6 +86,27 @@ def test_the_published_network_with_formula_weights_gives_the_recorded_losses(go
     assert output.logs["dense"].item() == pytest.approx(6.340061, abs=1e-6)
     assert output.logs["equivariance"].item() == pytest.approx(0.077760, abs=1e-6)
     assert output.loss.item() == pytest.approx(6.373762, abs=1e-6)
+
+
+@pytest.mark.parity
+def test_its_maps_and_embeddings_have_the_recorded_shapes_means_and_deviations(golden):
+    method = deepcopy(golden[0])  # whose norms may count further calls
+    full, small, moved, moved_small = (image[..., None] for image in golden_images())
+    with torch.no_grad():
+        auxiliary, dominant, decoded = method._branches(full, small)
+        places = method.heads.places(auxiliary, decoded)
+        images = method.heads.images(*method._branches(moved, moved_small))
+    recorded = [
+        (auxiliary, (4, 64, 8, 8), 0.107365, 0.151868),
+        (places[0], (4, 16, 8, 8), 0.370002, 0.603442),
+        (images[0], (4, 4), 0.000616, 0.010890),
+        (dominant, (4, 64, 2, 2), 0.033108, 0.056777),
+        (places[1], (4, 16, 8, 8), 0.394556, 0.586683),
+        (images[1], (4, 4), -0.001892, 0.104619),
+    ]
+    for tensor, shape, mean, deviation in recorded:
+        assert tensor.shape == shape
+        assert (tensor.mean().item(), tensor.std().item()) == pytest.approx((mean, deviation), abs=1e-6)
 
 
 @pytest.mark.parity
