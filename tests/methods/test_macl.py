@@ -172,14 +172,17 @@ def test_one_sample_has_nothing_to_contrast_with():
     assert logs["dense"].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_equal_pictures_give_the_collapse_value():
-    method = make().eval()
-    views = batch()
-    same = {name: replace(group, image=torch.ones_like(group.image)) for name, group in views.items()}
-    for module in (method.heads.dominant, method.heads.auxiliary):
-        module.fc[2].weight.data.zero_()
-        module.fc[2].bias.data.fill_(1.0)
-    assert method(same, NOW).logs["global"].item() == pytest.approx(COLLAPSE, rel=1e-5)
+def test_equal_pictures_give_the_collapse_value_where_both_branches_have_one_head():
+    """Black ones, which padding leaves as they are at both sizes."""
+    method, views = make(heads={"global_from": "encoder"}), batch()
+    method.heads.dominant.load_state_dict(method.heads.auxiliary.state_dict())
+    black = {name: replace(group, image=torch.zeros_like(group.image)) for name, group in views.items()}
+    logs, other = method(black, NOW).logs, method(views, NOW).logs
+    for term in ("global", "dense"):
+        assert logs[term].item() == pytest.approx(COLLAPSE, rel=1e-6)
+        assert abs(other[term].item() - COLLAPSE) > 0.01
+    assert logs["feature_std"].item() == pytest.approx(0, abs=1e-6)
+    assert logs["equivariance"].item() == 0
 
 
 @pytest.mark.parametrize("branch", ["auxiliary", "dominant"])
