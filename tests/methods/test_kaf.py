@@ -158,6 +158,46 @@ def test_points_change_with_the_step_in_training_and_are_the_strongest_otherwise
     assert torch.allclose(fixed.first[0, :3], expected, atol=1e-5), "0.9 of 4 places are for the first shared ones"
 
 
+@pytest.mark.parametrize("is_random", [True, False])
+def test_a_grid_gives_the_strongest_point_of_each_cell_before_the_second_of_any(is_random):
+    rule = {"max_points": 27, "min_points": 0, "choice": "grid", "validation_choice": "grid"}
+    method, views = make(points=rule), batch(b=2, k=120)
+    first, second = views["first"], views["second"]
+    first.points[:, 0, :40] /= 3  # the strongest lie in one corner
+    first.inside = ((first.to_view(first.points) >= 0) & (first.to_view(first.points) <= SIDE - 1)).all(-1)
+    second = replace(second, points=first.points)
+    second.inside = ((second.to_view(first.points) >= 0) & (second.to_view(first.points) <= SIDE - 1)).all(-1)
+    points = method.points(first, second, at(), is_random=is_random)
+    assert torch.equal(points.first, method.points(first, second, at(1), is_random=is_random).first)
+    side = SIDE / 3  # 27 cells
+    for sample in range(2):
+        place = first.to_view(first.points)[sample, 0]
+        both, alone = [], []
+        for number in range(120):
+            one, two = (view.inside[sample, 0, number].item() for view in (first, second))
+            if one:
+                cell = tuple(((place[number] + 0.5) // side).int().tolist())
+                found = both if two else alone
+                found.append((sum(cell == other for _, _, other in found), number, cell))
+        assert len(both) > 24
+        assert len(alone) > 3
+        chosen = [number for _, number, _ in sorted(both)[:24] + sorted(alone)[:3]]
+        torch.testing.assert_close(points.first[sample], place[chosen].float())
+    strongest = make(points={"max_points": 27, "min_points": 0}).points(first, second, at(), is_random=False)
+
+    def num_cells(pair):
+        return len({(s, *((pair.first[s, n] + 0.5) // side).int().tolist()) for s in range(2) for n in range(27)})
+
+    assert num_cells(points) > 1.2 * num_cells(strongest)
+
+
+def test_training_may_take_the_strongest_points():
+    views = batch(k=60)
+    rule = make(points={"max_points": 4, "choice": "strongest"}).points
+    train, held_out = (rule(views["first"], views["second"], at(3), is_random=r) for r in (True, False))
+    assert torch.equal(train.first, held_out.first)
+
+
 def test_a_view_with_few_points_gets_random_ones_that_match_nobody():
     method, views = make(points={"min_points": 5}), batch(k=4)
     points = method.points(views["first"], views["second"], at(), is_random=True)
@@ -324,6 +364,8 @@ def test_held_out_views_and_pictures_leave_no_trace():
         ),
         (lambda: make(local=True), "single keypoints are embedded just where they are contrasted"),
         (lambda: make(points={"match": "all"}), "match is 'all', allowed are shared, geometric, descriptor"),
+        (lambda: make(points={"choice": "best"}), "choice is 'best', allowed are random, strongest, grid"),
+        (lambda: make(points={"validation_choice": "random"}), "validation_choice is 'random', allowed are strongest"),
         (lambda: make(points={"min_points": 20}), "0 <= min_points <= max_points is wanted, got 20 and 12"),
         (lambda: make(points={"dropout": 1.0}), r"dropout in \[0, 1\)"),
         (lambda: make()({"first": batch()["first"]}, at()), "view groups `first` and `second`"),

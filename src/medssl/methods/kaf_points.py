@@ -1,9 +1,11 @@
 """Which keypoints the two views of KAF have, and which of them are the same."""
 
+import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from medssl.data.views import View
@@ -12,6 +14,7 @@ from medssl.models.keypoints import DifferenceOfGaussians, Foerstner, detect
 from medssl.ops.correspondence import choose_shared, mutual_nearest, patch_descriptors
 
 MATCHES = ("shared", "geometric", "descriptor")
+CHOICES = ("random", "strongest", "grid")
 
 
 class PointPair(NamedTuple):
@@ -41,6 +44,10 @@ class PointRule:
         min_points: a view with fewer gets random voxels that match nobody.
         max_matched_fraction: of `max_points`, for `shared`.
         dropout: share of the points that a view does not see, each view for itself, for `shared`.
+        choice: of the points that views show, in training, for `shared`: `random`; the `strongest`; or `grid`: the
+            strongest of each cell of a grid, then the second of each, and so on, with cells of such a size that the
+            first view has `max_points` of them.
+        validation_choice: likewise in validation, `strongest` or `grid`.
         radius_voxel: largest distance of a pair in voxels of the first view, for `geometric`.
         gate_share: largest distance of a pair, its components added, in shares of the view's side, for `descriptor`.
         detector: for `geometric` and `descriptor`; null is `Foerstner`, which finds the same points again most often,
@@ -57,12 +64,20 @@ class PointRule:
         min_points: int = 8,
         max_matched_fraction: float = 0.9,
         dropout: float = 0.0,
+        choice: str = "random",
+        validation_choice: str = "strongest",
         radius_voxel: float = 2.0,
         gate_share: float = 20 / 512,
         detector: Any = None,
     ) -> None:
         if match not in MATCHES:
             raise ValueError(f"match is {match!r}, allowed are {', '.join(MATCHES)}")
+        for name, value, allowed in (
+            ("choice", choice, CHOICES),
+            ("validation_choice", validation_choice, CHOICES[1:]),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
         if not 0 <= min_points <= max_points or max_points < 1:
             raise ValueError(f"0 <= min_points <= max_points is wanted, got {min_points} and {max_points}")
         if not 0 < max_matched_fraction <= 1 or not 0 <= dropout < 1:
@@ -71,10 +86,11 @@ class PointRule:
             )
         self.match, self.max_points, self.min_points = match, max_points, min_points
         self.max_matched_fraction, self.dropout = max_matched_fraction, dropout
+        self.choice, self.validation_choice = choice, validation_choice
         self.radius_voxel, self.gate_share, self.detector = radius_voxel, gate_share, detector
 
     def __call__(self, first: View, second: View, progress: Progress, *, is_random: bool) -> PointPair:
-        """The points of two views of one volume; without chance the strongest ones, else a random choice."""
+        """The points of two views of one volume, chosen as in training or, without chance, as in validation."""
         with torch.no_grad():
             found = (
                 self._shared(first, second, progress, is_random=is_random)
@@ -99,19 +115,31 @@ class PointRule:
                 seen = seen & (noise >= self.dropout)
             places.append(view.to_view(view.points)[:, 0].nan_to_num().float())
             inside.append(seen)
-        shape, device = inside[0].shape, inside[0].device
-        if is_random:
-            order = torch.rand(shape, generator=progress.generator("points", device), device=device)
-        else:  # tables list the strongest points first
-            order = torch.arange(shape[1], device=device).expand(shape) / shape[1]
+        choice = self.choice if is_random else self.validation_choice
+        order = self._order(choice, first, inside, progress)
         limits = {"max_points": self.max_points, "max_matched_fraction": self.max_matched_fraction}
-        choice = choose_shared(inside[0], inside[1], order, **limits)  # type: ignore[arg-type]
-        numbers, valids = (choice.first, choice.second), (choice.first_valid, choice.second_valid)
+        chosen = choose_shared(inside[0], inside[1], order, **limits)  # type: ignore[arg-type]
+        numbers, valids = (chosen.first, chosen.second), (chosen.first_valid, chosen.second_valid)
         a, b = (
             place.gather(1, number[..., None].expand(-1, -1, 3)) * valid[..., None]
             for place, number, valid in zip(places, numbers, valids, strict=True)
         )
-        return PointPair(a, b, choice.first_valid, choice.second_valid, choice.pairs)
+        return PointPair(a, b, *valids, chosen.pairs)
+
+    def _order(
+        self, choice: str, view: View, inside: list[Bool[Tensor, "b k"]], progress: Progress
+    ) -> Float[Tensor, "b k"]:
+        """A number in [0, 1) for each point of the table; small ones are taken first."""
+        shape, device = inside[0].shape, inside[0].device
+        if choice == "random":
+            return torch.rand(shape, generator=progress.generator("points", device), device=device)
+        if choice == "strongest":  # tables list the strongest points first
+            return torch.arange(shape[1], device=device).expand(shape) / shape[1]
+        assert view.points is not None
+        sides = [side for side in view.image.shape[3:] if side > 1]
+        cell_voxel = (math.prod(sides) / self.max_points) ** (1 / len(sides))
+        place = replace(view, displacement=None).to_view(view.points)[:, 0].nan_to_num()  # known beyond the view too
+        return grid_order(place, inside[0] + 2 * inside[1], cell_voxel=cell_voxel)
 
     def _found(self, first: View, second: View) -> PointPair:
         kind = Foerstner if self.match == "geometric" else DifferenceOfGaussians
@@ -152,3 +180,23 @@ class PointRule:
             filled.append((points, valid))
         (a, a_valid), (b, b_valid) = filled
         return PointPair(a, b, a_valid, b_valid, torch.cat(pairs))
+
+
+def grid_order(
+    place: Float64[Tensor, "b k 3"], kind: Int64[Tensor, "b k"], *, cell_voxel: float
+) -> Float[Tensor, "b k"]:
+    """Numbers in [0, 1) by which the first point of each cell comes first, then the second of each, and so on.
+
+    Args:
+        place: of the points, in the order that holds within a cell.
+        kind: points of different kinds are in different cells.
+        cell_voxel: side of the cells.
+    """
+    b, number = kind.shape
+    sample = torch.arange(b, device=kind.device)[:, None, None].expand(b, number, 1)
+    cell = torch.cat([sample, kind[..., None], ((place + 0.5) / cell_voxel).floor().long()], dim=2).flatten(0, 1)
+    group = cell.unique(dim=0, return_inverse=True)[1]
+    order, count = group.argsort(stable=True), group.bincount()
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[group[order]]
+    return rank.view(b, number).argsort(dim=1, stable=True).argsort(dim=1) / number
