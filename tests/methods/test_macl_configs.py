@@ -205,6 +205,13 @@ def test_a_configuration_builds_a_method_of_the_known_size(name, count):
     assert sum(p.numel() for p in method.parameters()) == count
 
 
+@pytest.mark.parametrize("name", ["macl", "macl_tiny", "macl_2d"])
+def test_all_views_read_ct_by_a_window_and_the_rest_by_the_first_and_last_percentile(name):
+    for group in instantiate(resolved(f"method={name}")["views"], _convert_="all").groups.values():
+        first = group.augment[0]
+        assert (first.window_hu, list(first.percentiles), first.out) == ((-1000.0, 1000.0), [1, 99], (0.0, 1.0))
+
+
 @pytest.mark.parametrize("name", ["macl", "macl_tiny"])
 def test_the_places_of_the_supervoxel_term_spread_over_all_axes(name):
     values = resolved(f"method={name}")
