@@ -339,6 +339,46 @@ def test_positives_may_be_crops_that_share_enough_of_the_body():
     assert 1 <= number / 6 < 5
 
 
+@pytest.mark.parametrize(
+    ("metric", "threshold", "negative"), [("linf", 0.35, 0.6), ("axial", 0.1, 0.5), ("overlap", 0.4, 0.05)]
+)
+def test_views_between_both_thresholds_are_neither_positives_nor_negatives(metric, threshold, negative):
+    options = {"points": {"min_points": 0}, "metric": metric, "threshold": threshold, "negative_threshold": negative}
+    views = batch()
+    views["second"].inside[2] = False  # a view without keypoints
+    found = make(**options)(views, at())
+    method = make(**options)
+    points = method.points(views["first"], views["second"], at(), is_random=True)
+    by_view = ((points.first, points.first_valid), (points.second, points.second_valid))
+    embedded = [
+        method.heads(method.encoder.encode(views[name].image[:, 0], *chosen))
+        for name, chosen in zip(("first", "second"), by_view, strict=True)
+    ]
+    place = torch.cat([place_of(views[name]) for name in ("first", "second")]).tolist()
+    middle = torch.cat([views[name].crop_body[:, 0].mean(1) for name in ("first", "second")]).tolist()
+
+    def relation(i, j):
+        if metric == "overlap":
+            inner = math.prod(max(0.0, 0.5 - abs(a - b)) for a, b in zip(middle[i], middle[j], strict=True))
+            apart, bounds = -inner / (0.25 - inner), (-threshold, -negative)
+        else:
+            apart = max(abs(a - b) for a, b in list(zip(place[i], place[j], strict=True))[2 * (metric == "axial") :])
+            bounds = threshold, negative
+        return "positive" if apart < bounds[0] else "ignored" if apart < bounds[1] else "negative"
+
+    near, ignored, far = (
+        [[relation(i, j) == kind for j in range(6)] for i in range(6)] for kind in ("positive", "ignored", "negative")
+    )
+    assert all(any(map(any, mask)) for mask in (near, ignored, far))
+    for term, vectors in (  # the last view has no keypoints
+        ("image", torch.cat([e.image for e in embedded])),
+        ("keypoints", torch.cat([e.keypoints for e in embedded])[:5]),
+    ):
+        options = {"temperature": 0.1, "base_temperature": 0.07, "ignored": ignored}
+        expected = positive_contrast(vectors.double().tolist(), near, **options)
+        assert found.logs[term].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_held_out_views_and_pictures_leave_no_trace():
     method, views = make(points={"min_points": 0}).eval(), batch()
     before = {name: value.clone() for name, value in method.state_dict().items()}
@@ -356,6 +396,9 @@ def test_held_out_views_and_pictures_leave_no_trace():
         (lambda: make(positives="volume"), "positives is 'volume', allowed are position, views, partition"),
         (lambda: make(metric="l1"), "metric is 'l1'"),
         (lambda: make(reduction="mean"), "reduction is 'mean'"),
+        (lambda: make(negative_threshold=0.3), "negative_threshold=0.3 must lie above threshold=0.35"),
+        (lambda: make(metric="overlap", negative_threshold=0.5), "must lie below threshold"),
+        (lambda: make(positives="views", negative_threshold=0.5), "needs positives=position; positives is 'views'"),
         (lambda: make(temperature=0.0), "must be positive"),
         (lambda: make(weight_local=1.0), "weight_local=1.0 and method.heads.local=False do not fit"),
         (

@@ -30,11 +30,11 @@ def matching(plans, pairs, *, is_sum):
     return 0.45 * mean["matched"] + mean["unmatched"]
 
 
-def positive_contrast(vectors, positives, *, temperature, base_temperature):
-    """Mean over rows with positives of minus the mean log-share of these."""
+def positive_contrast(vectors, positives, *, temperature, base_temperature, ignored=None):
+    """Mean over rows with positives of minus the mean log-share of these among all but the ignored ones."""
     losses = []
     for a, row in enumerate(vectors):
-        others = [b for b in range(len(vectors)) if b != a]
+        others = [b for b in range(len(vectors)) if b != a and not (ignored and ignored[a][b])]
         chosen = [b for b in others if positives[a][b]]
         if not chosen:
             continue

@@ -48,6 +48,8 @@ class KAF(Method):
         metric: of positions: `linf` or `axial`, see `near_positions`, or `overlap` of crops in body coordinates.
         threshold: positions are nearer than this, where 0 to 1 are the places that a crop can have; overlapping crops
             share more than this of their union.
+        negative_threshold: positions are negatives from here on, overlapping crops up to here; views between both
+            thresholds are not compared. None: all that are no positives are negatives.
         position_per_view: each view has its own place; otherwise both have the first one's.
         temperature: of both contrasts.
         base_temperature: they are scaled by `temperature / base_temperature`.
@@ -73,6 +75,7 @@ class KAF(Method):
         positives: str = "position",
         metric: str = "linf",
         threshold: float = 0.35,
+        negative_threshold: float | None = None,
         position_per_view: bool = True,
         temperature: float = 0.1,
         base_temperature: float = 0.07,
@@ -89,6 +92,14 @@ class KAF(Method):
                 raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
         if min(temperature, base_temperature, threshold) <= 0 or transport_iterations < 1:
             raise ValueError("temperature, base_temperature, threshold and transport_iterations must be positive")
+        if negative_threshold is not None:
+            farther = negative_threshold < threshold if metric == "overlap" else negative_threshold > threshold
+            if positives != "position" or not farther:
+                side = "below" if metric == "overlap" else "above"
+                raise ValueError(
+                    f"negative_threshold={negative_threshold} must lie {side} threshold={threshold}, and needs "
+                    f"positives=position; positives is {positives!r} and metric {metric!r}"
+                )
         if not encoder.token_channels:
             raise ValueError(
                 "KAF pre-trains keypoints, but the encoder uses none: set model.keypoints=use, and at least one of "
@@ -106,7 +117,7 @@ class KAF(Method):
         self.weights = {"image": weight_image, "keypoints": weight_keypoints, "matching": weight_matching}
         self.weights |= {"local": weight_local} if weight_local else {}
         self.positives, self.metric, self.threshold = positives, metric, threshold
-        self.position_per_view = position_per_view
+        self.negative_threshold, self.position_per_view = negative_threshold, position_per_view
         self.temperature, self.base_temperature = temperature, base_temperature
         self.transport_iterations, self.reduction = transport_iterations, reduction
 
@@ -119,12 +130,12 @@ class KAF(Method):
             for view, chosen in zip(views, _by_view(points), strict=True)
         ]
         with torch.autocast(points.first.device.type, enabled=False):
-            positive = self._positives(views)
+            positive, compared = self._masks(views)
             image = self._gathered([views_of.image for views_of in embedded])
             keypoints = self._gathered([views_of.keypoints for views_of in embedded])
             shown = torch.cat([gather_ranks(views_of.has_keypoints) for views_of in embedded])
-            terms = {"image": self._contrast(image, positive)}
-            terms["keypoints"] = self._contrast(keypoints[shown], positive[shown][:, shown])
+            terms = {"image": self._contrast(image, positive, compared)}
+            terms["keypoints"] = self._contrast(keypoints[shown], positive[shown][:, shown], compared[shown][:, shown])
             plan = self._plan([views_of.tokens for views_of in embedded], points, views[0])
             first, second = (views_of.points for views_of in embedded)
             if first is not None and second is not None:
@@ -196,9 +207,15 @@ class KAF(Method):
             column_valid=points.second_valid,
         )
 
-    def _contrast(self, vectors: Float[Tensor, "row dim"], positive: Bool[Tensor, "row row"]) -> Float[Tensor, ""]:
+    def _contrast(
+        self, vectors: Float[Tensor, "row dim"], positive: Bool[Tensor, "row row"], compared: Bool[Tensor, "row row"]
+    ) -> Float[Tensor, ""]:
         return contrast_of_positives(
-            vectors, positive, temperature=self.temperature, base_temperature=self.base_temperature
+            vectors,
+            positive,
+            compared=compared,
+            temperature=self.temperature,
+            base_temperature=self.base_temperature,
         )
 
     def _gathered(self, vectors: list[Tensor]) -> Float[Tensor, "row dim"]:
@@ -206,19 +223,29 @@ class KAF(Method):
         return torch.cat([gather_with_gradient(part.float()) for part in vectors])
 
     @torch.no_grad()
-    def _positives(self, views: tuple[View, View]) -> Bool[Tensor, "row row"]:
-        """Which views of the whole batch are positives of each other."""
+    def _masks(self, views: tuple[View, View]) -> tuple[Bool[Tensor, "row row"], Bool[Tensor, "row row"]]:
+        """Which views of the whole batch are positives of each other, and which are compared at all."""
         if self.positives == "views":
             number = len(gather_ranks(views[0].case))
-            return equal_labels(torch.arange(number, device=views[0].case.device).repeat(2))
+            positive = equal_labels(torch.arange(number, device=views[0].case.device).repeat(2))
+            return positive, torch.ones_like(positive)
         located = views if self.position_per_view else (views[0], views[0])
         lower, upper = torch.cat([gather_ranks(crop_faces(view)) for view in located]).unbind(1)
-        if self.positives == "position" and self.metric == "overlap":
-            return overlapping_boxes(lower, upper, threshold=self.threshold)
-        place = places(lower, upper)
         if self.positives == "partition":
-            return equal_labels((place[:, 2] * NUM_PARTITIONS).long().clamp(0, NUM_PARTITIONS - 1))
-        return near_positions(place, metric=self.metric, threshold=self.threshold)  # type: ignore[arg-type]
+            height = places(lower, upper)[:, 2]
+            positive = equal_labels((height * NUM_PARTITIONS).long().clamp(0, NUM_PARTITIONS - 1))
+            return positive, torch.ones_like(positive)
+        positive = self._near(lower, upper, self.threshold)
+        if self.negative_threshold is None:
+            return positive, torch.ones_like(positive)
+        return positive, positive | ~self._near(lower, upper, self.negative_threshold)
+
+    def _near(
+        self, lower: Float64[Tensor, "row 3"], upper: Float64[Tensor, "row 3"], threshold: float
+    ) -> Bool[Tensor, "row row"]:
+        if self.metric == "overlap":
+            return overlapping_boxes(lower, upper, threshold=threshold)
+        return near_positions(places(lower, upper), metric=self.metric, threshold=threshold)  # type: ignore[arg-type]
 
 
 def contrast_of_points(
