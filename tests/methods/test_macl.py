@@ -282,6 +282,17 @@ def test_a_run_without_positives_says_so_once(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_contrasts_ask_the_device_for_no_value():
+    method, views = make(), batch()
+    masks = method.positions(views["still"])
+    method.positions = lambda view, gather: masks  # which reads whether positions are finite
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "nonzero"):
+            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the device is waited for"))
+        output = method(views, NOW)
+    assert output.loss.isfinite()
+
+
 def test_crops_of_other_cohorts_are_not_compared():
     method, views = make().eval(), batch()
     groups = torch.tensor([0, 1, 0, 1])[:, None]

@@ -85,6 +85,16 @@ def test_millimetres_follow_the_affine():
     assert PositionRule(axes=["z"], frame="mm", threshold=30.5)(view)[0].all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_positions_that_are_not_finite_are_named(value):
+    view = crops([(10, 10, 10), (20, 20, 20), (30, 30, 30)])
+    view.location[1, 0, 2] = value
+    with pytest.raises(ValueError, match=r"positions in the frame body are not finite for samples \[1\] of the batch"):
+        PositionRule()(view)
+    assert PositionRule(frame="volume")(view)[0].shape == (3, 3)
+    assert PositionRule(axes=["x", "y"])(view)[0].all()
+
+
 def test_cohorts_are_ignored_or_negative_or_compared():
     group = torch.tensor([0, 0, 1, 1])
     position = column(0.1, 0.9, 0.1, 0.15)

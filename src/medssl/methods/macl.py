@@ -127,7 +127,7 @@ class MACL(Method):
         vectors = self.heads.images(*self._branches(moved.image[:, 0], moved.image[:, 1]))
         first, second = self.heads.places(auxiliary, decoded)
         with torch.autocast(first.device.type, enabled=False):
-            options: dict[str, Any] = {"compared": compared.repeat(2, 2), "missing": "raise", **self.temperatures}
+            options: dict[str, Any] = {"compared": compared.repeat(2, 2), **self.temperatures}
             image = torch.cat([_everywhere(part, gathers) for part in vectors])
             terms = {"global": contrast_of_positives(image, positive.repeat(2, 2), **options)}
             if self.places is None:

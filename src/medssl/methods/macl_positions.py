@@ -116,8 +116,19 @@ class PositionRule:
         return self.masks(position, group)
 
     def positions(self, places: Positions) -> Float64[Tensor, "b axis"]:
-        """Positions along the rule's axes."""
-        return places.along(self.frame)[:, [AXES.index(axis) for axis in self.axes]]
+        """Positions along the rule's axes.
+
+        Raises: ValueError: one is not finite, so that its crop would not even be a positive of itself.
+        """
+        position = places.along(self.frame)[:, [AXES.index(axis) for axis in self.axes]]
+        finite = position.isfinite().all(1)
+        if not finite.all():
+            samples = (~finite).nonzero().flatten().tolist()
+            raise ValueError(
+                f"positions in the frame {self.frame} are not finite for samples {samples} of the batch; look at the "
+                "affines of the volumes, and at their heights for the frame external"
+            )
+        return position
 
     def masks(
         self, position: Float64[Tensor, "b axis"], group: Int64[Tensor, " b"]
