@@ -10,7 +10,9 @@ from torch import nn
 def work(rank, world):
     """The loss of a part of the batch, and the gradient over all processes."""
     weights = {"weight_matching": 1.0, "weight_local": 0.5}
-    method = make(points={"min_points": 0}, local=True, negative_threshold=0.8, **weights)  # leaves out pairs of both ranks too
+    method = make(
+        points={"min_points": 0}, local=True, negative_threshold=0.8, **weights
+    )  # leaves out pairs of both ranks too
     method.eval()  # batch statistics are a rank's own
     views = batch(b=4)
     views["first"].inside[3] = False  # a view without keypoints
