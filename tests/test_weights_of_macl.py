@@ -135,6 +135,34 @@ def test_a_segmenter_starts_from_encoder_and_decoder_of_a_file(published, model)
     assert recipes["decoder"]["_target_"] == "medssl.models.macl_unet.MACLUNetDecoder"
 
 
+def test_of_a_published_decoder_the_two_trained_blocks_can_be_taken_alone(published, state, tmp_path):
+    config = compose("finetune", [f"weights.path={published}", "weights.layout=macl", "weights.decoder=trained"])
+    initial = find_initial(config)
+    assert initial.card["decoder_blocks"] == 2
+    network, _ = build_segmenter(config.model.encoder, config.model.decoder, num_classes=3, in_channels=1)
+    fresh = {name: tensor.clone() for name, tensor in network.decoder.state_dict().items()}
+    said = load_initial(initial, network)
+    assert said[-1] == "of the decoder the first 2 blocks; 32 tensors of the others start anew"
+    for level, number in ((0, 1), (1, 2), (2, 3), (3, 4)):
+        found, name = network.decoder.stages[level][0].conv.weight, f"stages.{level}.0.conv.weight"
+        wanted = state[f"online_decoder.expand_{number}_1.0.weight"]
+        assert torch.equal(found[..., 1], wanted) == (level >= 2)  # the middle plane
+        assert torch.equal(found, fresh[name]) == (level < 2)
+    tuned = {key.replace("share_", "").replace("online_", ""): t for key, t in state.items() if "projector" not in key}
+    torch.save(tuned, tmp_path / "tuned.pth")
+    config.weights.path = str(tmp_path / "tuned.pth")
+    with pytest.raises(ValueError, match="does not say which blocks of a decoder were trained; give all or none"):
+        find_initial(config)
+
+
+@pytest.mark.parity
+def test_the_width_of_the_dominant_head_tells_the_trained_blocks():
+    tensors = {"heads.dominant.fc.0.weight": torch.empty(128, 128), "encoder.center.2.weight": torch.empty(512, 512, 3)}
+    assert layouts.macl_trained_blocks(tensors) == {"decoder_blocks": 2}
+    tensors["heads.dominant.fc.0.weight"] = torch.empty(128, 256)
+    assert layouts.macl_trained_blocks(tensors) == {"decoder_blocks": 1}
+
+
 def test_files_of_other_networks_are_refused(tmp_path):
     torch.save({"net": {"encoder.conv.weight": torch.zeros(1)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"holds no encoder of the layout `macl`; its first entries are encoder.conv"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medssl.layouts_kaf import kaf, kaf_recipe
-from medssl.layouts_macl import macl, macl_decoder_recipe, macl_encoder_recipe
+from medssl.layouts_macl import macl, macl_decoder_recipe, macl_encoder_recipe, macl_trained_blocks
 
 SAFE_GLOBALS: list[Any] = [argparse.Namespace]
 WRAPPERS = ("module.backbone.", "backbone.", "module.")
@@ -167,7 +167,8 @@ def infer_card(tensors: Mapping[str, Tensor], *, source: str, layout: str) -> di
     """
     held = {key.partition(".")[0] for key in tensors}
     recipes = {part: recipe(tensors, source) for part, recipe in RECIPES[layout].items() if part in held}
-    return {"method": layout, **recipes, "transfers": list(recipes), "input_axes": INPUT_AXES[layout]}
+    blocks = macl_trained_blocks(tensors) if layout == "macl" and "decoder" in held else {}
+    return {"method": layout, **recipes, **blocks, "transfers": list(recipes), "input_axes": INPUT_AXES[layout]}
 
 
 def glmae_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:

@@ -69,3 +69,14 @@ def macl_encoder_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str,
 def macl_decoder_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """The decoder in a MACL file, which fits the encoder's maps."""
     return {"_target_": "medssl.models.macl_unet.MACLUNetDecoder"}
+
+
+def macl_trained_blocks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many blocks of the decoder pre-training trained: each halves the width down to what the dominant head reads.
+
+    Nothing for files without that head, such as fine-tuned ones, all of whose blocks are trained.
+    """
+    head = tensors.get("heads.dominant.fc.0.weight")
+    if head is None:
+        return {}
+    return {"decoder_blocks": (len(tensors["encoder.center.2.weight"]) // head.shape[1]).bit_length() - 1}
