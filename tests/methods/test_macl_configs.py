@@ -163,12 +163,16 @@ def test_a_file_that_names_no_blocks_cannot_give_the_trained_ones(finished, tmp_
         segmenter(finished, "weights.decoder=half")
 
 
-def test_slices_pre_train_a_network_that_segments_volumes(where, tmp_path):
+@pytest.mark.parametrize(
+    ("strides", "coarsest", "volume"), [("null", (4, 4), (4, 4, 4)), ("[1,2,[2,1]]", (4, 8), (4, 8, 4))]
+)
+def test_slices_pre_train_a_network_that_segments_volumes(strides, coarsest, volume, where, tmp_path):
     small = ("model.encoder.base_channels=2", "model.encoder.num_levels=2", "method.backbone.num_blocks=1")
-    folder = pretrained(where, tmp_path / "run", *small, "views.groups.still.size=[16,16,1]", method="macl_2d")
+    small += (f"model.encoder.strides={strides}", "views.groups.still.size=[16,16,1]")
+    folder = pretrained(where, tmp_path / "run", *small, method="macl_2d")
     assert all(math.isfinite(row[term]) for row in rows(folder) for term in TERMS)
     encoder = medssl.load_encoder(folder / "encoder.safetensors")
-    assert [level.shape[2:] for level in encoder(torch.rand(1, 1, 16, 16))] == [(16, 16), (8, 8), (4, 4)]
+    assert [level.shape[2:] for level in encoder(torch.rand(1, 1, 16, 16))] == [(16, 16), (8, 8), coarsest]
     network, said = segmenter(folder)
     kernel = encoder.stages[0][0].conv.weight
     inflated = network.encoder.stages[0][0].conv.weight
@@ -176,6 +180,7 @@ def test_slices_pre_train_a_network_that_segments_volumes(where, tmp_path):
     assert inflated[..., [0, 2]].abs().max() == 0
     assert "decoder: 32 tensors matched" in said
     assert network(torch.rand(1, 1, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
+    assert network.encoder(torch.rand(1, 1, 16, 16, 16))[-1].shape[2:] == volume
 
 
 @pytest.mark.parity

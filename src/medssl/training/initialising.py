@@ -85,7 +85,8 @@ def _take_network(config: DictConfig, like: Path, *, layout: str | None, branch:
             raise ValueError(f"model.keypoints={keypoints}: the network of {like} knows no keypoints; leave it out")
         net["mode"] = keypoints
     if encoder.get("spatial_dims") == 2:  # of slices; volumes are segmented, and the network knows how to become 3D
-        encoder = {**encoder, "spatial_dims": 3}
+        steps = [step if isinstance(step, int) else [*step, max(step)] for step in encoder.get("strides") or ()]
+        encoder = {**encoder, "spatial_dims": 3, **({"strides": steps} if steps else {})}
     config.model.encoder = encoder
     card = card_of(like, layout=layout, branch=branch)
     if config.model.get("decoder") is None and "decoder" in transferred(card):
