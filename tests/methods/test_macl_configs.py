@@ -183,6 +183,15 @@ def test_slices_pre_train_a_network_that_segments_volumes(strides, coarsest, vol
     assert network.encoder(torch.rand(1, 1, 16, 16, 16))[-1].shape[2:] == volume
 
 
+@pytest.mark.parametrize(
+    ("settings", "norm"), [((), "batch"), (("model.encoder.norm=group",), "group"), (("model=unet",), "batch")]
+)
+def test_the_convolutions_of_the_heads_have_the_norm_of_the_encoder_where_it_has_a_choice(settings, norm):
+    values = resolved("method=macl_tiny", *settings)
+    assert values["method"]["heads"]["norm"] == norm
+    assert ("norm" in values["model"]["encoder"]) == (settings != ("model=unet",))
+
+
 @pytest.mark.parity
 def test_the_published_values_are_the_default():
     values = resolved("method=macl")
