@@ -268,17 +268,26 @@ def test_all_three_terms_fall_on_a_batch():
     assert logs[-1]["global"] < 0.7 * COLLAPSE
 
 
-def test_a_run_without_positives_says_so_once(capsys):
-    method, apart = make(), batch(z=(0.1, 0.3, 0.5, 0.95))
-    positives = method(apart, NOW).logs["num_positives"]
+@pytest.mark.parametrize(
+    ("z", "count", "advice"),
+    [((0.1, 0.3, 0.5, 0.95), "0 positives among the 3", "raise method"), ((0.5,) * 4, "3 positives", "lower method")],
+)
+def test_a_run_without_positives_or_without_negatives_says_so_once(z, count, advice, capsys):
+    method, views = make(), batch(z=z)
+    logs = method(views, NOW).logs
     for step in range(1, 3 * WATCHED_STEPS):
-        method._watch(positives, replace(NOW, step=step))
+        method._watch(logs["num_positives"], logs["num_compared"], replace(NOW, step=step))
     said = capsys.readouterr().err
     assert said.count("warning") == 1
-    assert "method.positions.threshold" in said
+    assert count in said
+    assert f"{advice}.positions.threshold" in said
+
+
+@pytest.mark.parametrize("positives", [0.5, 2.5])
+def test_some_positives_and_some_negatives_are_nothing_to_say(positives, capsys):
     method = make()
     for _ in range(WATCHED_STEPS):
-        method._watch(torch.tensor(0.5), NOW)
+        method._watch(torch.tensor(positives), torch.tensor(3.0), NOW)
     assert capsys.readouterr().err == ""
 
 

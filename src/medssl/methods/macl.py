@@ -28,6 +28,8 @@ COUPLINGS = ("shared", "independent", "ema")
 SIZE = "views.groups.still.size"
 WATCHED_STEPS = 20
 FEWEST_POSITIVES = 0.5
+MOST_POSITIVES = 0.9
+"""Share of the samples that a crop is compared with."""
 
 
 class MACL(Method):
@@ -143,10 +145,11 @@ class MACL(Method):
                 )
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
         num_positives = positive.sum(1).float().mean() - 1  # a sample is a positive of itself
+        num_compared = compared.sum(1).float().mean() - 1
         if self.training:
-            self._watch(num_positives, progress)
+            self._watch(num_positives, num_compared, progress)
         logs = {name: term.detach() for name, term in terms.items()}
-        logs |= {"num_positives": num_positives, "num_compared": compared.sum(1).float().mean() - 1}
+        logs |= {"num_positives": num_positives, "num_compared": num_compared}
         logs["feature_std"] = direction_spread(image.detach())
         return StepOutput(loss, logs)
 
@@ -238,24 +241,27 @@ class MACL(Method):
                 )
         return still, other, batch["moved"]
 
-    def _watch(self, num_positives: Float[Tensor, ""], progress: Progress) -> None:
-        """Say once where, over some steps, crops have hardly a positive but their own other view."""
+    def _watch(self, num_positives: Float[Tensor, ""], num_compared: Float[Tensor, ""], progress: Progress) -> None:
+        """Say once where crops, over some steps, have hardly a positive of another sample or hardly a negative."""
         if self.watched is None:
             return
-        self.watched.append(num_positives)
-        if len(self.watched) == WATCHED_STEPS:
-            mean = torch.stack(self.watched).mean().item()
-            self.watched = []
-            if mean < FEWEST_POSITIVES:
-                self.watched = None
-                if progress.rank == 0:
-                    print(
-                        f"warning: crops have {mean:.2g} positives of other samples, mean of {WATCHED_STEPS} steps: "
-                        "hardly anything is contrasted by position; raise method.positions.threshold (auto finds one), "
-                        "compare fewer method.positions.axes, or take sampler Anchored",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+        self.watched.append(torch.stack([num_positives, num_compared]))
+        if len(self.watched) < WATCHED_STEPS:
+            return
+        positives, compared = torch.stack(self.watched).mean(0).tolist()
+        self.watched = []
+        if positives < FEWEST_POSITIVES:
+            why = "hardly anything is contrasted by position; raise method.positions.threshold (auto finds one), "
+            why += "compare fewer method.positions.axes, or take sampler Anchored"
+        elif positives > MOST_POSITIVES * compared:
+            why = "hardly anything is a negative; lower method.positions.threshold (auto finds one) or raise batch_size"
+        else:
+            return
+        self.watched = None
+        if progress.rank == 0:
+            counts = f"{positives:.2g} positives among the {compared:.2g} other samples that they are compared with"
+            said = f"warning: crops have {counts}, mean of {WATCHED_STEPS} steps: {why}"
+            print(said, file=sys.stderr, flush=True)
 
 
 def _everywhere(rows: Tensor, gathers: bool) -> Tensor:
