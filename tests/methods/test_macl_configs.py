@@ -130,6 +130,49 @@ def test_an_automatic_threshold_is_a_number_in_the_settings_of_the_run(finished)
     assert check_trainer(compose("pretrain", ["trainer.devices=2"])) == 2
 
 
+def test_a_run_finds_a_threshold_that_makes_some_pairs_positives(where, tmp_path):
+    settings = ("method.positions.threshold=auto", "batch_size=16", "trainer.max_steps=1")
+    folder = pretrained(where, tmp_path / "run", *NARROW, *settings)
+    assert 0 < yaml.safe_load((folder / "config.yaml").read_text())["method"]["positions"]["threshold"] < 1
+    (row,) = rows(folder)
+    assert row["num_compared"] == 15
+    assert 0.1 * 15 < row["num_positives"] < 0.3 * 15  # about 0.19
+
+
+def test_a_run_that_broke_off_goes_on_bit_for_bit(where, tmp_path):
+    settings = (*NARROW, "method.coupling=ema", "checkpoint_every=2", "trainer.max_steps=4")
+    straight, forward = pretrained(where, tmp_path / "straight", *settings), MACL.forward
+
+    def breaking(method, batch, progress):
+        if progress.step == 3:
+            raise ValueError("broken off")
+        return forward(method, batch, progress)
+
+    broken = tmp_path / "broken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MACL, "forward", breaking)
+        with pytest.raises(SystemExit):
+            pretrained(where, broken, *settings)
+    assert len(rows(broken)) == 3
+    assert last(broken)["global_step"] == 2
+    pretrained(where, broken, *settings, f"resume={broken}")
+    first, second = last(straight), last(broken)
+    assert first["global_step"] == second["global_step"] == 4
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    assert any(".auxiliary_encoder." in name for name in first["state_dict"])
+    assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
+    moments = [run["optimizer_states"][0]["state"] for run in (first, second)]
+    assert all(torch.equal(moments[0][n]["exp_avg"], moments[1][n]["exp_avg"]) for n in moments[0])
+    assert [[row[term] for term in TERMS] for row in rows(straight)] == [
+        [row[term] for term in TERMS] for row in rows(broken)
+    ]
+
+
+def last(folder):
+    """The checkpoint of a run."""
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
 @pytest.mark.parametrize("decoder", ["all", "trained", "none"])
 def test_fine_tuning_takes_all_of_the_decoder_or_its_trained_blocks_or_none(finished, decoder):
     network, said = segmenter(finished, f"weights.decoder={decoder}")
