@@ -180,6 +180,11 @@ def test_half_precision_is_computed_in_full():
     large, small = bottlenecks()
     assert equivariance_loss(large.half(), small.half()).dtype == torch.float32
 
+    vectors = embeddings(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = contrast_of_positives(vectors, near(0.1))
+    assert found.item() == pytest.approx(contrast_of_positives(vectors.float(), near(0.1)).item(), rel=1e-6)
+
 
 def test_a_segment_is_a_positive_of_itself_within_one_sample():
     first, second = random_maps(2, 4, 3, 3, 3)

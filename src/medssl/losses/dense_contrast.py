@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from medssl.losses.position_contrast import EPSILON, Missing, contrast_of_directions, masks
+from medssl.losses.position_contrast import Missing, contrast_of_rows, masks
 from medssl.ops.shrinking import shrunk
 
 
@@ -43,19 +43,15 @@ def dense_contrast(
     counted, compared = masks(positive, compared, missing=missing)
 
     def contrast(part: Tensor) -> Tensor:
-        return contrast_of_directions(part, counted, compared=compared, temperature=temperature).sum()
+        return contrast_of_rows(part, counted, compared=compared, temperature=temperature).sum()
 
-    with torch.autocast(first.device.type, enabled=False):
-        maps = _float(torch.cat([first, second]))
-        rows = maps.flatten(2).permute(2, 0, 1).contiguous()  # (place, 2b, c); small products of strided rows are slow
-        directions = F.normalize(rows, dim=2, eps=EPSILON)
-        if chunk is None or chunk >= len(directions):
-            total = contrast(directions)
-        else:
-            total = torch.stack(
-                [checkpoint(contrast, part, use_reentrant=False) for part in directions.split(chunk)]
-            ).sum()
-    return temperature / base_temperature * total / len(directions)
+    # (place, 2b, c); small products of strided rows are slow
+    rows = torch.cat([first, second]).flatten(2).permute(2, 0, 1).contiguous()
+    if chunk is None or chunk >= len(rows):
+        total = contrast(rows)
+    else:
+        total = torch.stack([checkpoint(contrast, part, use_reentrant=False) for part in rows.split(chunk)]).sum()
+    return temperature / base_temperature * total / len(rows)
 
 
 def equivariance_loss(
@@ -102,16 +98,14 @@ def segment_contrast(
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-    total = first.new_zeros((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
-    with torch.autocast(first.device.type, enabled=False):
-        pair = _float(torch.stack([first.flatten(2), second.flatten(2)], dim=1)[..., ::every])  # (b 2 c place)
-        directions = F.normalize(pair, dim=2, eps=EPSILON).transpose(2, 3).flatten(1, 2)  # (b, 2 place, c)
-        segment = _nearest(segment, tuple(first.shape[2:])).flatten(1)[:, ::every]
-        for own, number in zip(directions, segment, strict=True):
-            counted, compared = masks((number[:, None] == number).repeat(2, 2), None)
-            loss = contrast_of_directions(own[None], counted, compared=compared, temperature=temperature)
-            total = total + loss[0]
-    return temperature / base_temperature * total / len(first)
+    pair = torch.stack([first.flatten(2), second.flatten(2)], dim=1)[..., ::every]  # (b 2 c place)
+    rows = pair.transpose(2, 3).flatten(1, 2)  # (b, 2 place, c)
+    segment = _nearest(segment, tuple(first.shape[2:])).flatten(1)[:, ::every]
+    terms = []
+    for own, number in zip(rows, segment, strict=True):
+        counted, compared = masks((number[:, None] == number).repeat(2, 2), None)
+        terms.append(contrast_of_rows(own[None], counted, compared=compared, temperature=temperature)[0])
+    return temperature / base_temperature * torch.stack(terms).mean()
 
 
 def _float(maps: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
@@ -58,7 +57,8 @@ def contrast_of_positives(
     """Minus the mean log-probability of each row's positives among all other rows, times temperature over base.
 
     Mean over the rows that have a positive, in nats; zero with a gradient of zero where none has. A row is no positive
-    of itself, whatever the mask says. `base_temperature=temperature` gives the equation of the paper.
+    of itself, whatever the mask says. `base_temperature=temperature` gives the equation of the paper. Half precision
+    is computed in float32, also under autocast.
 
     Args:
         vectors: of any length but zero; they are compared by their cosine.
@@ -72,9 +72,8 @@ def contrast_of_positives(
     Source: arXiv:2004.11362, eq. 2; arXiv:2106.09157, eq. 3; repository zshyang/kaf, loss/contrast_loss.py; with
         `missing="raise"` repository stevezs315/MACL, loss/contrast_loss.py.
     """
-    directions = F.normalize(vectors, dim=1, eps=EPSILON)
     counted, compared = masks(positive, compared, missing=missing)
-    loss = contrast_of_directions(directions[None], counted, compared=compared, temperature=temperature)
+    loss = contrast_of_rows(vectors[None], counted, compared=compared, temperature=temperature)
     return temperature / base_temperature * loss[0]
 
 
@@ -92,8 +91,8 @@ def masks(
     return counted, compared
 
 
-def contrast_of_directions(
-    directions: Float[Tensor, "place row dim"],
+def contrast_of_rows(
+    rows: Float[Tensor, "place row dim"],
     counted: Bool[Tensor, "row row"],
     *,
     compared: Bool[Tensor, "row row"],
@@ -101,16 +100,23 @@ def contrast_of_directions(
 ) -> Float[Tensor, " place"]:
     """Minus the mean log-probability of positives at each place; as `contrast_of_positives` with `masks`, unscaled.
 
+    Half precision is computed in float32, also under autocast.
+
     Args:
-        directions: of length 1.
+        rows: of any length but zero; they are compared by their cosine.
         counted: positives, the same at all places.
         compared: rows compared, the same at all places.
         temperature: of the cosines.
     """
-    logits = directions @ directions.mT / temperature
-    lowest = torch.finfo(logits.dtype).min  # its exponential is 0, and a row without any other stays finite
-    log_share = logits.masked_fill(~compared, lowest).log_softmax(-1).masked_fill(~counted, 0.0).sum(-1)
-    numbers = counted.sum(1)
-    rows = numbers > 0
-    mean = log_share / numbers.clamp(min=1)
-    return -(mean * rows).sum(-1) / rows.sum().clamp(min=1)
+    with torch.autocast(rows.device.type, enabled=False):
+        rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        products = rows @ rows.mT
+        inverse = products.diagonal(dim1=1, dim2=2).clamp(min=EPSILON**2).rsqrt()
+        logits = products * (inverse[:, :, None] * inverse[:, None] / temperature)  # saves passes over normed rows
+        lowest = torch.finfo(logits.dtype).min  # its exponential is 0, and a row without any other stays finite
+        log_sum = logits.masked_fill(~compared, lowest).logsumexp(-1)
+        numbers = counted.sum(1)
+        has_positive = numbers > 0
+        share = counted.to(logits.dtype) / numbers.clamp(min=1)[:, None]
+        total = (log_sum * has_positive).sum(-1) - (logits * share).sum((1, 2))
+        return total / has_positive.sum().clamp(min=1)
