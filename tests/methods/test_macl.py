@@ -256,7 +256,7 @@ def test_the_dominant_branch_may_have_a_look_of_its_own():
 def test_all_three_terms_fall_on_a_batch():
     method = make(base_channels=4).train()
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
-    views = batch()
+    views = batch(side=16)
     logs = []
     for _ in range(30):
         output = method(views, NOW)

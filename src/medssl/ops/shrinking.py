@@ -16,11 +16,13 @@ def shrunk(image: Tensor, size: Sequence[int], *, how: str = "linear") -> Tensor
         image: a map along one, two or three axes.
         size: voxels along each.
         how: `linear` interpolates between the two nearest voxels of each axis, without a filter; `area` takes means of
-            boxes instead.
+            boxes instead. An axis of which one voxel is left becomes its mean either way.
 
     Source: repository stevezs315/MACL, pretrain_MACL.py (`align_corners=True`).
     """
     if how == "linear":
+        for axis, side in enumerate(size, start=2):
+            image = image.mean(axis, keepdim=True) if side == 1 else image
         return F.interpolate(image, size=tuple(size), mode=LINEAR[image.ndim - 2], align_corners=True)
     if how == "area":
         return F.interpolate(image, size=tuple(size), mode="area")
