@@ -1,3 +1,8 @@
+import json
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from oracles.kaf import Oracle, fill, published_shapes
@@ -78,6 +83,30 @@ def test_projections_start_equal_and_heads_run_fastest():
     assert torch.equal(layer.key.bias, layer.value.bias)
     assert layer.query.weight.data_ptr() != layer.key.weight.data_ptr()
     assert layer._heads(torch.arange(8.0).view(1, 1, 8))[0, :, 0].tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+COMPILED = """
+import torch
+from medssl.models.keypoint_attention import MessageLayer, Packing
+for change in (lambda layer: layer, torch.compile):
+    torch.manual_seed(0)
+    layer, tokens = MessageLayer(8, num_heads=2), torch.randn(14, 8, requires_grad=True)
+    packing = Packing.of(torch.arange(9) < torch.tensor([[9], [5]]))
+    gained = change(layer)(tokens, tokens, at=packing, of=packing)
+    (gained * torch.linspace(-1, 1, gained.numel()).view_as(gained)).sum().backward()
+    found = gained, tokens.grad, layer.query.weight.grad, layer.value.weight.grad
+    print(torch.cat([part.flatten() for part in found]).tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler")
+def test_a_compiled_layer_gives_what_it_gives_uncompiled():
+    alone = [sys.executable, "-c", COMPILED]  # types are not checked there, the compiler cannot follow that
+    said = subprocess.run(alone, capture_output=True, text=True, check=True).stdout
+    eager, compiled = map(json.loads, said.splitlines())
+    assert compiled == pytest.approx(eager, abs=1e-5)
+    assert max(map(abs, eager)) > 0.1
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -192,6 +192,7 @@ class KAFEncoder(nn.Module):
         bottleneck = self.center(pooled(x, self.steps[-1]))
         return KAFOutput(bottleneck, skips, padded, known[:, : points.shape[1]])
 
+    @torch.compiler.disable  # its many small steps take minutes to compile and gain little
     def find(self, image: Float[Tensor, "batch channel *spatial"]) -> tuple[Tensor, Tensor]:
         """Keypoints of images and which of them count; none where the network has no use for them."""
         if not len(self.kaf):

@@ -177,4 +177,5 @@ class MessageLayer(nn.Module):
         return self.mlp(torch.cat([tokens, message], dim=1))
 
     def _heads(self, padded: Tensor) -> Tensor:
-        return padded.unflatten(2, (-1, self.num_heads)).permute(0, 3, 1, 2)
+        # contiguous: compiled for a CPU, attention reads a strided last axis wrongly (torch 2.13)
+        return padded.unflatten(2, (-1, self.num_heads)).permute(0, 3, 1, 2).contiguous()
