@@ -14,6 +14,7 @@ from medssl.derive import run as derive
 from medssl.prepare import run as prepare
 from medssl.pretrain import run
 from medssl.training.optim import build_optimizer
+from medssl.training.planning import other_reading
 
 RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "kaf_tiny_ten_steps.json").read_text())
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
@@ -100,6 +101,17 @@ def test_views_and_table_of_keypoints_show_ct_in_one_window():
         shown = group["augment"][0]
         assert shown["_target_"].endswith("ByModality")
         assert (shown["window_hu"], shown["percentiles"]) == (table.window_hu, table.percentiles)
+
+
+def test_fine_tuning_with_the_window_of_pre_training_reads_images_alike():
+    card = {"reading": {"views": resolved("method=kaf")["views"]}}
+    lines = []
+    for window in ([-160, 240], [-1000, 1000]):
+        normalise = OmegaConf.to_container(compose("finetune", [f"window_hu={window}"]).normalise, resolve=True)
+        reading = {"spacing_mm": "native", "outside": "minimum", "normalise": normalise}
+        lines.append(other_reading(card, reading))
+    assert lines[0] == []
+    assert "window_hu=[-160, 240] percentiles=[0.5, 99.5] out=[0, 1] in pre-training" in lines[1][0]
 
 
 @pytest.mark.parity
