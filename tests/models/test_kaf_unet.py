@@ -4,6 +4,7 @@ from oracles.kaf import Oracle, fill, published_shapes
 
 from medssl import layouts
 from medssl.models.kaf_heads import KAFHeads
+from medssl.models.kaf_layer import find_tokens
 from medssl.models.kaf_unet import KAFDecoder, KAFEncoder
 from medssl.models.keypoint_matcher import KeypointMatcher
 
@@ -221,6 +222,15 @@ def test_keypoints_outside_the_image_do_not_count():
         [[[3.0, 4.0, 5.0], [-1.0, 4.0, 5.0], [3.0, 15.6, 5.0], [3.0, 4.0, torch.nan], [15.4, -0.5, 0]]]
     )
     assert encoder.encode(image, points).valid.tolist() == [[True, False, False, False, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keypoints_that_rounding_moves_beyond_the_upper_face_do_not_count(dtype):
+    below = torch.tensor([[[15.4999999999] * 3, [15.4999] * 3, [3.0] * 3]], dtype=dtype)
+    output = tiny().encode(torch.randn(1, 1, 16, 16, 16), below)
+    assert output.valid.tolist() == [[False, True, True]]
+    thin = torch.tensor([[[3.0, 3.0, 0.49999999], [3.0, 3.0, 0.4999]]], dtype=dtype)
+    assert find_tokens(thin, thin[..., 0] > 0, size_voxel=(16, 16, 1))[1].tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

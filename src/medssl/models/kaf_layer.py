@@ -23,18 +23,24 @@ class Keypoints(NamedTuple):
 
     def voxel(self, stride: Sequence[int]) -> Int[Tensor, "token axis"]:
         """The voxel of each in a map of this stride: that which holds the voxel next to the point."""
-        nearest = (self.points + 0.5).floor().long()
+        nearest = nearest_voxel(self.points).long()
         return nearest.div(nearest.new_tensor(stride), rounding_mode="floor")
+
+
+def nearest_voxel(points: Float[Tensor, "*row axis"]) -> Float[Tensor, "*row axis"]:
+    """The voxel that holds each point, as a whole number."""
+    return (points + 0.5).floor()
 
 
 def find_tokens(
     points: Float[Tensor, "batch n axis"], valid: Bool[Tensor, "batch n"], *, size_voxel: Sequence[int]
 ) -> tuple[Keypoints, Bool[Tensor, "batch n"]]:
     """The valid keypoints whose nearest voxel lies in an image of this size, and where they are among the rows."""
-    sides = torch.tensor(size_voxel, device=points.device)
-    valid = valid & ((points >= -0.5) & (points < sides - 0.5)).all(-1)  # not a number compares false
+    points = points.float()  # first: rounding may move a point into the next voxel
+    nearest, sides = nearest_voxel(points), torch.tensor(size_voxel, device=points.device)
+    valid = valid & ((nearest >= 0) & (nearest < sides)).all(-1)  # not a number compares false
     packing = Packing.of(valid)
-    return Keypoints(packing.pack(points.float()), packing), valid
+    return Keypoints(packing.pack(points), packing), valid
 
 
 class KAFLayer(nn.Module):
