@@ -13,6 +13,7 @@ from medssl.data.views import View
 from medssl.methods.base import Progress
 from medssl.methods.kaf import KAF, crop_faces, places
 from medssl.methods.kaf_points import PointRule
+from medssl.methods.panels import MatchedPoints, matched_points
 from medssl.models.kaf_heads import KAFHeads
 from medssl.models.kaf_unet import KAFEncoder
 from medssl.models.keypoint_matcher import KeypointMatcher
@@ -385,9 +386,28 @@ def test_held_out_views_and_pictures_leave_no_trace():
     first, again = (method(views, at(step)).loss for step in (0, 1))
     assert torch.equal(first, again), "the strongest points, whatever the step"
     figure = method.train().figures(views, at())["matches"]
-    assert "found pairs are right" in figure.axes[0].get_xlabel()
+    pairs = method.points(views["first"], views["second"], at(), is_random=False).pairs
+    number = sum(sample == 0 and min(i, j) >= 0 for sample, i, j in pairs.tolist())
+    assert figure.axes[0].get_xlabel().endswith(f"of {number} true pairs found")
+    assert number > 0
     assert method.training
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
+def test_the_picture_joins_right_pairs_wrong_pairs_and_those_that_were_missed():
+    points = torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9], [0, 0, 0]])
+    known = torch.tensor([True, True, True, False])
+    shown = MatchedPoints(points, points, known, known, found={(0, 0), (1, 2)}, true={(0, 0), (1, 1), (2, 2)})
+    axes = matched_points(torch.rand(12, 10, 11), torch.rand(12, 10, 11), shown).axes[0]
+    drawn = {}
+    for line in axes.lines[2:]:
+        drawn.setdefault(line.get_color(), []).append((*line.get_xdata(), *line.get_ydata()))
+    assert drawn == {
+        "lightgrey": [(4, 18, 6, 6), (7, 21, 9, 9)],
+        "tomato": [(4, 21, 6, 9)],
+        "limegreen": [(1, 15, 3, 3)],
+    }
+    assert axes.get_xlabel() == "1 of 2 found pairs are right, 1 of 3 true pairs found"
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ class KAF(Method):
 
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
-        """The keypoints of the first pair of views, and where the matcher sees partners: right or wrong."""
+        """The keypoints of the first pair of views, where the matcher sees partners, and where there are some."""
         from medssl.methods.panels import MatchedPoints, matched_points
 
         views, was_training = _views(batch), self.training
@@ -178,16 +178,15 @@ class KAF(Method):
         ]
         plan = self._plan([t.float() for t in tokens], points, views[0])[0]
         self.train(was_training)
-        mine = points.pairs[points.pairs[:, 0] == 0, 1:]
-        truth = {int(i): int(j) for i, j in mine.tolist() if i >= 0}
-        found = plan[:-1].argmax(1).tolist()
-        dustbin = plan.shape[1] - 1
+        true = points.pairs[(points.pairs[:, 0] == 0) & (points.pairs >= 0).all(1), 1:]
+        partner, dustbin = plan[:-1].argmax(1).tolist(), plan.shape[1] - 1
         shown = MatchedPoints(
             points.first[0].cpu(),
             points.second[0].cpu(),
-            [(i, j, truth[i] == j) for i, j in enumerate(found) if i in truth and j != dustbin],
             points.first_valid[0].cpu(),
             points.second_valid[0].cpu(),
+            found={(i, partner[i]) for i in points.first_valid[0].nonzero()[:, 0].tolist() if partner[i] != dustbin},
+            true={(i, j) for i, j in true.tolist()},
         )
         title = f"keypoints and their matches, step {progress.step}"
         return {"matches": matched_points(views[0].image[0, 0, 0], views[1].image[0, 0, 0], shown, title=title)}

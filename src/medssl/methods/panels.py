@@ -85,13 +85,14 @@ def point_matches(
 
 
 class MatchedPoints(NamedTuple):
-    """Keypoints of two volumes in voxels, and pairs: number in the first, number in the second, whether it is right."""
+    """Keypoints of two volumes in voxels, and pairs: number in the first, number in the second."""
 
     first: Float[Tensor, "n 3"]
     second: Float[Tensor, "m 3"]
-    pairs: Sequence[tuple[int, int, bool]]
     first_valid: Bool[Tensor, " n"]
     second_valid: Bool[Tensor, " m"]
+    found: set[tuple[int, int]]
+    true: set[tuple[int, int]]
 
 
 def matched_points(
@@ -99,7 +100,8 @@ def matched_points(
 ) -> "Figure":
     """Both volumes side by side from the front, each at its brightest along the sight, with keypoints and pairs.
 
-    Right pairs are joined by green lines, wrong ones by red; left and right are those of the picture, superior is up.
+    Right pairs are joined by green lines, wrong ones by red, true ones that were not found by thin grey ones; left and
+    right are those of the picture, superior is up.
     """
     from matplotlib.figure import Figure
 
@@ -112,11 +114,17 @@ def matched_points(
     offset = projected[0].shape[0] + 2
     for place, valid, shift in ((points.first, points.first_valid, 0), (points.second, points.second_valid, offset)):
         axes.plot(place[valid, 0].numpy() + shift, place[valid, 2].numpy(), ".", color="gold", markersize=4)
-    for i, j, is_right in points.pairs:
-        (x, _, z), (x2, _, z2) = points.first[i].tolist(), points.second[j].tolist()
-        color = "limegreen" if is_right else "tomato"
-        axes.plot([x, x2 + offset], [z, z2], "-", color=color, linewidth=0.6, alpha=0.7)
-    right = sum(is_right for _, _, is_right in points.pairs)
-    axes.set(xticks=[], yticks=[], xlabel=f"{right} of {len(points.pairs)} found pairs are right")
+    right = points.found & points.true
+    for pairs, color, width in (
+        (points.true - right, "lightgrey", 0.3),
+        (points.found - right, "tomato", 0.6),
+        (right, "limegreen", 0.6),
+    ):
+        for i, j in sorted(pairs):
+            (x, _, z), (x2, _, z2) = points.first[i].tolist(), points.second[j].tolist()
+            axes.plot([x, x2 + offset], [z, z2], "-", color=color, linewidth=width, alpha=0.7)
+    label = f"{len(right)} of {len(points.found)} found pairs are right, "
+    label += f"{len(right)} of {len(points.true)} true pairs found"
+    axes.set(xticks=[], yticks=[], xlabel=label)
     figure.suptitle(title)
     return figure
