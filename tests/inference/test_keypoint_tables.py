@@ -153,6 +153,16 @@ def test_other_detectors_have_tables_of_their_own_and_random_points_differ_betwe
     assert np.array_equal(first["points_voxel"], again["points_voxel"])
 
 
+def test_the_command_takes_random_points_without_a_range(store, capsys):
+    detector = ["what.detector._target_=medssl.models.keypoints.RandomPoints", "~what.detector.value_range"]
+    few = ["num_workers=0", "what.num_points=8"]
+    main("derive", run_derive, arguments=["what=keypoints", f"store={store.root}", *few, *detector])
+    recipe = json.loads((store.root / "derived" / "keypoints.json").read_text())["recipe"]
+    assert recipe["detector"] == {"_target_": "medssl.models.keypoints.RandomPoints", "seed": 0}
+    assert "3 tables (3 new)" in (told := capsys.readouterr().out)
+    assert "points 8, full 1," in told
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

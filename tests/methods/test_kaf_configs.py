@@ -11,6 +11,7 @@ from test_kaf import at, batch
 import medssl
 from medssl.config import compose, main
 from medssl.derive import run as derive
+from medssl.models.keypoints import RandomPoints
 from medssl.prepare import run as prepare
 from medssl.pretrain import run
 from medssl.training.optim import build_optimizer
@@ -93,6 +94,14 @@ def test_heads_follow_the_encoder(method, setting, channels, token_channels):
     assert built.heads.fusion.in_features == token_channels
     with torch.no_grad():
         assert built(batch(b=2), at()).loss.isfinite()
+
+
+def test_an_encoder_may_look_at_random_points():
+    random = "model.encoder.detector._target_=medssl.models.keypoints.RandomPoints"
+    values = resolved("method=kaf_tiny", random, "~model.encoder.detector.value_range")
+    encoder = instantiate(values["model"]["encoder"], _convert_="all").eval()
+    assert encoder.detector == RandomPoints()
+    assert encoder.find(torch.zeros(1, 1, 16, 16, 16))[1].sum() == 64
 
 
 def test_views_and_table_of_keypoints_show_ct_in_one_window():
