@@ -96,6 +96,15 @@ def test_heads_follow_the_encoder(method, setting, channels, token_channels):
         assert built(batch(b=2), at()).loss.isfinite()
 
 
+def test_the_released_momentum_and_order_of_axes_reach_encoder_and_matcher():
+    released = ["model.encoder.bn_momentum=0.19", "model.encoder.axis_swap=true"]
+    for overrides, momentum, is_swapped in (([], 0.1, False), (released, 0.19, True)):
+        built = instantiate(resolved("method=kaf_tiny", *overrides)["method"], _convert_="all")
+        assert [layer.mlp[1].momentum for layer in built.encoder.kaf["0"].attention] == [momentum] * 2
+        assert built.encoder.kaf["3"].position.axis_swap is is_swapped
+        assert built.matcher.position.axis_swap is is_swapped
+
+
 def test_an_encoder_may_look_at_random_points():
     random = "model.encoder.detector._target_=medssl.models.keypoints.RandomPoints"
     values = resolved("method=kaf_tiny", random, "~model.encoder.detector.value_range")
