@@ -11,7 +11,7 @@ from oracles.transport import matching, plan, positive_contrast
 
 from medssl.data.views import View
 from medssl.methods.base import Progress
-from medssl.methods.kaf import KAF, crop_faces, places
+from medssl.methods.kaf import KAF, WATCHED_STEPS, crop_faces, places
 from medssl.methods.kaf_points import PointRule
 from medssl.methods.panels import MatchedPoints, matched_points
 from medssl.models.kaf_heads import KAFHeads
@@ -21,10 +21,10 @@ from medssl.models.keypoint_matcher import KeypointMatcher
 SIDE = 16
 
 
-def make(*, points=None, local=False, mode="use", **options):
+def make(*, points=None, local=False, mode="use", norm="batch", **options):
     torch.manual_seed(0)
     sizes = {"dim": 8, "num_heads": 2, "position_widths": [4]}
-    encoder = KAFEncoder(base_channels=2, num_layers=1, hidden=4, levels=(1, 1), mode=mode, **sizes)
+    encoder = KAFEncoder(base_channels=2, num_layers=1, hidden=4, levels=(1, 1), mode=mode, norm=norm, **sizes)
     heads = partial(KAFHeads, dim=8, embed_dim=6, local=local)
     matcher = partial(KeypointMatcher, layers=("self", "cross"), **sizes)
     rule = PointRule(**{"max_points": 12, "min_points": 2, **(points or {})})
@@ -392,6 +392,37 @@ def test_held_out_views_and_pictures_leave_no_trace():
     assert number > 0
     assert method.training
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
+def test_few_crops_for_a_batch_norm_are_said_once(capsys):
+    method = make()
+    for step in range(3):
+        method(batch(), at(step))
+    said = capsys.readouterr().err
+    assert said.count("warning: 3 crops of a device share a batch norm, which wants 4") == 1
+    make()(batch(b=4), at())
+    make().eval()(batch(), at())
+    instance = make(norm="instance")
+    instance(batch(), at())
+    assert capsys.readouterr().err == ""
+
+
+def test_steps_without_positives_are_said_once(capsys):
+    method, far = make(norm="instance", threshold=1e-3), batch()
+    output = method(far, at())
+    assert output.logs["num_positives"] == 0
+    assert output.logs["image"] == output.logs["keypoints"] == 0
+    for step in range(1, 3 * WATCHED_STEPS):
+        method._watch(3, torch.tensor(float(step < 15)), at(step))
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1
+    assert "in 6 of 20 steps no view had a positive" in said
+    assert "method.threshold=0.001" in said
+    method = make()
+    for step in range(WATCHED_STEPS):
+        method._watch(4, torch.tensor(0.1), at(step))
+    assert method.watched == []
+    assert capsys.readouterr().err == ""
 
 
 def test_the_picture_joins_right_pairs_wrong_pairs_and_those_that_were_missed():

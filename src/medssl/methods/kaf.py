@@ -1,11 +1,13 @@
 """KAF: an image and its keypoints contrast by position, and the keypoints of two views are matched."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from medssl.data.views import View
 from medssl.losses import position_contrast
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 METRICS = (*position_contrast.METRICS, "overlap")
 POSITIVES = ("position", "views", "partition")
 NUM_PARTITIONS = 4
+FEWEST_VIEWS = 4
+"""Of a device, for a batch norm."""
+WATCHED_STEPS = 20
 
 
 class KAF(Method):
@@ -120,6 +125,8 @@ class KAF(Method):
         self.negative_threshold, self.position_per_view = negative_threshold, position_per_view
         self.temperature, self.base_temperature = temperature, base_temperature
         self.transport_iterations, self.reduction = transport_iterations, reduction
+        self.wants_views = any(isinstance(module, _BatchNorm) for module in encoder.stages.modules())
+        self.watched: list[Tensor] | None = []
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
         """Weighted sum of both contrasts and of the matching."""
@@ -149,13 +156,16 @@ class KAF(Method):
             terms["matching"] = matching_loss(plan, points.pairs, reduction=self.reduction)  # type: ignore[arg-type]
         loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
         itself = torch.eye(len(positive), dtype=torch.bool, device=positive.device)
+        num_positives = (positive & ~itself).sum(1).float().mean()
+        if self.training:
+            self._watch(len(views[0].image), num_positives, progress)
         logs = {name: term.detach() for name, term in terms.items()}
         logs |= {
             "matching_accuracy": matching_accuracy(plan, points.pairs),
             "partners_found": matching_accuracy(plan, points.pairs[(points.pairs >= 0).all(1)]),
             "matched_share": points.matched_share(),
             "points": (points.first_valid.sum(1) + points.second_valid.sum(1)).float().mean() / 2,
-            "num_positives": (positive & ~itself).sum(1).float().mean(),
+            "num_positives": num_positives,
             "feature_std": direction_spread(image.detach()),
         }
         return StepOutput(loss, logs)
@@ -246,6 +256,23 @@ class KAF(Method):
             return overlapping_boxes(lower, upper, threshold=threshold)
         return near_positions(places(lower, upper), metric=self.metric, threshold=threshold)  # type: ignore[arg-type]
 
+    def _watch(self, num_views: int, num_positives: Float[Tensor, ""], progress: Progress) -> None:
+        """Say once that few views share a batch norm, and once that some steps had no positives."""
+        if self.wants_views and num_views < FEWEST_VIEWS:
+            self.wants_views = False
+            why = f"{num_views} crops of a device share a batch norm, which wants {FEWEST_VIEWS}; raise batch_size, or "
+            _warn(why + "take model.encoder.norm=instance model.encoder.token_norm=layer", progress)
+        if self.watched is None:
+            return
+        self.watched.append(num_positives == 0)
+        if len(self.watched) < WATCHED_STEPS:
+            return
+        without = int(torch.stack(self.watched).sum())  # one wait for the device in many steps
+        self.watched = None if without else []
+        if without:
+            why = f"in {without} of {WATCHED_STEPS} steps no view had a positive, and the contrasts were 0; change "
+            _warn(f"{why}method.threshold={self.threshold}, or take method.positives=views", progress)
+
 
 def contrast_of_points(
     first: Float[Tensor, "b n dim"],
@@ -296,6 +323,11 @@ def _views(batch: Mapping[str, View]) -> tuple[View, View]:
     if not {"first", "second"} <= found.keys() or found["first"] != found["second"] or found["first"][0] != 1:
         raise ValueError(f"KAF needs view groups `first` and `second` with one view of one size; the batch has {found}")
     return batch["first"], batch["second"]
+
+
+def _warn(why: str, progress: Progress) -> None:
+    if progress.rank == 0:
+        print(f"warning: {why}", file=sys.stderr, flush=True)
 
 
 def _by_view(points: PointPair) -> list[tuple[Tensor, Tensor]]:
