@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,26 @@ def ten_steps():
 def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
     for found, recorded in zip(ten_steps(), RECORDED["losses"], strict=True):
         assert found == pytest.approx(recorded, rel=5e-3)
+
+
+@pytest.mark.gpu
+def test_a_step_in_half_precision_on_a_gpu_stays_finite():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    method = instantiate(resolved("method=kaf_tiny")["method"], _convert_="all").cuda()
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3)
+    views = {
+        name: replace(view, **{key: value.to("cuda") for key, value in vars(view).items() if value is not None})
+        for name, view in batch().items()
+    }
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        output = method(views, at())
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert method.matcher.dustbin.grad.abs() > 0
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in method.parameters())
 
 
 @pytest.mark.parametrize(

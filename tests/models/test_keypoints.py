@@ -305,3 +305,19 @@ def test_counts_on_a_real_ct_are_those_of_the_method_card(real_data):
     for count, (few, many) in zip(counts, card, strict=True):
         assert few / 2 <= count <= 2 * many
     assert counts == sorted(counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("detector", [KNOWN_RANGE, Foerstner()])
+def test_cpu_and_gpu_find_the_same(detector):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    image = texture(0, (48, 40, 44))
+    places, _, responses = found(image, detector)
+    on_gpu, _, responses_on_gpu = (column.cpu() for column in found(image.cuda(), detector))
+    assert len(places) > 20
+    assert abs(len(places) - len(on_gpu)) <= 1  # one may lie at the bound of the contrast
+    distance, partner = torch.cdist(places, on_gpu, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    same = distance < 0.01
+    assert same.sum() >= len(places) - 1
+    assert torch.allclose(responses[same], responses_on_gpu[partner[same]], rtol=1e-3, atol=1e-6)
