@@ -126,6 +126,25 @@ def test_the_released_momentum_and_order_of_axes_reach_encoder_and_matcher():
         assert built.matcher.position.axis_swap is is_swapped
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("views.groups.first.size=[16,20,16]", "views.groups.first.size=[16, 20, 16]: sides must be multiples of [16"),
+        ("+model.encoder.spatial_dims=2", "KAF pre-trains on volumes; model.encoder.spatial_dims=2 must be 3"),
+        ("views.groups.first.points=null", "method.points.match=shared takes points of a table"),
+        ("views.groups.first.points=corners", "no derived data 'corners'; run `python -m medssl.derive what=corners"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_a_batch_is_drawn(finished, capsys, monkeypatch, setting, message):
+    monkeypatch.setattr("medssl.training.pretraining.fit", lambda *_, **__: pytest.fail("the training begins"))
+    where = [*SMALL, f"store={finished / 'store'}", f"output_dir={finished / 'refused'}"]
+    with pytest.raises(SystemExit) as stop:
+        main("pretrain", run, arguments=["method=kaf_tiny", *where, *FEW, setting])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert message in error
+
+
 def test_an_encoder_may_look_at_random_points():
     random = "model.encoder.detector._target_=medssl.models.keypoints.RandomPoints"
     values = resolved("method=kaf_tiny", random, "~model.encoder.detector.value_range")

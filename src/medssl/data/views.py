@@ -248,6 +248,13 @@ class ViewPlan:
         """Grid locations, also where a table of the store holds them; 0 where no group has any."""
         return max([self.num_locations, *(len(store.derived(table, 0)["centre_mm"]) for table in self.tables)])
 
+    def check(self, store: VolumeStore) -> None:
+        """Raise a ValueError where the store lacks a derived table that views carry."""
+        for spec in self.groups.values():
+            for name in (spec.points, spec.regions):
+                if name is not None:
+                    store.derived_file(name, 0)
+
     def notes(self, store: VolumeStore) -> list[str]:
         """What is odd about the groups in this store, a line each."""
         found = [other_size(spec, store) for spec in self.groups.values() if isinstance(spec, GridCrop)]

@@ -1,7 +1,7 @@
 """KAF: an image and its keypoints contrast by position, and the keypoints of two views are matched."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,7 @@ class KAF(Method):
             `token_channels` of the encoder.
         matcher: builds the scores of pairs of keypoints, given `spatial_dims` of the encoder.
         points: how keypoints are chosen and put in correspondence.
+        crop_voxel: size of the views, checked here; None leaves that to the first batch.
         weight_image: of the contrast of images.
         weight_keypoints: of the contrast of keypoints.
         weight_matching: of the matching.
@@ -73,6 +74,7 @@ class KAF(Method):
         heads: Callable[..., KAFHeads],
         matcher: Callable[..., KeypointMatcher],
         points: PointRule | None = None,
+        crop_voxel: Sequence[int] | None = None,
         weight_image: float = 1.0,
         weight_keypoints: float = 1.0,
         weight_matching: float = 0.01,
@@ -105,6 +107,12 @@ class KAF(Method):
                     f"negative_threshold={negative_threshold} must lie {side} threshold={threshold}, and needs "
                     f"positives=position; positives is {positives!r} and metric {metric!r}"
                 )
+        if encoder.spatial_dims != 3:
+            raise ValueError(f"KAF pre-trains on volumes; model.encoder.spatial_dims={encoder.spatial_dims} must be 3")
+        if crop_voxel is not None and any(s % step for s, step in zip(crop_voxel, encoder.strides[-1], strict=True)):
+            raise ValueError(
+                f"views.groups.first.size={list(crop_voxel)}: sides must be multiples of {list(encoder.strides[-1])}"
+            )
         if not encoder.token_channels:
             raise ValueError(
                 "KAF pre-trains keypoints, but the encoder uses none: set model.keypoints=use, and at least one of "

@@ -40,6 +40,7 @@ class PointRule:
         match: `shared`: points of the volume's table, the same in both views by their number; `geometric`: found in
             each view, nearest in the volume; `descriptor`: found in each view, alike within a gate, without a
             transform.
+        table: which the views carry, for `shared`; null where they carry none.
         max_points: of a view.
         min_points: a view with fewer gets random voxels that match nobody.
         max_matched_fraction: of `max_points`, for `shared`.
@@ -60,6 +61,7 @@ class PointRule:
         self,
         *,
         match: str = "shared",
+        table: str | None = "keypoints",
         max_points: int = 512,
         min_points: int = 8,
         max_matched_fraction: float = 0.9,
@@ -72,6 +74,11 @@ class PointRule:
     ) -> None:
         if match not in MATCHES:
             raise ValueError(f"match is {match!r}, allowed are {', '.join(MATCHES)}")
+        if match == "shared" and table is None:
+            raise ValueError(
+                "method.points.match=shared takes points of a table: set views.groups.first.points=keypoints, or "
+                "method.points.match=geometric"
+            )
         for name, value, allowed in (
             ("choice", choice, CHOICES),
             ("validation_choice", validation_choice, CHOICES[1:]),

@@ -39,6 +39,7 @@ def pretrain(begin: Start) -> None:
     if not is_prepared(config):
         try_method(config, views)
     store = open_store(config, is_resumed=begin.checkpoint is not None)
+    views.check(store)
     config.facts.num_locations = views.locations_in(store)
     for note in views.notes(store) if process_rank() == 0 else ():
         print(f"warning: {note}", file=sys.stderr, flush=True)
