@@ -74,17 +74,17 @@ class View:
     def to_volume(self, points: Float[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
         """View voxels -> volume voxels, displacement included."""
         points = points.double()
-        return _mapped(points + self._displaced(points), self.matrix)
+        return _mapped(points + _displaced(points, self._field()), self.matrix)
 
     def to_view(self, points: Float[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
         """Volume voxels -> view voxels; not-a-number where the inverse is off by more than 0.25 volume voxel."""
         straight = _mapped(points.double(), torch.linalg.inv(self.matrix))
         if self.displacement is None:
             return straight
-        found = straight
+        found, field = straight, self._field()
         for _ in range(INVERSE_STEPS):
-            found = straight - self._displaced(found)
-        residual = (self.to_volume(found) - points).norm(dim=-1, keepdim=True)
+            found = straight - _displaced(found, field)
+        residual = (_mapped(found + _displaced(found, field), self.matrix) - points).norm(dim=-1, keepdim=True)
         return torch.where(residual <= INVERSE_TOLERANCE_VOXEL, found, torch.nan)
 
     def grid_mm(self) -> Float32[Tensor, "b v 3 x y z"]:
@@ -125,17 +125,22 @@ class View:
         moved = torch.einsum("bvij,bvjxyz->bvixyz", matrix[..., :3, :3], grid)
         return (moved + matrix[..., :3, 3, None, None, None]).float()
 
-    def _displaced(self, points: Float64[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
-        """The displacement at view voxels, trilinear, the edge's beyond the edge."""
-        if self.displacement is None:
-            return torch.zeros_like(points)
-        sides = torch.tensor(self.displacement.shape[3:], device=points.device)
-        grid = 2 * points / (sides - 1).clamp_min(1) - 1
-        field = self.displacement.flatten(0, 1).double()
-        found = F.grid_sample(
-            field, grid.flatten(0, 1).flip(-1)[:, :, None, None], align_corners=True, padding_mode="border"
-        )  # (b*v 3 k 1 1)
-        return found[..., 0, 0].mT.unflatten(0, points.shape[:2])
+    def _field(self) -> Float64[Tensor, "b v 3 x y z"] | None:
+        """The displacement in double precision; to make it takes longer than to look up points in it."""
+        return None if self.displacement is None else self.displacement.double()
+
+
+def _displaced(
+    points: Float64[Tensor, "b v k 3"], field: Float64[Tensor, "b v 3 x y z"] | None
+) -> Float64[Tensor, "b v k 3"]:
+    """The displacement at view voxels, trilinear, the edge's beyond the edge."""
+    if field is None:
+        return torch.zeros_like(points)
+    sides = torch.tensor(field.shape[3:], device=points.device)
+    grid = 2 * points / (sides - 1).clamp_min(1) - 1
+    places = grid.flatten(0, 1).flip(-1)[:, :, None, None]
+    found = F.grid_sample(field.flatten(0, 1), places, align_corners=True, padding_mode="border")  # (b*v 3 k 1 1)
+    return found[..., 0, 0].mT.unflatten(0, points.shape[:2])
 
 
 def _mapped(points: Float64[Tensor, "b v k 3"], matrix: Float64[Tensor, "b v 4 4"]) -> Float64[Tensor, "b v k 3"]:
