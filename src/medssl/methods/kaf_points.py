@@ -107,7 +107,7 @@ class PointRule:
             return self._filled(found, (first, second), progress)
 
     def _shared(self, first: View, second: View, progress: Progress, *, is_random: bool) -> PointPair:
-        places, inside = [], []
+        inside = []
         for name, view in (("first", first), ("second", second)):
             if view.points is None or view.inside is None:
                 raise ValueError(
@@ -120,16 +120,15 @@ class PointRule:
                     seen.shape, generator=progress.generator(f"seen {name}", seen.device), device=seen.device
                 )
                 seen = seen & (noise >= self.dropout)
-            places.append(view.to_view(view.points)[:, 0].nan_to_num().float())
             inside.append(seen)
         choice = self.choice if is_random else self.validation_choice
         order = self._order(choice, first, inside, progress)
         limits = {"max_points": self.max_points, "max_matched_fraction": self.max_matched_fraction}
         chosen = choose_shared(inside[0], inside[1], order, **limits)  # type: ignore[arg-type]
-        numbers, valids = (chosen.first, chosen.second), (chosen.first_valid, chosen.second_valid)
+        valids = (chosen.first_valid, chosen.second_valid)
         a, b = (
-            place.gather(1, number[..., None].expand(-1, -1, 3)) * valid[..., None]
-            for place, number, valid in zip(places, numbers, valids, strict=True)
+            _places(view, number) * valid[..., None]
+            for view, number, valid in zip((first, second), (chosen.first, chosen.second), valids, strict=True)
         )
         return PointPair(a, b, *valids, chosen.pairs)
 
@@ -187,6 +186,13 @@ class PointRule:
             filled.append((points, valid))
         (a, a_valid), (b, b_valid) = filled
         return PointPair(a, b, a_valid, b_valid, torch.cat(pairs))
+
+
+def _places(view: View, number: Int64[Tensor, "b n"]) -> Float[Tensor, "b n 3"]:
+    """Where in the view some points of its table lie; 0 where they lie nowhere."""
+    assert view.points is not None
+    points = view.points.gather(2, number[:, None, :, None].expand(-1, -1, -1, 3))
+    return view.to_view(points)[:, 0].nan_to_num().float()  # of the chosen ones only: bends make it dear
 
 
 def grid_order(
