@@ -23,8 +23,8 @@ class Packing:
         rows: their numbers in the flattened rows, in order.
         batch: samples.
         length: rows of each.
-        keys: which rows attention may look at; None where all are tokens. A sample without any looks at its padding,
-            which keeps numbers finite and reaches no token.
+        keys: which rows attention may look at; None where all are tokens. Where a sample has none, those who look at it
+            get its padding, which keeps numbers finite: in cross-attention the tokens of the other view, from zeros.
     """
 
     rows: Int[Tensor, " token"]
