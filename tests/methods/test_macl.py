@@ -3,6 +3,7 @@ from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
 
+import jaxtyping
 import pytest
 import torch
 from oracles.macl_network import fill, golden_images, published_shapes
@@ -22,10 +23,13 @@ ALONG_Z = PositionRule(axes=["z"], threshold=0.1)
 NOW = Progress(0, 10, 0.0, 1.0, 0)
 
 
-def make(*, spatial_dims=3, base_channels=2, num_levels=2, num_blocks=1, heads=None, **options):
+def make(*, spatial_dims=3, in_channels=1, base_channels=2, num_levels=2, num_blocks=1, heads=None, **options):
     torch.manual_seed(0)
-    encoder = MACLUNetEncoder(spatial_dims=spatial_dims, base_channels=base_channels, num_levels=num_levels)
-    decoder = MACLUNetDecoder(in_channels=1, encoder_channels=encoder.channels, encoder_strides=encoder.strides)
+    sizes = {"in_channels": in_channels, "base_channels": base_channels, "num_levels": num_levels}
+    encoder = MACLUNetEncoder(spatial_dims=spatial_dims, **sizes)
+    decoder = MACLUNetDecoder(
+        in_channels=in_channels, encoder_channels=encoder.channels, encoder_strides=encoder.strides
+    )
     return MACL(
         backbone=PartialUNet(encoder, decoder, num_blocks=num_blocks),
         heads=partial(MACLHeads, **{"hidden_dim": 8, "proj_dim": 6, **(heads or {})}),
@@ -142,6 +146,7 @@ def tuple_of(names):
     ("options", "heads", "count"),
     [
         ({"spatial_dims": 2, "base_channels": 32, "num_levels": 4, "num_blocks": 2}, {}, 8_616_576),
+        ({"in_channels": 4, "spatial_dims": 2, "base_channels": 32, "num_levels": 4, "num_blocks": 2}, {}, 8_617_440),
         ({"base_channels": 32, "num_levels": 4, "num_blocks": 2}, {}, 24_906_944),
         ({"base_channels": 16, "num_levels": 4, "num_blocks": 2}, {"hidden_dim": 64}, 6_237_408),
         ({"base_channels": 32, "num_levels": 4, "num_blocks": 1}, {}, 28_020_672),
@@ -153,6 +158,15 @@ def test_methods_have_the_known_number_of_weights(options, heads, count):
     with torch.device("meta"):
         method = make(**options, heads={"hidden_dim": 128, "proj_dim": 128, **heads})
     assert sum(p.numel() for p in method.parameters()) == count
+
+
+@pytest.mark.parity
+def test_the_published_heads_have_the_known_numbers_of_weights():
+    with torch.device("meta"):
+        heads = MACLHeads(bottleneck_channels=512, decoded_channels=128, spatial_dims=2)
+    counts = {name: sum(p.numel() for p in head.parameters()) for name, head in heads.named_children()}
+    expected = {"auxiliary": 82_176, "dominant": 33_024, "auxiliary_pixel": 738_048, "dominant_pixel": 0}
+    assert counts == expected
 
 
 def test_permuting_samples_changes_no_loss():
@@ -283,6 +297,19 @@ def test_a_run_without_positives_or_without_negatives_says_so_once(z, count, adv
     assert f"{advice}.positions.threshold" in said
 
 
+def test_a_run_that_compares_nothing_asks_for_larger_batches(capsys):
+    method, views = make().eval(), batch()
+    alone = {
+        name: replace(group, group=torch.arange(4)[:, None].expand_as(group.group)) for name, group in views.items()
+    }
+    logs = method(alone, NOW).logs
+    for _ in range(WATCHED_STEPS):
+        method._watch(logs["num_positives"], logs["num_compared"], NOW)
+    said = capsys.readouterr().err
+    assert "0 positives among the 0 other samples" in said
+    assert said.endswith("hardly anything is contrasted; raise batch_size\n")
+
+
 @pytest.mark.parametrize("positives", [0.5, 2.5])
 def test_some_positives_and_some_negatives_are_nothing_to_say(positives, capsys):
     method = make()
@@ -319,7 +346,8 @@ def test_crops_of_other_cohorts_are_not_compared():
         ({"temperature": 0.0}, "positive"),
         ({"momentum": 2.0}, r"\[0, 1\]"),
         ({"crop_voxel": [12, 12, 12]}, r"multiples of \[8, 8, 8\]"),
-        ({"crop_voxel": [16, 16, 4], "spatial_dims": 2}, r"\[x, y, 1\]"),
+        ({"dense_chunk": 0}, "dense_chunk must be at least 1 or null, got 0"),
+        ({"crop_voxel": [16, 16, 4], "spatial_dims": 2}, r"\[x, y, 1\]; give views.groups.still.size=\[16,16,1\]"),
         ({"num_blocks": 3}, "blocks 1 to 2"),
         ({"heads": {"global_from": "head"}}, "decoder, encoder"),
     ],
@@ -327,6 +355,13 @@ def test_crops_of_other_cohorts_are_not_compared():
 def test_wrong_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("word", ["maybe", "no", 0])
+def test_only_true_false_and_null_say_whether_samples_are_gathered(word, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=f"gather must be true, false or null, got {word!r}"):
+        make(gather=word)
 
 
 def test_wrong_views_are_refused():

@@ -45,15 +45,29 @@ def test_a_crop_that_does_not_fit_is_refused_with_what_does():
     said = str(caught.value)
     assert "views.groups.still.size=[96, 96, 96] does not fit num_blocks=2" in said
     assert "multiples of [64, 64, 64]" in said
-    assert "num_blocks=1 with this network" in said
+    assert "method.backbone.num_blocks=1 with this network" in said
+    assert "with (model.encoder.num_levels, method.backbone.num_blocks) (" in said
     assert "(4, 1)" in said
     assert "(3, 2)" in said
     assert "(4, 2)" not in said
-    assert "views.groups.still.size=[128, 128, 128]" in said
+    assert "views.groups.still.size=[128,128,128]" in said
     with pytest.raises(ValueError, match="blocks 1 to 4"):
         ScaleLaw((16,) * 3, FOUR_LEVELS, 5)
     with pytest.raises(ValueError, match="has 2 axes"):
         ScaleLaw((16,) * 3, FOUR_LEVELS, 2).reduced([64, 64])
+
+
+@pytest.mark.parametrize(
+    ("size", "proposed"),
+    [((60, 64), "size=[64,64,1]"), ((80, 64), "size=[128,64,1]"), ((80,) * 3, "size=[128,128,128]")],
+)
+def test_the_proposed_crop_is_the_next_larger_one_and_has_a_third_side_for_slices(size, proposed):
+    law = ScaleLaw((16,) * len(size), tuple(level[: len(size)] for level in FOUR_LEVELS), 2)
+    stated = [*size, 1][:3]
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        law.reduced(size, setting="size")
+    assert str(caught.value).startswith(f"size={stated} does not fit")
+    assert str(caught.value).partition("What fits: ")[2].partition(";")[0] == proposed
 
 
 @pytest.mark.parametrize("side", [8, 16])

@@ -96,6 +96,10 @@ class MACL(Method):
             raise ValueError("temperature and base_temperature must be positive")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
+        if not isinstance(gather, bool | None):  # any word would count as true
+            raise ValueError(f"gather must be true, false or null, got {gather!r}")
+        if dense_chunk is not None and dense_chunk < 1:
+            raise ValueError(f"dense_chunk must be at least 1 or null, got {dense_chunk}")
         self.backbone, self.positions = backbone, positions
         self.heads = heads(
             bottleneck_channels=backbone.bottleneck_channels,
@@ -219,7 +223,10 @@ class MACL(Method):
         if self.backbone.spatial_dims == 3:
             return crop_voxel
         if len(crop_voxel) != 3 or crop_voxel[2] != 1:
-            raise ValueError(f"{SIZE}={list(crop_voxel)}: a 2D network takes slices, [x, y, 1]")
+            raise ValueError(
+                f"{SIZE}={list(crop_voxel)}: a 2D network takes slices, [x, y, 1]; "
+                f"give {SIZE}=[{','.join(map(str, crop_voxel[:2]))},1]"
+            )
         return crop_voxel[:2]
 
     def _groups(self, batch: Mapping[str, View]) -> tuple[View, View, View]:
@@ -242,7 +249,7 @@ class MACL(Method):
         return still, other, batch["moved"]
 
     def _watch(self, num_positives: Float[Tensor, ""], num_compared: Float[Tensor, ""], progress: Progress) -> None:
-        """Say once where crops, over some steps, have hardly a positive of another sample or hardly a negative."""
+        """Say once where crops, over some steps, hardly have another sample, a positive among others, or a negative."""
         if self.watched is None:
             return
         self.watched.append(torch.stack([num_positives, num_compared]))
@@ -250,7 +257,9 @@ class MACL(Method):
             return
         positives, compared = torch.stack(self.watched).mean(0).tolist()
         self.watched = []
-        if positives < FEWEST_POSITIVES:
+        if compared < 1:
+            why = "hardly anything is contrasted; raise batch_size"
+        elif positives < FEWEST_POSITIVES:
             why = "hardly anything is contrasted by position; raise method.positions.threshold (auto finds one), "
             why += "compare fewer method.positions.axes, or take sampler Anchored"
         elif positives > MOST_POSITIVES * compared:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from medssl.models.segmenter import build_networks
 
 DEPTHS = range(2, 7)
-"""Halvings of networks that an error proposes."""
+"""Levels of networks that an error proposes."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class ScaleLaw:
         return all(side >= step and side % step == 0 for side, step in zip(sides, self.multiple_voxel, strict=True))
 
     def _advice(self, sides: tuple[int, ...], setting: str) -> str:
-        nearest = [max(1, round(side / step)) * step for side, step in zip(sides, self.multiple_voxel, strict=True)]
+        larger = [-(-side // step) * step for side, step in zip(sides, self.multiple_voxel, strict=True)]
+        proposal = ",".join(map(str, _with_slices(larger)))
         every = range(1, len(self.decoded) + 1)
         others = [blocks for blocks in every if ScaleLaw(self.bottleneck, self.decoded, blocks)._fits(sides)]
         halving = [
@@ -74,11 +75,12 @@ class ScaleLaw:
             for blocks in range(1, depth + 1)
             if all(side % 2 ** (depth + blocks) == 0 for side in sides)
         ]
-        ways = [f"{setting}={nearest}"]
-        ways += [f"num_blocks={' or '.join(map(str, others))} with this network"] if others else []
-        ways += [f"a network with (halvings, num_blocks) {' or '.join(halving)}"] if halving else []
+        ways = [f"{setting}=[{proposal}]"]
+        ways += [f"method.backbone.num_blocks={' or '.join(map(str, others))} with this network"] if others else []
+        pair = "(model.encoder.num_levels, method.backbone.num_blocks)"
+        ways += [f"model=macl_unet with {pair} {' or '.join(halving)}"] if halving else []
         return (
-            f"{setting}={list(sides)} does not fit num_blocks={self.num_blocks} and a bottleneck of stride "
+            f"{setting}={_with_slices(sides)} does not fit num_blocks={self.num_blocks} and a bottleneck of stride "
             f"{list(self.bottleneck)}: sides must be multiples of {list(self.multiple_voxel)}, so that both the crop "
             f"and the one that is {list(self.factor)} times smaller have whole bottlenecks. What fits: "
             f"{'; '.join(ways)}"
@@ -129,9 +131,14 @@ class PartialUNet(nn.Module):
                 functional_call(self, state, (image,))
         except ValueError as error:
             raise ValueError(
-                f"{setting}={[int(side) for side in size_voxel]} is {list(small)} where it is made smaller, which the "
+                f"{setting}={_with_slices(size_voxel)} is {list(small)} where it is made smaller, which the "
                 f"network refuses: {error}"
             ) from error
+
+
+def _with_slices(sides: Sequence[int]) -> list[int]:
+    """Sides as the settings have them, x, y, z: slices are one voxel thick."""
+    return [int(side) for side in (*sides, 1)[:3]]
 
 
 def names_of_blocks(decoder: nn.Module, num_blocks: int) -> set[str]:
