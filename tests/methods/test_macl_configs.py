@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,6 +14,7 @@ from test_macl import NOW, batch
 
 import medssl
 from medssl.config import compose, main
+from medssl.features import run as features
 from medssl.losses.dense_contrast import segment_contrast
 from medssl.methods.macl import MACL
 from medssl.models.segmenter import build_segmenter
@@ -124,6 +126,15 @@ def test_a_run_logs_its_terms_and_positives_and_shows_what_it_sees(finished):
     assert [level.shape[1] for level in maps] == [2, 4, 8]
 
 
+def test_a_run_gives_features_by_the_size_that_its_crops_have(finished, where, tmp_path):
+    settings = [f"weights={finished / 'encoder.safetensors'}", "grid=[1,1,2]", f"output_dir={tmp_path}"]
+    main("features", features, arguments=[*settings, *where])
+    found = np.load(tmp_path / "features.npz")["feature"]
+    assert found.shape == (5, 2, 8)
+    assert np.isfinite(found).all()
+    assert found.std() > 0
+
+
 def test_an_automatic_threshold_is_a_number_in_the_settings_of_the_run(finished):
     assert yaml.safe_load((finished / "config.yaml").read_text())["method"]["positions"]["threshold"] == 0.123
     (_, plan, sampler), asked = ONE_THRESHOLD.call_args
@@ -213,13 +224,17 @@ def test_a_file_that_names_no_blocks_cannot_give_the_trained_ones(finished, tmp_
 @pytest.mark.parametrize(
     ("strides", "coarsest", "volume"), [("null", (4, 4), (4, 4, 4)), ("[1,2,[2,1]]", (4, 8), (4, 8, 4))]
 )
-def test_slices_pre_train_a_network_that_segments_volumes(strides, coarsest, volume, where, tmp_path):
+def test_slices_pre_train_a_network_that_segments_volumes(strides, coarsest, volume, where, tmp_path, capsys):
     small = ("model.encoder.base_channels=2", "model.encoder.num_levels=2", "method.backbone.num_blocks=1")
     small += (f"model.encoder.strides={strides}", "views.groups.still.size=[16,16,1]")
     folder = pretrained(where, tmp_path / "run", *small, method="macl_2d")
     assert all(math.isfinite(row[term]) for row in rows(folder) for term in TERMS)
+    assert "encoder(torch.zeros(1, 1, 96, 96))" in capsys.readouterr().out
     encoder = medssl.load_encoder(folder / "encoder.safetensors")
     assert [level.shape[2:] for level in encoder(torch.rand(1, 1, 16, 16))] == [(16, 16), (8, 8), coarsest]
+    with pytest.raises(SystemExit, match="2"):
+        main("features", features, arguments=[f"weights={folder / 'encoder.safetensors'}", *where])
+    assert "holds an encoder of slices" in capsys.readouterr().err
     network, said = segmenter(folder)
     kernel = encoder.stages[0][0].conv.weight
     inflated = network.encoder.stages[0][0].conv.weight

@@ -1,6 +1,7 @@
 import pytest
 
-from medssl.config import compose, to_yaml
+from medssl.config import compose, config_dir, to_yaml
+from medssl.training.running import check_trainer
 from medssl.training.settings import changes, check_settings
 
 
@@ -44,3 +45,8 @@ def test_what_a_resumed_run_does_otherwise_is_told(tmp_path):
     now = compose("pretrain", ["optimizer.lr=0.25", "output_dir=b", "resume=a"])
     assert changes(earlier, now) == ["optimizer.lr was 0.5, is now 0.25"]
     assert changes(tmp_path / "none.yaml", now) == []
+
+
+@pytest.mark.parametrize("method", sorted(file.stem for file in (config_dir() / "method").glob("*.yaml")))
+def test_the_trainer_is_checked_before_the_length_of_an_epoch_is_known(method):
+    assert check_trainer(compose("pretrain", [f"method={method}"])) == 1

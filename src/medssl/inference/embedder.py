@@ -150,12 +150,12 @@ def embed_volume(
 
 
 def reading_of(card: Mapping[str, Any], *, source: str, allow_modules: Sequence[str] = ()) -> Reading:
-    """How the images of a pre-training run were read, without its augmentations: from the card's first group of views.
+    """How a pre-training run read its images, without augmentations: by its first group of views with its own size.
 
     Raises: ValueError: the card does not say it.
     """
     try:
-        view = next(iter(card["reading"]["views"]["groups"].values()))
+        view = next(view for view in card["reading"]["views"]["groups"].values() if "size" in view)
         recipes = [dict(recipe) for recipe in view["augment"]]
     except (KeyError, StopIteration, TypeError, AttributeError):
         raise ValueError(f"the card of {source} does not say how its images are read; {_WANTED}") from None

@@ -97,6 +97,11 @@ class Extraction:
         else:
             torch.manual_seed(_whole("untrained", config.untrained, least=0))
             network = build_network(encoder_recipe(path, **where), allow_modules=modules).eval()
+        if getattr(network, "spatial_dims", 3) == 2:
+            raise ValueError(
+                f"{path} holds an encoder of slices, and features are of volumes; medssl.load_encoder gives it to "
+                "your own code, and fine-tuning makes a network for volumes of it"
+            )
         batch_size = _whole("batch_size", config.batch_size, least=1, most=LARGEST_BATCH)
         locations = _locations(config, card, reading)
         stride = None

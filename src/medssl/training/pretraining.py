@@ -73,9 +73,9 @@ def pretrain(begin: Start) -> None:
     ]
     trainer = fit(begin, module, data, values=values, metrics=metrics, callbacks=callbacks, validates=True)
     if trainer.is_global_zero:
-        step, channels = trainer.global_step, store.record(0).channels
-        stopped = begin.signals.requested
-        print(closing_words(folder, stopped=stopped, step=step, total=trainer.max_steps, channels=channels))
+        step, stopped = trainer.global_step, begin.signals.requested
+        shape = (1, store.record(0).channels, *[96] * getattr(module.method.encoder, "spatial_dims", 3))
+        print(closing_words(folder, stopped=stopped, step=step, total=trainer.max_steps, shape=shape))
 
 
 def try_method(config: DictConfig, views: ViewPlan) -> None:
@@ -133,8 +133,8 @@ def build_method(values: dict[str, Any]) -> Method:
     return instantiate(values["method"], _convert_="all")
 
 
-def closing_words(folder: RunFolder, *, stopped: str, step: int, total: int, channels: int) -> str:
-    """Where the results lie, and how to use them or go on."""
+def closing_words(folder: RunFolder, *, stopped: str, step: int, total: int, shape: tuple[int, ...]) -> str:
+    """Where the results lie, and how to use them (on an image of `shape`) or go on."""
     if stopped:
         return f"stopped by {stopped} after step {step} of {total}; {folder.way_on()}"
     pictures = sorted(folder.figures.glob(f"*-{step:07d}.png"))
@@ -146,6 +146,6 @@ def closing_words(folder: RunFolder, *, stopped: str, step: int, total: int, cha
             "",
             "    import medssl, torch",
             f'    encoder = medssl.load_encoder("{folder.encoder}")',
-            f"    features = encoder(torch.zeros(1, {channels}, 96, 96, 96))  # feature maps, fine to coarse",
+            f"    features = encoder(torch.zeros{shape})  # feature maps, fine to coarse",
         ]
     )

@@ -83,7 +83,7 @@ def check_trainer(config: DictConfig) -> int:
 
     Raises: ValueError: Lightning refuses the `trainer` settings, or this machine lacks the devices.
     """
-    settings = {key: value for key, value in config.trainer.items() if key != "max_steps"}
+    settings = {key: config.trainer[key] for key in config.trainer if key != "max_steps"}  # which may await the data
     try:
         return L.Trainer(**instantiate(settings, _convert_="all"), logger=False, enable_checkpointing=False).world_size
     except (ValueError, TypeError, MisconfigurationException) as error:
