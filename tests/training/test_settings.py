@@ -15,6 +15,7 @@ from medssl.training.settings import changes, check_settings
         ("checkpoint_every=true", "checkpoint_every"),
         ("optimizer.lr=-1", "optimizer.lr must be a number from 0 up; got -1"),
         ("optimizer.lr=abc", "optimizer.lr must be a number from 0 up; got 'abc'"),
+        ("+optimizer.least_fraction=2", "optimizer.least_fraction is a share, from 0 to 1; got 2"),
         ("optimizer.clip_norm=true", "optimizer.clip_norm must be a number from 0 up; got True"),
         *[
             (f"{key}={word}", f"{key} must be true or false; got '{word}'")

@@ -83,8 +83,7 @@ def try_method(config: DictConfig, views: ViewPlan) -> None:
 
     Raises: ValueError: it refuses its settings.
     """
-    known: dict[str, Any] = {"crop_voxel": views.first_size}
-    known |= {} if config.data.get("channels") == "all" else {"num_channels": 1}
+    known: dict[str, Any] = {"crop_voxel": views.first_size, "num_channels": 1}  # sizes do not follow from channels
     known |= {} if views.tables else {"num_locations": views.num_locations}
     trial = copy.deepcopy(config)
     trial.facts = dict.fromkeys(config.facts, "???") | known

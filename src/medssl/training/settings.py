@@ -16,6 +16,7 @@ LEAST = {"seed": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1, "tr
 LEAST |= {"data.fold": 0, "data.labelled_seed": 0, "deep_supervision": 0, "window_batch": 1}
 RATES = tuple(f"optimizer.{name}" for name in ("lr", "weight_decay", "warmup_steps", "final_fraction", "clip_norm"))
 RATES += ("optimizer.least_fraction", "decoder_lr", "layer_decay", "label_share", "tolerance_mm")
+SHARES = ("optimizer.least_fraction", "label_share")
 MAY_BE_NULL = ("optimizer.clip_norm", "decoder_lr")
 SWITCHES = ("overwrite", "compile", "checkpoint_activations", "logger.offline", "allow_leakage", "scratch_twin")
 INTERVALS = ("export_every", "figures_every", "validate_every")
@@ -44,6 +45,8 @@ def check_settings(config: DictConfig) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{key} must be a number from 0 up; got {value!r}")
+        if key in SHARES and value > 1:
+            raise ValueError(f"{key} is a share, from 0 to 1; got {value!r}")
 
 
 def _given(config: DictConfig, keys: Iterable[str]) -> dict[str, Any]:
