@@ -22,6 +22,7 @@ from medssl.prepare import run as prepare
 from medssl.pretrain import run
 from medssl.training.initialising import find_initial, load_initial
 from medssl.training.optim import build_optimizer
+from medssl.training.planning import other_reading
 from medssl.training.running import check_trainer
 from medssl.weights import read_card
 
@@ -309,6 +310,21 @@ def test_all_views_read_ct_by_a_window_and_the_rest_by_the_first_and_last_percen
         first = group.augment[0]
         read = [list(values) for values in (first.window_hu, first.percentiles, first.out)]
         assert read == [[-1000, 1000], [1, 99], [0, 1]]
+
+
+@pytest.mark.parametrize("name", ["macl", "macl_tiny", "macl_2d"])
+def test_fine_tuning_on_ct_reads_images_as_pre_training_did_and_tells_the_percentiles_of_the_rest(name):
+    card = {"reading": {"views": resolved(f"method={name}")["views"]}}
+    normalise = OmegaConf.to_container(compose("finetune").normalise, resolve=True)
+    reading = {"spacing_mm": "native", "outside": "minimum", "normalise": normalise}
+    assert other_reading(card, {**reading, "modality": "ct"}) == []
+    (line,) = other_reading(card, {**reading, "modality": "mr"})
+    assert line == (
+        "normalise: ByModality percentiles=[1, 99] out=[0, 1] in pre-training, "
+        "ByModality percentiles=[0.5, 99.5] out=[0, 1] here"
+    )
+    (line,) = other_reading(card, {**reading, "modality": None})
+    assert "window_hu=[-1000, 1000] percentiles=[1, 99]" in line
 
 
 @pytest.mark.parametrize("name", ["macl", "macl_tiny"])

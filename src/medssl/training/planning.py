@@ -81,15 +81,25 @@ def unlearnable(store: VolumeStore, cases: Sequence[int], classes: Mapping[int, 
 
 
 def other_reading(card: Mapping[str, Any] | None, reading: Mapping[str, Any]) -> list[str]:
-    """In which the images of this run are read otherwise than those of pre-training, a line each."""
+    """In which the images of this run are read otherwise than those of pre-training, a line each.
+
+    Where `reading` has one modality, the range that `ByModality` has for others does not count.
+    """
     groups = (card or {}).get("reading", {}).get("views", {}).get("groups", {})
     names = ("Window", "Percentiles", "ZScore", "ByModality", "MinMax", "Standardise")
+    modality = reading.get("modality")
+    idle = modality and ("percentiles" if modality == "ct" else "window_hu")
+
+    def counted(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in step.items() if key != idle} for step in steps]
+
     lines = []
     for key in ("spacing_mm", "outside", "normalise"):
-        here, before = reading[key], []
+        here, before = counted(reading[key] or ()) if key == "normalise" else reading[key], []
         for group in groups.values():
             steps = [step for step in group.get("augment", ()) if str(step["_target_"]).rpartition(".")[2] in names]
-            before.append(steps if key == "normalise" else group.get(key, {"spacing_mm": "native"}.get(key, "minimum")))
+            default = {"spacing_mm": "native"}.get(key, "minimum")
+            before.append(counted(steps) if key == "normalise" else group.get(key, default))
         if before and all(value != here for value in before):
             lines.append(f"{key}: {_short(before[0])} in pre-training, {_short(here)} here")
     return lines
