@@ -9,6 +9,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from recorded_steps import assert_recorded
 
 import medssl
 from medssl.config import compose, main
@@ -20,7 +21,6 @@ from medssl.methods.base import Progress
 from medssl.pretrain import run
 from medssl.training.optim import build_optimizer
 
-RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "alice_tiny_ten_steps.json").read_text())
 SMALL = ("model.encoder.size_voxel=16", "method.mask_patch_voxel=4", "views.groups.pair.size=[16,16,16]")
 OPTIONS = [
     "method.backbone.mask_mode=token",
@@ -154,23 +154,7 @@ def test_an_option_reaches_the_method_and_every_trained_weight_gets_a_gradient(o
 
 def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
     values = resolved("method=alice_tiny", *SMALL)
-    torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
-    optimizer, schedule = build_optimizer(values["optimizer"], method.param_groups(), total_steps=200)
-    losses = []
-    for step in range(10):
-        progress = Progress(step, 10, step / 2, 5.0, 0)
-        torch.manual_seed(step)
-        output = method(batch_of(seed=step % 4), progress)
-        losses.append([output.logs[name].item() for name in RECORDED["terms"]])
-        output.loss.backward()
-        method.after_backward(progress)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        method.after_step(progress)
-    for found, recorded in zip(losses, RECORDED["losses"], strict=True):
-        assert found == pytest.approx(recorded, rel=5e-3, abs=1e-4)
+    assert_recorded("alice_tiny", values, lambda seed: batch_of(seed=seed), rel=5e-3, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

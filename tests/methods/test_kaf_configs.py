@@ -1,12 +1,11 @@
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from recorded_steps import assert_recorded
 from test_kaf import at, batch
 
 import medssl
@@ -15,10 +14,8 @@ from medssl.derive import run as derive
 from medssl.models.keypoints import RandomPoints
 from medssl.prepare import run as prepare
 from medssl.pretrain import run
-from medssl.training.optim import build_optimizer
 from medssl.training.planning import other_reading
 
-RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "kaf_tiny_ten_steps.json").read_text())
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
 FEW = ("model.encoder.base_channels=2", "views.groups.first.size=[16,16,16]")
 
@@ -59,26 +56,8 @@ def resolved(*overrides):
     return OmegaConf.to_container(config, resolve=True)
 
 
-def ten_steps():
-    """The terms of ten steps on four batches of 16^3 voxels."""
-    values = resolved("method=kaf_tiny")
-    torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
-    optimizer, schedule = build_optimizer(values["optimizer"], method.param_groups(), total_steps=200)
-    losses = []
-    for step in range(10):
-        output = method(batch(seed=step % 4), at(step))
-        losses.append([output.logs[name].item() for name in ("image", "keypoints", "matching")])
-        output.loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return losses
-
-
 def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
-    for found, recorded in zip(ten_steps(), RECORDED["losses"], strict=True):
-        assert found == pytest.approx(recorded, rel=5e-3)
+    assert_recorded("kaf_tiny", resolved("method=kaf_tiny"), lambda seed: batch(seed=seed), rel=5e-3)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,4 @@
-import json
 import math
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -10,7 +8,8 @@ import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from test_macl import NOW, batch
+from recorded_steps import assert_recorded
+from test_macl import batch
 
 import medssl
 from medssl.config import compose, main
@@ -40,7 +39,6 @@ BACKBONES = {
 }
 ONE_THRESHOLD = Mock(return_value=0.123)
 TERMS = ("global", "dense", "equivariance")
-RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "macl_tiny_ten_steps.json").read_text())
 
 
 def resolved(*overrides):
@@ -255,26 +253,8 @@ def test_the_convolutions_of_the_heads_have_the_norm_of_the_encoder_where_it_has
     assert ("norm" in values["model"]["encoder"]) == (settings != ("model=unet",))
 
 
-def ten_steps():
-    """The terms of ten steps on four batches of 32^3 voxels."""
-    values = resolved("method=macl_tiny")
-    torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
-    optimizer, schedule = build_optimizer(values["optimizer"], method.param_groups(), total_steps=200)
-    losses = []
-    for step in range(10):
-        output = method(batch(side=32, seed=step % 4), NOW)
-        losses.append([output.logs[name].item() for name in TERMS])
-        output.loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return losses
-
-
 def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
-    for found, recorded in zip(ten_steps(), RECORDED["losses"], strict=True):
-        assert found == pytest.approx(recorded, rel=5e-3)
+    assert_recorded("macl_tiny", resolved("method=macl_tiny"), lambda seed: batch(side=32, seed=seed), rel=5e-3)
 
 
 @pytest.mark.parity
