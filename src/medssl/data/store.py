@@ -83,7 +83,7 @@ class Record:
         """RAS millimetres -> voxel index of level 0."""
         return np.linalg.inv(self.volume_to_mm)
 
-    def values(self, stored: Shaped[np.ndarray, "channel *box"]) -> Float32[np.ndarray, "channel *box"]:
+    def values(self, stored: Shaped[np.ndarray, " channel *box"]) -> Float32[np.ndarray, " channel *box"]:
         """Stored integers in file units."""
         shape = (-1, *[1] * (stored.ndim - 1))
         slope, intercept = (np.array(v, dtype=np.float32).reshape(shape) for v in (self.slope, self.intercept))

@@ -75,7 +75,7 @@ def equivariance_loss(
 def segment_contrast(
     first: Float[Tensor, "b c *spatial"],
     second: Float[Tensor, "b c *spatial"],
-    segment: Int[Tensor, "b *fine"],
+    segment: Int[Tensor, " b *fine"],
     *,
     temperature: float = 0.1,
     base_temperature: float = 0.07,
@@ -112,7 +112,7 @@ def _float(maps: Tensor) -> Tensor:
     return maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps
 
 
-def _nearest(segment: Int[Tensor, "b *fine"], size: tuple[int, ...]) -> Int[Tensor, "b *spatial"]:
+def _nearest(segment: Int[Tensor, " b *fine"], size: tuple[int, ...]) -> Int[Tensor, " b *spatial"]:
     """The numbers at the middles of a coarser grid's voxels."""
     for axis, (fine, side) in enumerate(zip(segment.shape[1:], size, strict=True), start=1):
         if fine != side:

@@ -96,7 +96,7 @@ def rows_of(maps: Float[Tensor, "b c *spatial"], chosen: Int64[Tensor, " chosen"
     return maps.flatten(2)[:, :, chosen].transpose(1, 2).flatten(0, 1)
 
 
-def segments_of(view: View, spatial_dims: int) -> Int64[Tensor, "b *spatial"]:
+def segments_of(view: View, spatial_dims: int) -> Int64[Tensor, " b *spatial"]:
     """The supervoxel of each voxel of the first views.
 
     Raises: ValueError: the views show none.

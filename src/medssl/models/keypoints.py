@@ -72,7 +72,7 @@ class Detector(Protocol):
     """What finds keypoints: a small frozen dataclass, named by `_target_` in a recipe."""
 
     def find(
-        self, image: Float32[Tensor, "b *spatial"], *, mask: Bool[Tensor, "b *spatial"] | None, max_points: int
+        self, image: Float32[Tensor, " b *spatial"], *, mask: Bool[Tensor, " b *spatial"] | None, max_points: int
     ) -> Found:
         """All keypoints, in an order that is the same every time; `mask` and `max_points` are applied once more."""
 
@@ -178,7 +178,7 @@ class DifferenceOfGaussians:
         check_value_range(self.value_range)
 
     def find(
-        self, image: Float32[Tensor, "b *spatial"], *, mask: Bool[Tensor, "b *spatial"] | None, max_points: int
+        self, image: Float32[Tensor, " b *spatial"], *, mask: Bool[Tensor, " b *spatial"] | None, max_points: int
     ) -> Found:
         """See `Detector`."""
         octaves = self.num_octaves or max(1, int(math.log2(min(image.shape[1:]))) - 3)
@@ -223,7 +223,7 @@ class DifferenceOfGaussians:
         levels = range(self.levels_per_octave + 3)
         return [self.sigma0 * math.sqrt(4 ** (level / self.levels_per_octave) - 1) for level in levels]
 
-    def _levels(self, image: Float32[Tensor, "b *spatial"], before: float) -> list[Tensor]:
+    def _levels(self, image: Float32[Tensor, " b *spatial"], before: float) -> list[Tensor]:
         """The image at the scales of an octave; `before` blurs it to `sigma0`."""
         base = blurred(image, before) if before else image
         return [base, *(blurred(base, sigma) for sigma in self._sigmas()[1:])]
@@ -279,7 +279,7 @@ class Foerstner:
         check_value_range(self.value_range)
 
     def find(
-        self, image: Float32[Tensor, "b *spatial"], *, mask: Bool[Tensor, "b *spatial"] | None, max_points: int
+        self, image: Float32[Tensor, " b *spatial"], *, mask: Bool[Tensor, " b *spatial"] | None, max_points: int
     ) -> Found:
         """See `Detector`."""
         image, found = stretched(image, self.value_range), []
@@ -295,7 +295,7 @@ class Foerstner:
             found.append(Found(place[:, 0], points, torch.full_like(values, self.sigma), values))
         return joined(found)
 
-    def _response(self, image: Float32[Tensor, "b *spatial"]) -> Float32[Tensor, "b *spatial"]:
+    def _response(self, image: Float32[Tensor, " b *spatial"]) -> Float32[Tensor, " b *spatial"]:
         axes = range(image.ndim - 1)
         slopes = [filtered(image, 1 + axis, DERIVATIVE) for axis in axes]
         tensor = {(a, b): blurred(slopes[a] * slopes[b], self.sigma) for a in axes for b in axes if a <= b}
@@ -324,7 +324,7 @@ class RandomPoints:
     seed: int = 0
 
     def find(
-        self, image: Float32[Tensor, "b *spatial"], *, mask: Bool[Tensor, "b *spatial"] | None, max_points: int
+        self, image: Float32[Tensor, " b *spatial"], *, mask: Bool[Tensor, " b *spatial"] | None, max_points: int
     ) -> Found:
         """See `Detector`; the response is the random number."""
         generator = torch.Generator().manual_seed(self.seed)

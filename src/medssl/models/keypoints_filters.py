@@ -32,14 +32,14 @@ def reach_of(sigma_voxel: float) -> int:
     return int(TRUNCATE_SIGMA * sigma_voxel + 0.5)
 
 
-def blurred(image: Float32[Tensor, "b *spatial"], sigma_voxel: float) -> Float32[Tensor, "b *spatial"]:
+def blurred(image: Float32[Tensor, " b *spatial"], sigma_voxel: float) -> Float32[Tensor, " b *spatial"]:
     """The image after a Gaussian along every axis."""
     for axis in range(1, image.ndim):
         image = filtered(image, axis, gaussian(sigma_voxel))
     return image
 
 
-def filtered(image: Float32[Tensor, "b *spatial"], axis: int, taps: Sequence[float]) -> Float32[Tensor, "b *spatial"]:
+def filtered(image: Float32[Tensor, " b *spatial"], axis: int, taps: Sequence[float]) -> Float32[Tensor, " b *spatial"]:
     """The image correlated with an odd number of taps along an axis."""
     side, reach = image.shape[axis], len(taps) // 2
     matrix = filter_matrix(side, tuple(taps)).to(image.device)
@@ -66,8 +66,8 @@ def filter_matrix(side: int, taps: tuple[float, ...]) -> Float32[Tensor, "{side}
 
 
 def extreme_within(
-    values: Float32[Tensor, "b *axes"], reach: int, extreme: Callable[[Tensor, Tensor], Tensor]
-) -> Float32[Tensor, "b *inner"]:
+    values: Float32[Tensor, " b *axes"], reach: int, extreme: Callable[[Tensor, Tensor], Tensor]
+) -> Float32[Tensor, " b *inner"]:
     """The `torch.maximum` or `torch.minimum` of each cube of `2 * reach + 1` along the axes, where it fits."""
     for axis in range(1, values.ndim):
         values = _extreme_along(values, axis, reach, extreme)
@@ -106,8 +106,8 @@ def full_precision() -> Iterator[None]:
 
 
 def stretched(
-    image: Float32[Tensor, "b *spatial"], value_range: Sequence[float] | None
-) -> Float32[Tensor, "b *spatial"]:
+    image: Float32[Tensor, " b *spatial"], value_range: Sequence[float] | None
+) -> Float32[Tensor, " b *spatial"]:
     """The image with `value_range`, or its own smallest and largest value, at 0 and 1; all 0 where these are equal."""
     if value_range is not None:
         low, high = value_range
@@ -125,6 +125,6 @@ def check_value_range(value_range: Sequence[float] | None) -> None:
         raise ValueError(f"value_range must be two ascending values or null, got {list(value_range)}")
 
 
-def halved(image: Float32[Tensor, "b *spatial"]) -> Float32[Tensor, "b *half"]:
+def halved(image: Float32[Tensor, " b *spatial"]) -> Float32[Tensor, " b *half"]:
     """Every second voxel along each axis, the first among them."""
     return image[(slice(None), *[slice(None, None, 2)] * (image.ndim - 1))]

@@ -37,7 +37,7 @@ class Peaks(NamedTuple):
 
 
 def local_maxima(
-    field: Float32[Tensor, "b *axes"], *, reach: int, above: float, minima: bool = False, cross: bool = False
+    field: Float32[Tensor, " b *axes"], *, reach: int, above: float, minima: bool = False, cross: bool = False
 ) -> Int64[Tensor, "k index"]:
     """Sample and voxel of values `above` a bound that no neighbour up to `reach` voxels along each axis exceeds.
 
@@ -66,7 +66,7 @@ def steps(dims: int, reach: int) -> list[tuple[int, ...]]:
     return list(product(range(-reach, reach + 1), repeat=dims))
 
 
-def neighbours(field: Float32[Tensor, "b *axes"], place: Int64[Tensor, "k index"], *, reach: int) -> Tensor:
+def neighbours(field: Float32[Tensor, " b *axes"], place: Int64[Tensor, "k index"], *, reach: int) -> Tensor:
     """The cubes (k, side, ..., side) of `2 * reach + 1` values along each axis about places."""
     field = field.contiguous()
     strides = torch.tensor(field.stride(), device=field.device)
@@ -76,7 +76,7 @@ def neighbours(field: Float32[Tensor, "b *axes"], place: Int64[Tensor, "k index"
 
 
 def refine(
-    field: Float32[Tensor, "b *axes"],
+    field: Float32[Tensor, " b *axes"],
     place: Int64[Tensor, "k index"],
     *,
     lower: Sequence[int],
@@ -108,7 +108,7 @@ def refine(
 
 
 def unrefined(
-    field: Float32[Tensor, "b *axes"],
+    field: Float32[Tensor, " b *axes"],
     place: Int64[Tensor, "k index"],
     *,
     lower: Sequence[int],
@@ -128,7 +128,7 @@ def within(
     return place[((place[:, 1:] >= low) & (place[:, 1:] <= high)).all(1)].unique(dim=0)
 
 
-def _fitted(field: Float32[Tensor, "b *axes"], place: Int64[Tensor, "k index"]) -> tuple[Tensor, Tensor, Tensor]:
+def _fitted(field: Float32[Tensor, " b *axes"], place: Int64[Tensor, "k index"]) -> tuple[Tensor, Tensor, Tensor]:
     """Offset to the top of the parabola through each place, its value there, and its second derivatives."""
     patch = neighbours(field, place, reach=1)
     gradient, hessian = derivatives(patch)
@@ -138,7 +138,7 @@ def _fitted(field: Float32[Tensor, "b *axes"], place: Int64[Tensor, "k index"]) 
 
 
 def derivatives(
-    patch: Float32[Tensor, "k *threes"],
+    patch: Float32[Tensor, " k *threes"],
 ) -> tuple[Float32[Tensor, "k axis"], Float32[Tensor, "k axis axis"]]:
     """First and second central differences in the middle of cubes of three values along each axis."""
     dims = patch.ndim - 1
