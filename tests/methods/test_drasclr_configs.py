@@ -5,6 +5,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from recorded_steps import assert_recorded
+from test_drasclr import batch
 
 import medssl
 from medssl.config import compose, main
@@ -45,6 +47,10 @@ def resolved(*overrides, num_cases=48, num_locations=27):
         "steps_per_round": sampler.steps_per_round(num_cases, config.batch_size),
     }
     return OmegaConf.to_container(config, resolve=True)
+
+
+def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
+    assert_recorded("drasclr_tiny", resolved("method=drasclr_tiny"), lambda seed: batch(seed=seed), rel=5e-3)
 
 
 @pytest.mark.parity
