@@ -32,7 +32,8 @@ from medssl.data.resampling import resample_axis
 from medssl.data.sampling import Request, Shuffled
 from medssl.data.scene import Scene
 from medssl.data.splits import pretraining_cases
-from medssl.data.store import VolumeStore, write_case, write_index
+from medssl.data.store import VolumeStore
+from medssl.data.store_writing import write_case, write_index
 from medssl.data.views import ViewPlan
 from medssl.data.volume import Box, Volume, intensity_statistics
 

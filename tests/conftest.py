@@ -64,7 +64,8 @@ def make_store(tmp_path: Path) -> Callable[..., "VolumeStore"]:
     """Write arrays (c x y z) as the cases of a store; the body box leaves 2 voxels on each side."""
     import numpy as np
 
-    from medssl.data.store import VolumeStore, write_case, write_index
+    from medssl.data.store import VolumeStore
+    from medssl.data.store_writing import write_case, write_index
     from medssl.data.volume import Box, Volume, intensity_statistics, voxel_hash
 
     def make(

@@ -1,5 +1,7 @@
 """Files of DrasCLR: none is at hand, so they are made up from the names and shapes that its code gives."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from oracles.conditioned import BLOCKS, LAYERS, network
@@ -18,7 +20,7 @@ def published_shapes(widths=WIDTHS, rep_dim=REP_DIM, experts=EXPERTS):
     first, second, *blocks, last = widths
     outputs = [first, second, *(width for width in blocks for _ in range(3)), last, rep_dim]
     shapes = {}
-    for (conv, norm, _), before, width in zip(LAYERS, [1, *outputs], outputs, strict=False):
+    for (conv, norm, _), (before, width) in zip(LAYERS, pairwise([1, *outputs]), strict=True):
         shapes |= {f"{conv}.weight": (experts, width, before, 3, 3, 3), f"{conv}.bias": (width,)}
         shapes |= {f"{conv}._routing_fn.fc.weight": (experts, 3), f"{conv}._routing_fn.fc.bias": (experts,)}
         shapes |= {f"{norm}.{name}": (width,) for name in ("weight", "bias", "running_mean", "running_var")}

@@ -16,7 +16,8 @@ from medssl.data.splits import (
     resolve_split,
     write_split,
 )
-from medssl.data.store import VolumeStore, write_index
+from medssl.data.store import VolumeStore
+from medssl.data.store_writing import write_index
 
 BTCV = [f"img{n:04d}" for n in (*range(1, 11), *range(21, 41))]
 TRANSUNET_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)

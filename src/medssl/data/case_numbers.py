@@ -1,7 +1,8 @@
 """Numbers of the cases of a store that a table from outside holds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,11 @@ def read_case_numbers(
         values += [_number(row, name, f"{path}, line {number}") if name in header else math.nan for name in optional]
         found.setdefault((row["case"] or "").strip(), []).append(values)
     return {case: np.array(values) for case, values in found.items()}
+
+
+def digest(rows: Mapping[str, Float64[np.ndarray, "row column"]]) -> str:
+    """Equal for equal rows of all cases, in whatever order the cases are."""
+    return sha256(repr([(case, rows[case].tolist()) for case in sorted(rows)]).encode()).hexdigest()
 
 
 def _number(row: dict[str, str], column: str, place: str) -> float:

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
-from medssl.data.case_numbers import read_case_numbers
+from medssl.data.case_numbers import digest, read_case_numbers
 from medssl.data.derived import Table
 from medssl.data.store import VolumeStore
 
@@ -54,8 +53,7 @@ class ExternalKeypoints:
 
     def recipe(self) -> dict[str, Any]:
         """A digest of what the file says."""
-        text = repr([(case, rows.tolist()) for case, rows in sorted(self.rows.items())])
-        return {"rows": sha256(text.encode()).hexdigest()}
+        return {"rows": digest(self.rows)}
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
         """Points and features."""

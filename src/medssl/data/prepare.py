@@ -15,7 +15,8 @@ from medssl.data.cases import Case, Scan, Source
 from medssl.data.formats import ReadError
 from medssl.data.reading import LabelMapError, check_channels, check_sides
 from medssl.data.recipes import check_recipe, store_recipe, three_spacings
-from medssl.data.store import FORMAT, Record, read_case_record, write_case, write_index
+from medssl.data.store import FORMAT, Record, read_case_record
+from medssl.data.store_writing import write_case, write_index
 from medssl.data.volume import (
     BODY_RECIPE,
     draw_points,

@@ -1,6 +1,7 @@
 """What every pretext task is: one module that turns drawn views into a loss."""
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,11 @@ class Progress:
         key = f"{self.seed}/{step}/{self.micro}/{self.rank}/{name}".encode()
         number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return torch.Generator(device).manual_seed(number >> 1)  # seeds are signed 64-bit integers
+
+    def warn(self, why: str) -> None:
+        """Say `why` on the error stream, on rank 0 alone."""
+        if self.rank == 0:
+            print(f"warning: {why}", file=sys.stderr, flush=True)
 
 
 class Method(nn.Module, ABC):

@@ -1,6 +1,5 @@
 """KAF: an image and its keypoints contrast by position, and the keypoints of two views are matched."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -269,7 +268,7 @@ class KAF(Method):
         if self.wants_views and num_views < FEWEST_VIEWS:
             self.wants_views = False
             why = f"{num_views} crops of a device share a batch norm, which wants {FEWEST_VIEWS}; raise batch_size, or "
-            _warn(why + "take model.encoder.norm=instance model.encoder.token_norm=layer", progress)
+            progress.warn(why + "take model.encoder.norm=instance model.encoder.token_norm=layer")
         if self.watched is None:
             return
         self.watched.append(num_positives == 0)
@@ -279,7 +278,7 @@ class KAF(Method):
         self.watched = None if without else []
         if without:
             why = f"in {without} of {WATCHED_STEPS} steps no view had a positive, and the contrasts were 0; change "
-            _warn(f"{why}method.threshold={self.threshold}, or take method.positives=views", progress)
+            progress.warn(f"{why}method.threshold={self.threshold}, or take method.positives=views")
 
 
 def contrast_of_points(
@@ -331,11 +330,6 @@ def _views(batch: Mapping[str, View]) -> tuple[View, View]:
     if not {"first", "second"} <= found.keys() or found["first"] != found["second"] or found["first"][0] != 1:
         raise ValueError(f"KAF needs view groups `first` and `second` with one view of one size; the batch has {found}")
     return batch["first"], batch["second"]
-
-
-def _warn(why: str, progress: Progress) -> None:
-    if progress.rank == 0:
-        print(f"warning: {why}", file=sys.stderr, flush=True)
 
 
 def _by_view(points: PointPair) -> list[tuple[Tensor, Tensor]]:

@@ -1,6 +1,5 @@
 """MACL: a full-size image through the encoder and a small one through encoder and decoder contrast by position."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -267,10 +266,8 @@ class MACL(Method):
         else:
             return
         self.watched = None
-        if progress.rank == 0:
-            counts = f"{positives:.2g} positives among the {compared:.2g} other samples that they are compared with"
-            said = f"warning: crops have {counts}, mean of {WATCHED_STEPS} steps: {why}"
-            print(said, file=sys.stderr, flush=True)
+        counts = f"{positives:.2g} positives among the {compared:.2g} other samples that they are compared with"
+        progress.warn(f"crops have {counts}, mean of {WATCHED_STEPS} steps: {why}")
 
 
 def _everywhere(rows: Tensor, gathers: bool) -> Tensor:

@@ -1,0 +1,187 @@
+"""Cases of a store and its index, written whole or not at all; `medssl.data.store` has the layout and reads it."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+from jaxtyping import Int, Int32, Shaped
+
+from medssl.data.resampling import halve
+from medssl.data.store import CONTEXT, Record
+from medssl.data.volume import Box, Volume
+
+CHUNK_VOXEL = 32
+COARSEST_VOXEL = 96
+"""No further level is made once the longest side is at most this long, so that the coarsest is about 64 voxels."""
+
+
+def write_case(
+    root: Path,
+    *,
+    case: str,
+    volume: Volume,
+    label: Int[np.ndarray, "x y z"] | None,
+    modality: str,
+    group: str,
+    split: str,
+    statistics: Sequence[dict[str, float]],
+    body: Box,
+    points: Int32[np.ndarray, "point 4"],
+    voxel_hash: str,
+    source: str,
+) -> Record:
+    """Write one case and return its record; it appears only when it is whole. Equal input gives equal bytes.
+
+    Args:
+        root: the store.
+        case: file-name safe and unique.
+        volume: canonical RAS voxels; stored as int16, exactly where they are integers in its range, else linearly
+            quantised.
+        label: on the same grid, kept at full resolution only.
+        modality: "ct" or "mr".
+        group: the cohort the case belongs to.
+        split: "train", "validation", "test" or "" where the source does not say.
+        statistics: of the whole volume, one dict a channel.
+        body: box of the body, voxel faces.
+        points: x, y, z (voxels) and value: -1 for a body voxel, else the label there.
+        voxel_hash: of the canonical voxels as read.
+        source: where the case came from.
+    """
+    stored, slope, intercept = _to_int16(volume.array, statistics)
+    factors = _level_factors(volume.shape, volume.spacing_mm)
+    record = Record(
+        case=case,
+        shape=volume.shape,
+        channels=volume.num_channels,
+        affine=tuple(tuple(float(x) for x in row) for row in volume.affine),
+        spacing_mm=volume.spacing_mm,
+        modality=modality,
+        group=group,
+        split=split,
+        statistics=tuple(statistics),
+        body_lower=tuple(map(float, body.lower)),  # type: ignore[arg-type]
+        body_upper=tuple(map(float, body.upper)),  # type: ignore[arg-type]
+        voxel_hash=voxel_hash,
+        source=source,
+        slope=slope,
+        intercept=intercept,
+        level_factors=factors,
+        labels=() if label is None else tuple(int(v) for v in np.unique(label) if v != 0),
+    )
+    folder = root / f"{case}.zarr"
+    partial = root / f".{case}.zarr.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    level = stored
+    for number, factor in enumerate(factors):
+        if number:
+            step = tuple(a != b for a, b in zip(factor, factors[number - 1], strict=True))
+            level = np.clip(np.rint(halve(level.astype(np.float32), axes=step)), -32768, 32767).astype(np.int16)
+        _write_array(partial / str(number), level)
+    _write_array(partial / "points", points, chunk=points.shape)
+    if label is not None:
+        labels = label.astype(np.uint8 if label.max() < 256 else np.int32)
+        _write_array(partial / "labels" / "segmentation" / "0", labels[None])
+        _write_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
+        _write_group(
+            partial / "labels" / "segmentation",
+            {"ome": {"image-label": {"source": {"image": "../../"}}, **_multiscales(volume.spacing_mm, factors[:1])}},
+        )
+    _write_group(partial, {"ome": _multiscales(volume.spacing_mm, factors), "medssl": record.to_json()})
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return record
+
+
+def write_index(root: Path, records: Sequence[Record]) -> None:
+    """Write `index.jsonl`, sorted by case, all or nothing."""
+    lines = "".join(
+        json.dumps(record.to_json(), sort_keys=True) + "\n" for record in sorted(records, key=lambda r: r.case)
+    )
+    partial = root / f".index.jsonl.{os.getpid()}.partial"
+    partial.write_text(lines)
+    partial.replace(root / "index.jsonl")
+
+
+def _to_int16(
+    array: Shaped[np.ndarray, "channel x y z"], statistics: Sequence[dict[str, float]]
+) -> tuple[Shaped[np.ndarray, "channel x y z"], tuple[float, ...], tuple[float, ...]]:
+    """Stored integers, slope and intercept of each channel: exact for whole numbers that span at most 65,536 values.
+
+    All else is quantised linearly; values beyond eight times the central range (0.5 to 99.5 %) are clipped,
+    because a single hot voxel would cost the resolution of all others.
+    """
+    stored, scales = np.empty(array.shape, np.int16), []
+    for number, (channel, kept) in enumerate(zip(array, statistics, strict=True)):
+        low, high = float(channel.min()), float(channel.max())
+        whole = channel.dtype.kind in "iu" or bool(np.all(channel == np.rint(channel)))
+        if whole and low >= -32768 and high <= 32767:
+            slope, intercept = 1.0, 0.0
+        elif whole and high - low <= 65535:
+            slope, intercept = 1.0, low + 32768
+        else:
+            bulk, spread = (kept["p0_5"], kept["p99_5"]), kept["p99_5"] - kept["p0_5"]
+            if spread > 0:
+                low, high = max(low, bulk[0] - 8 * spread), min(high, bulk[1] + 8 * spread)
+            slope = (high - low) / 65535
+            intercept = low + 32768 * slope
+        for plane, out in zip(channel, stored[number], strict=True):  # plane by plane: no wide copy of the volume
+            out[:] = np.clip(np.rint((plane.astype(np.float64) - intercept) / slope), -32768, 32767)
+        scales.append((slope, intercept))
+    return stored, tuple(slope for slope, _ in scales), tuple(intercept for _, intercept in scales)
+
+
+def _level_factors(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[tuple[int, int, int], ...]:
+    factors = [np.ones(3, dtype=int)]
+    while True:
+        sides = -(-np.array(shape) // factors[-1])
+        spacing = np.array(spacing_mm) * factors[-1]
+        halved = (spacing <= 1.5 * spacing.min()) & (sides > 1)
+        if sides.max() <= COARSEST_VOXEL or not halved.any():
+            return tuple(tuple(int(x) for x in factor) for factor in factors)  # type: ignore[misc]
+        factors.append(factors[-1] * np.where(halved, 2, 1))
+
+
+def _write_array(path: Path, array: Shaped[np.ndarray, "..."], *, chunk: Sequence[int] | None = None) -> None:
+    inner = [max(1, n) for n in chunk] if chunk else [array.shape[0], *[CHUNK_VOXEL] * 3]
+    shard = [max(1, -(-n // c)) * c for n, c in zip(array.shape, inner, strict=True)]
+    blosc = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": array.dtype.itemsize, "blocksize": 0}
+    little = {"name": "bytes", "configuration": {"endian": "little"}} if array.dtype.itemsize > 1 else {"name": "bytes"}
+    compressed = [little, {"name": "blosc", "configuration": blosc}]
+    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": inner, "codecs": compressed, "index_codecs": index}
+    metadata = {
+        "shape": list(array.shape),
+        "data_type": array.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "dimension_names": ["c", "x", "y", "z"] if array.ndim == 4 else ["point", "column"],
+    }
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(path)},
+        "metadata": metadata,
+        "store_data_equal_to_fill_value": True,  # every chunk exists, so that a lost one is seen
+    }
+    tensorstore.open(spec, context=CONTEXT, create=True).result().write(array).result()
+
+
+def _write_group(path: Path, attributes: dict[str, Any]) -> None:
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    (path / "zarr.json").write_text(json.dumps(group, indent=1, sort_keys=True))
+
+
+def _multiscales(spacing_mm: Sequence[float], factors: Sequence[Sequence[int]]) -> dict[str, Any]:
+    axes = [{"name": "c", "type": "channel"}, *({"name": n, "type": "space", "unit": "millimeter"} for n in "xyz")]
+    datasets = []
+    for number, factor in enumerate(factors):
+        scale = [1.0, *(s * f for s, f in zip(spacing_mm, factor, strict=True))]
+        shift = [0.0, *(s * (f - 1) / 2 for s, f in zip(spacing_mm, factor, strict=True))]
+        transformations = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": shift}]
+        datasets.append({"path": str(number), "coordinateTransformations": transformations})
+    return {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets, "name": "volume"}]}
