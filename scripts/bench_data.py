@@ -33,7 +33,7 @@ from medssl.data.sampling import Request, Shuffled
 from medssl.data.scene import Scene
 from medssl.data.splits import pretraining_cases
 from medssl.data.store import VolumeStore
-from medssl.data.store_writing import write_case, write_index
+from medssl.data.store_writer import write_case, write_index
 from medssl.data.views import ViewPlan
 from medssl.data.volume import Box, Volume, intensity_statistics
 

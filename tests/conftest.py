@@ -65,7 +65,7 @@ def make_store(tmp_path: Path) -> Callable[..., "VolumeStore"]:
     import numpy as np
 
     from medssl.data.store import VolumeStore
-    from medssl.data.store_writing import write_case, write_index
+    from medssl.data.store_writer import write_case, write_index
     from medssl.data.volume import Box, Volume, intensity_statistics, voxel_hash
 
     def make(

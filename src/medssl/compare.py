@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def run(config: DictConfig) -> None:
     """Compare, write both pages, and print the tables."""
-    from medssl.data.writing import write_text
+    from medssl.data.atomic import write_text
     from medssl.evaluation.comparison import compare_groups
     from medssl.evaluation.groups import read_groups
     from medssl.evaluation.report import to_html, to_markdown, to_terminal

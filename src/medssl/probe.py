@@ -27,7 +27,7 @@ def run(config: DictConfig) -> None:
     from omegaconf import OmegaConf
     from tqdm import tqdm
 
-    from medssl.data.writing import write_text
+    from medssl.data.atomic import write_text
     from medssl.evaluation.probe_models import check_extra
     from medssl.evaluation.probe_report import (
         interval_values,

@@ -17,7 +17,7 @@ from medssl.data.splits import (
     write_split,
 )
 from medssl.data.store import VolumeStore
-from medssl.data.store_writing import write_index
+from medssl.data.store_writer import write_index
 
 BTCV = [f"img{n:04d}" for n in (*range(1, 11), *range(21, 41))]
 TRANSUNET_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)

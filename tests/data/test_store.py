@@ -5,7 +5,7 @@ import pytest
 import zarr
 
 from medssl.data.store import VolumeStore, read_case_record
-from medssl.data.store_writing import write_index
+from medssl.data.store_writer import write_index
 
 
 def _noise(shape=(1, 40, 36, 32), seed=0):

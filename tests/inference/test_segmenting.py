@@ -8,7 +8,7 @@ from torch import nn
 
 from medssl.data.augment import ByModality, MinMax, Percentiles, Standardise, Window
 from medssl.data.store import VolumeStore
-from medssl.data.store_writing import write_case, write_index
+from medssl.data.store_writer import write_case, write_index
 from medssl.data.volume import Box, Volume, intensity_statistics
 from medssl.inference.reading import Reading
 from medssl.inference.segmenting import (

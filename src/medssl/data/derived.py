@@ -15,12 +15,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from medssl.data.atomic import alone_in, clear_partial, write_text
 from medssl.data.prepare import read_fingerprint
 from medssl.data.recipes import recipe_hash
 from medssl.data.store import VolumeStore
 from medssl.data.volume import Volume, find_body
 from medssl.data.workers import check_num_workers, run_all
-from medssl.data.writing import alone_in, clear_partial, write_text
 
 Table = Mapping[str, np.ndarray]
 Read = TypeVar("Read")

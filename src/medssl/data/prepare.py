@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from medssl.data.atomic import alone_in, clear_partial, read_lines, write_lines, write_text
 from medssl.data.cases import Case, Scan, Source
 from medssl.data.formats import ReadError
 from medssl.data.reading import LabelMapError, check_channels, check_sides
 from medssl.data.recipes import check_recipe, store_recipe, three_spacings
 from medssl.data.store import FORMAT, Record, read_case_record
-from medssl.data.store_writing import write_case, write_index
+from medssl.data.store_writer import write_case, write_index
 from medssl.data.volume import (
     BODY_RECIPE,
     draw_points,
@@ -28,7 +29,6 @@ from medssl.data.volume import (
     voxel_hash,
 )
 from medssl.data.workers import check_num_workers, run_all
-from medssl.data.writing import alone_in, clear_partial, read_lines, write_lines, write_text
 
 NUM_LISTED = 20
 TARGETS = "targets.csv"

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from medssl.data.atomic import write_text
 from medssl.data.randomness import counter_generator
 from medssl.data.store import VolumeStore
-from medssl.data.writing import write_text
 
 REGISTRY = Path(__file__).with_name("split_files")
 RULES = ("auto", "source", "5fold")

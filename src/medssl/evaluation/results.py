@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from medssl.data.writing import write_text
+from medssl.data.atomic import write_text
 from medssl.evaluation.scores import CONVENTION, METRICS, CaseScores
 
 

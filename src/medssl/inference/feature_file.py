@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Shaped
 
-from medssl.data.writing import write_text
+from medssl.data.atomic import write_text
 
 FILE, CARD = "features.npz", "features.json"
 

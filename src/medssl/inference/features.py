@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from medssl.building import build_network
 from medssl.config import config_dir
+from medssl.data.atomic import alone_in, write_text
 from medssl.data.augment import ByModality
 from medssl.data.placements import GridCrop, Locations
 from medssl.data.sampling import Request
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
 from medssl.data.views import other_size
-from medssl.data.writing import alone_in, write_text
 from medssl.inference.embedder import PUBLISHED as PUBLISHED_SAM
 from medssl.inference.embedder import reading_of
 from medssl.inference.feature_file import CARD, FILE, Features, whole_file

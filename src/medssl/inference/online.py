@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from medssl.data.atomic import write_text
 from medssl.data.derived import Table, table_of
 from medssl.data.randomness import counter_generator
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
-from medssl.data.writing import write_text
 from medssl.inference.embedding import Embedding, match_points
 from medssl.inference.pairs import PairPoints
 

@@ -17,10 +17,10 @@ from jaxtyping import Float16
 from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 
+from medssl.data.atomic import write_text
 from medssl.data.formats import ReadError, size_text
 from medssl.data.reading import LabelMapError, check_channels
 from medssl.data.volume import guess_modality
-from medssl.data.writing import write_text
 from medssl.inference.ensemble import Ensemble
 from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti
 from medssl.inference.phantom_input import drawn_phantom
