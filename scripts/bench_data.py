@@ -26,7 +26,6 @@ import torch
 from medssl.data.augment import Affine, Flip, Gamma, GaussianBlur, GaussianNoise, Window
 from medssl.data.draw import box_of
 from medssl.data.module import VolumeDataModule
-from medssl.data.phantoms import draw_phantom
 from medssl.data.placements import RandomCrop
 from medssl.data.resampling import resample_axis
 from medssl.data.sampling import Request, Shuffled
@@ -36,6 +35,7 @@ from medssl.data.store import VolumeStore
 from medssl.data.store_writer import write_case, write_index
 from medssl.data.views import ViewPlan
 from medssl.data.volume import Box, Volume, intensity_statistics
+from medssl.phantoms.torso import draw_phantom
 
 CROP, BATCH = 96, 2
 ROTATION_DEG, SCALE, GAMMA, NOISE, BLUR = 10.0, (0.9, 1.1), (0.7, 1.5), (0.0, 0.1), (0.5, 1.0)

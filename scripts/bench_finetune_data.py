@@ -31,13 +31,13 @@ from torch import Tensor
 
 from medssl.data.augment import Affine, Brightness, ByModality, Gamma, GaussianNoise
 from medssl.data.module import VolumeDataModule
-from medssl.data.phantoms import LABELS
 from medssl.data.placements import RandomCrop
 from medssl.data.prepare import prepare_store
 from medssl.data.sampling import Shuffled
-from medssl.data.sources import Phantoms
 from medssl.data.store import VolumeStore
 from medssl.data.views import ViewPlan
+from medssl.phantoms.source import Phantoms
+from medssl.phantoms.torso import LABELS
 
 SHAPE, SPACING_MM, NUM_CASES, CROP, BATCH = (256, 256, 160), 1.5, 2, 96, 2
 WINDOW_HU, ROTATION_DEG, SCALE = (-175.0, 250.0), 15.0, (0.8, 1.25)

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl.data.emphysema import low_attenuation
-from medssl.data.phantoms import LABELS, draw_phantom
 from medssl.data.store import VolumeStore
 from medssl.inference.feature_file import Features, load_features
+from medssl.phantoms.emphysema import low_attenuation
+from medssl.phantoms.torso import LABELS, draw_phantom
 
 SPACING_MM, SIZE_VOXEL, PATCH_VOXEL = 4.0, 96, 8  # of the phantoms
 WINDOW_HU = (-1024, -750)

@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from medssl.data.phantoms import LABELS, draw_phantom
+from medssl.phantoms.torso import LABELS, draw_phantom
 
 
 def main() -> None:

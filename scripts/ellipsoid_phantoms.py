@@ -1,6 +1,6 @@
 """Small synthetic bodies of deformed ellipsoids, and where points of their common atlas lie in them.
 
-The fields of the torso phantoms (`medssl.data.phantom_canvas`) turn, scale, shift and bend them, so that the true place
+The fields of the torso phantoms (`medssl.phantoms.canvas`) turn, scale, shift and bend them, so that the true place
 of every point is known.
 """
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from medssl.data.cases import PhantomCase, Scan
-from medssl.data.phantom_canvas import Canvas, ellipsoid
+from medssl.data.cases import Scan
 from medssl.data.volume import Volume
+from medssl.phantoms.canvas import Canvas, ellipsoid
+from medssl.phantoms.source import PhantomCase
 
 SIZE_VOXEL, SPACING_MM = (64, 64, 32), 2.0
 ORGANS = {  # centre and radii in mm (RAS about the middle of the field), HU

@@ -27,11 +27,11 @@ import torch
 
 from medssl.data.cases import Source
 from medssl.data.prepare import prepare_store
-from medssl.data.sources import Phantoms
 from medssl.data.splits import pretraining_cases
 from medssl.data.store import VolumeStore
 from medssl.inference.embedder import Embedder
 from medssl.inference.embedding import match_points
+from medssl.phantoms.source import Phantoms
 from medssl.weights import build_network, encoder_recipe
 
 NUM_CASES = 20

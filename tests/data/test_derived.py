@@ -14,10 +14,11 @@ import pytest
 
 from medssl.data import derived as derived_module
 from medssl.data.derived import Body, Derivation, derive, table_of
-from medssl.data.phantoms import LABELS
 from medssl.data.prepare import prepare_store
-from medssl.data.sources import Folder, Phantoms
+from medssl.data.sources import Folder
 from medssl.data.store import VolumeStore
+from medssl.phantoms.source import Phantoms
+from medssl.phantoms.torso import LABELS
 
 NUM_CASES = 6
 

@@ -14,7 +14,6 @@ from medssl.data.derived import Derivation, derive
 from medssl.data.geometry import rotation_matrix
 from medssl.data.location_tables import AnatomicalLocations
 from medssl.data.locations import AnchorTable
-from medssl.data.phantoms import draw_phantom
 from medssl.data.placements import GridCrop
 from medssl.data.prepare import prepare_store
 from medssl.data.registration import Coarse, apply_affine, resampled
@@ -22,6 +21,7 @@ from medssl.data.scene import Request, Scene
 from medssl.data.sources import Folder
 from medssl.data.store import VolumeStore
 from medssl.derive import run
+from medssl.phantoms.torso import draw_phantom
 
 SIZES = {"patch_voxel": 8, "step_voxel": 6, "spacing_mm": 12.0, "copy_spacing_mm": 12.0}
 TRUTH = np.eye(4)

@@ -15,9 +15,10 @@ import medssl.data.prepare as preparing
 from medssl.data.formats import ReadError
 from medssl.data.prepare import PrepareError, prepare_store
 from medssl.data.recipes import check_recipe, locate_store, recipe_hash, store_recipe
-from medssl.data.sources import Csv, Folder, NnUnet, Phantoms
+from medssl.data.sources import Csv, Folder, NnUnet
 from medssl.data.store import VolumeStore
 from medssl.data.volume import BODY_RECIPE, voxel_hash
+from medssl.phantoms.source import Phantoms
 
 SMALL = {"size_voxel": 24, "spacing_mm": 16.0}
 
@@ -369,7 +370,7 @@ def test_two_that_prepare_one_store_at_once_wait_for_each_other(tmp_path):
 def test_a_store_is_found_by_its_recipe_by_its_name_or_alone(tmp_path):
     data = OmegaConf.create({
         "name": "phantoms", "root": None, "channels": None, "spacing_mm": None, "min_side_voxel": 8,
-        "source": {"_target_": "medssl.data.sources.Phantoms", "num_cases": 1, "size_voxel": 24, "spacing_mm": 16.0},
+        "source": {"_target_": "medssl.phantoms.source.Phantoms", "num_cases": 1, "size_voxel": 24, "spacing_mm": 16.0},
     })  # fmt: skip
     recipe = store_recipe(Phantoms(num_cases=1, **SMALL))
     assert recipe["body"] == BODY_RECIPE

@@ -3,7 +3,6 @@ import pytest
 import SimpleITK as sitk
 
 from medssl.data.geometry import rotation_matrix
-from medssl.data.phantoms import draw_phantom
 from medssl.data.reading import read_volume
 from medssl.data.registration import (
     Coarse,
@@ -20,6 +19,7 @@ from medssl.data.registration import (
     volume_ratio,
 )
 from medssl.data.volume import Volume
+from medssl.phantoms.torso import draw_phantom
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import pytest
 from medssl.data.cases import Case
 from medssl.data.formats import ReadError
 from medssl.data.reading import LabelMapError
-from medssl.data.sources import Csv, Decathlon, Folder, NnUnet, Phantoms
+from medssl.data.sources import Csv, Decathlon, Folder, NnUnet
+from medssl.phantoms.source import Phantoms
 
 
 def image(path, shape=(10, 11, 12), seed=0, affine=None):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from medssl.data.phantoms import LABELS, draw_phantom
 from medssl.data.volume import Volume
 from medssl.inference.files import read_image, slices_of, write_nifti
 from medssl.inference.segmenting import record_of, segment_volume
+from medssl.phantoms.torso import LABELS, draw_phantom
 
 from .conftest import index_channels, oracle, reading
 

@@ -14,9 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from medssl.data.emphysema import draw_severity, low_attenuation
 from medssl.data.formats import ReadError, stem
-from medssl.data.phantoms import LABELS, draw_phantom
 from medssl.data.reading import check_label_file, read_label, read_volume
 from medssl.data.volume import Volume
 
@@ -94,42 +92,6 @@ class Case:
     def targets(self, volume: Volume, label: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
         """What is known of the subject as a number, by name; most sources know nothing."""
         return {}
-
-
-@dataclass(frozen=True)
-class PhantomCase(Case):
-    """A case that is computed, not read."""
-
-    size_voxel: tuple[int, int, int] = (96, 96, 96)
-    spacing_mm: float = 4.0
-    seed: int = 0
-    emphysema: bool = False
-
-    @property
-    def has_label(self) -> bool:
-        """Phantoms always have one."""
-        return True
-
-    def fingerprint(self) -> str:
-        """A hash of what is drawn."""
-        facts = [self.size_voxel, self.spacing_mm, self.seed, *(["emphysema"] if self.emphysema else [])]
-        return _hash(json.dumps(facts))[:32]
-
-    def problem(self) -> None:
-        """Nothing can be wrong with it."""
-
-    def read(
-        self, *, channels: str | int | None, min_side_voxel: int
-    ) -> tuple[Volume, Int[np.ndarray, "x y z"] | None]:
-        """The torso of this seed and its organs."""
-        return draw_phantom(self.seed, size_voxel=self.size_voxel, spacing_mm=self.spacing_mm, emphysema=self.emphysema)
-
-    def targets(self, volume: Volume, label: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
-        """Of emphysema the severity that was drawn, and `laa950`: the share of the lungs below -950 HU."""
-        if not self.emphysema or label is None:
-            return {}
-        laa950 = low_attenuation(volume.array[0], label == LABELS["lungs"])
-        return {"severity": draw_severity(self.seed), "laa950": laa950}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where cases come from: folders, data-set lists, tables, phantoms. A scan reads names and headers, not images."""
+"""Where cases come from: folders, data-set lists, tables. A scan reads names and headers, not images."""
 
 import csv
 import difflib
@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medssl.data.cases import Case, PhantomCase, Scan, case_names, file_name
-from medssl.data.emphysema import VERSION as EMPHYSEMA_VERSION
+from medssl.data.cases import Case, Scan, case_names, file_name
 from medssl.data.formats import dicom_class, has_image_suffix, is_image_class, stem
-from medssl.data.phantoms import LABELS, VERSION
 
 SPLITS = {
     "": "",
@@ -216,45 +214,6 @@ class Csv:
         else:
             path = _beside(table, label) if label else None
             scan.cases.append(Case(file_name(case), where, path, group, SPLITS[split], modality or None))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phantoms:
-    """Procedural torso CTs: `num_cases` subjects, the same for the same seed; with `emphysema` most of them are ill."""
-
-    num_cases: int = 32
-    size_voxel: int | Sequence[int] = 96
-    spacing_mm: float = 4.0
-    seed: int = 0
-    emphysema: bool = False
-
-    def recipe(self) -> dict[str, Any]:
-        """All parameters, and the version of the drawing."""
-        own = {"num_cases": self.num_cases, "spacing_mm": float(self.spacing_mm), "seed": self.seed}
-        own |= {"emphysema": EMPHYSEMA_VERSION} if self.emphysema else {}
-        return {"kind": "phantoms", "version": VERSION, "size_voxel": list(self._size()), **own}
-
-    def label_names(self) -> dict[int, str]:
-        """The organs of the atlas."""
-        return {value: name for name, value in LABELS.items()}
-
-    def scan(self) -> Scan:
-        """One case a subject."""
-        scan, size = Scan(), self._size()
-        for number in range(self.num_cases):
-            name, seed = f"phantom_{number:04d}", self.seed * 1_000_003 + number
-            case = PhantomCase(name, Path(name), group="phantoms", modality="ct", size_voxel=size, seed=seed)
-            scan.cases.append(replace(case, spacing_mm=float(self.spacing_mm), emphysema=self.emphysema))
-        return scan
-
-    def _size(self) -> tuple[int, int, int]:
-        size = [self.size_voxel] * 3 if isinstance(self.size_voxel, int) else list(self.size_voxel)
-        if len(size) != 3 or min(size) < 8 or self.num_cases < 1:
-            raise ValueError(
-                f"phantoms need three sides of 8 voxels or more and num_cases >= 1, got {size}, {self.num_cases}"
-            )
-        x, y, z = (int(n) for n in size)
-        return x, y, z
 
 
 class SourceMissingError(ValueError):

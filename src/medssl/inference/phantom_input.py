@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl.data.phantoms import draw_phantom
+from medssl.phantoms.torso import draw_phantom
 
 
 def drawn_phantom(given: Path, output_dir: Path) -> Path:

@@ -1,7 +1,7 @@
 """Emphysema of phantoms: holes of air in the lungs, more of them in worse cases, most of them near the tips.
 
 All of it follows from the subject's seed by a random stream of its own, so that the anatomy is the same with and
-without. Lengths are in mm, points in atlas space (see `medssl.data.phantom_canvas`).
+without. Lengths are in mm, points in atlas space (see `medssl.phantoms.canvas`).
 """
 
 from dataclasses import dataclass

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float, Int, Int16
 
-from medssl.data.emphysema import HOLE_HU, draw_severity, hole_share
-from medssl.data.phantom_canvas import (
+from medssl.data.volume import Volume
+from medssl.phantoms.canvas import (
     FAT_HU,
     GAS_HU,
     LABELS,
@@ -19,7 +19,7 @@ from medssl.data.phantom_canvas import (
     smooth_max,
     tube,
 )
-from medssl.data.volume import Volume
+from medssl.phantoms.emphysema import HOLE_HU, draw_severity, hole_share
 
 VERSION = 1
 """Raised whenever the same seed begins to give other voxels."""

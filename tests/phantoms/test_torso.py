@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from medssl.data.phantoms import LABELS, draw_phantom
 from medssl.data.volume import find_body, guess_modality
+from medssl.phantoms.torso import LABELS, draw_phantom
 
 VOXEL_ML = 0.064
 HU = {

@@ -4,11 +4,11 @@ import itertools
 import numpy as np
 import pytest
 
-from medssl.data.emphysema import draw_severity, hole_share, low_attenuation
-from medssl.data.phantoms import LABELS, draw_phantom
 from medssl.data.prepare import prepare_store
-from medssl.data.sources import Phantoms
 from medssl.data.store import VolumeStore
+from medssl.phantoms.emphysema import draw_severity, hole_share, low_attenuation
+from medssl.phantoms.source import Phantoms
+from medssl.phantoms.torso import LABELS, draw_phantom
 
 SMALL = {"size_voxel": (32, 32, 32), "spacing_mm": 12.0}
 ILL, HEALTHY = 172, 2  # severities 0.95 and 0

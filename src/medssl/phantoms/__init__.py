@@ -1,0 +1,1 @@
+"""Procedural torso CTs, so that everything can be tried without data; all of it is synthetic."""
