@@ -13,10 +13,10 @@ from medssl.data.views import View
 from medssl.methods.base import Progress
 from medssl.methods.kaf import KAF, WATCHED_STEPS, crop_faces, places
 from medssl.methods.kaf_points import PointRule
-from medssl.methods.panels import MatchedPoints, matched_points
 from medssl.models.kaf_heads import KAFHeads
 from medssl.models.kaf_unet import KAFEncoder
 from medssl.models.keypoint_matcher import KeypointMatcher
+from medssl.ops.panels import MatchedPoints, matched_points
 
 SIDE = 16
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from medssl.losses.position_contrast import Missing, contrast_of_rows, masks
-from medssl.ops.shrinking import shrunk
+from medssl.ops.downsample import shrunk
 
 
 def dense_contrast(

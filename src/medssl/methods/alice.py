@@ -221,7 +221,7 @@ class Alice(Method):
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
         """The first pair: query and key whole, as the student sees them, and as it reconstructs them."""
-        from medssl.methods.panels import orthogonal_slices
+        from medssl.ops.panels import orthogonal_slices
 
         first = {name: batch[name].image[:1] for name in ("pair", "student") if name in batch}
         was_training = self.training

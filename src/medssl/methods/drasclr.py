@@ -153,7 +153,7 @@ class DrasCLR(Method):
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
         """Query and key of the first subject, its neighbours, and the same location in the next subject."""
-        from medssl.methods.panels import orthogonal_slices
+        from medssl.ops.panels import orthogonal_slices
 
         anchor, around = batch["anchor"], batch.get("neighbours")
         location, _, _ = _locations(anchor)

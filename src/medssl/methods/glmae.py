@@ -184,7 +184,7 @@ class GLMAE(Method):
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
         """Input, masked input and reconstruction of the first view of each group, in three orthogonal slices."""
-        from medssl.methods.panels import orthogonal_slices
+        from medssl.ops.panels import orthogonal_slices
 
         was_training, figures = self.training, {}
         self.eval()

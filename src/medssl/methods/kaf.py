@@ -184,7 +184,7 @@ class KAF(Method):
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
         """The keypoints of the first pair of views, where the matcher sees partners, and where there are some."""
-        from medssl.methods.panels import MatchedPoints, matched_points
+        from medssl.ops.panels import MatchedPoints, matched_points
 
         views, was_training = _views(batch), self.training
         self.eval()

@@ -16,9 +16,9 @@ from medssl.methods.macl_places import PlaceRule, rows_of, segments_of
 from medssl.methods.macl_positions import PositionRule, is_gathered
 from medssl.models.macl_heads import MACLHeads
 from medssl.models.partial_unet import PartialUNet
+from medssl.ops.downsample import SHRINKINGS, shrunk
 from medssl.ops.ema import frozen_copy, update_ema
 from medssl.ops.gather import gather_with_gradient
-from medssl.ops.shrinking import SHRINKINGS, shrunk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,7 +174,7 @@ class MACL(Method):
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
         """What the branches see of the first sample, and the crop of another sample that is its positive, if any."""
-        from medssl.methods.panels import orthogonal_slices
+        from medssl.ops.panels import orthogonal_slices
 
         still, dominant_still, moved = self._groups(batch)
         positive, _ = self.positions(still)

@@ -110,7 +110,7 @@ class SamEmbed(Method):
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
         """Points of the first view of a volume, where they are found in its second view, and where they are."""
-        from medssl.methods.panels import PointMatch, point_matches
+        from medssl.ops.panels import PointMatch, point_matches
 
         view, was_training = _pair(batch), self.training
         self.eval()

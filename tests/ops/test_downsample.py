@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from medssl.ops.shrinking import shrunk
+from medssl.ops.downsample import shrunk
 
 
 def test_linear_keeps_the_first_and_the_last_voxel_and_area_takes_means():
