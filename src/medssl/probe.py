@@ -28,18 +28,18 @@ def run(config: DictConfig) -> None:
     from tqdm import tqdm
 
     from medssl.data.atomic import write_text
-    from medssl.evaluation.probe_models import check_extra
-    from medssl.evaluation.probe_report import (
+    from medssl.evaluation.statistics import Resampling
+    from medssl.inference.feature_file import load_features
+    from medssl.probing.cross_validation import CrossValidation, assign_folds, probe
+    from medssl.probing.models import check_extra
+    from medssl.probing.report import (
         interval_values,
         predictions_csv,
         probe_figure,
         score_table,
         score_values,
     )
-    from medssl.evaluation.probe_targets import Columns, build_task, join, read_targets
-    from medssl.evaluation.probing import CrossValidation, assign_folds, probe
-    from medssl.evaluation.statistics import Resampling
-    from medssl.inference.feature_file import load_features
+    from medssl.probing.targets import Columns, build_task, join, read_targets
 
     check_extra()
     folder = _claimed(Path(config.output_dir).expanduser(), overwrite=config.overwrite)

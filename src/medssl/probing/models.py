@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from medssl.evaluation.probe_scores import Score, classification_scores, regression_scores, survival_scores
+from medssl.probing.scores import Score, classification_scores, regression_scores, survival_scores
 
 Predict = Callable[[Float[np.ndarray, "n dim"]], np.ndarray]
 EXTRA = 'the probe needs scikit-learn and lifelines; install them with pip install "medssl[probe]"'

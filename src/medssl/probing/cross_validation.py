@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from medssl.evaluation.probe_models import Task
-from medssl.evaluation.probe_scores import Score
 from medssl.evaluation.statistics import Interval, Resampling
+from medssl.probing.models import Task
+from medssl.probing.scores import Score
 
 
 @dataclass(frozen=True)

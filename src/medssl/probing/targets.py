@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from medssl.evaluation.probe_models import Classification, Regression, Survival, Task
 from medssl.inference.feature_file import Features
+from medssl.probing.models import Classification, Regression, Survival, Task
 
 MISSING = ("", "na", "nan", "none", "null")
 TASKS = ("regression", "classification", "survival")

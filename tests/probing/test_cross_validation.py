@@ -6,9 +6,9 @@ from lifelines.utils import concordance_index
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from medssl.evaluation.probe_models import Classification, Regression, Survival
-from medssl.evaluation.probing import CrossValidation, assign_folds, probe
 from medssl.evaluation.statistics import Resampling
+from medssl.probing.cross_validation import CrossValidation, assign_folds, probe
+from medssl.probing.models import Classification, Regression, Survival
 
 SMALL = CrossValidation(num_folds=4, num_repeats=2, num_inner_folds=2)
 FEW = Resampling(500)

@@ -6,7 +6,7 @@ from lifelines.utils import concordance_index
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, mean_absolute_error, roc_auc_score
 
-from medssl.evaluation.probe_scores import classification_scores, regression_scores, survival_scores
+from medssl.probing.scores import classification_scores, regression_scores, survival_scores
 
 NUM = 40
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medssl.evaluation.probe_models import Classification, Regression, Survival
-from medssl.evaluation.probing import Probe
 from medssl.evaluation.statistics import Interval
+from medssl.probing.cross_validation import Probe
+from medssl.probing.models import Classification, Regression, Survival
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from medssl.evaluation.probe_targets import Joined
+    from medssl.probing.targets import Joined
 
 NAMES = {
     "r2": "R2",

@@ -1,0 +1,1 @@
+"""Probes: what frozen features tell of a target, with intervals."""
