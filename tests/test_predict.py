@@ -18,7 +18,8 @@ from medssl.data.reading import read_volume
 from medssl.inference import predicting
 from medssl.inference.ensemble import Ensemble
 from medssl.inference.reading import Reading
-from medssl.inference.segmenting import Averaged, record_of, segment_volume
+from medssl.inference.record import record_of
+from medssl.inference.segmenting import Averaged, segment_volume
 from medssl.models.segmenter import build_segmenter
 from medssl.predict import run
 from medssl.weights import load_segmenter, read_card, save_weights

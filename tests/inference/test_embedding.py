@@ -13,7 +13,7 @@ from medssl.data.volume import Volume
 from medssl.inference.embedder import PUBLISHED, Embedder
 from medssl.inference.embedding import Embedding, contains, match_points
 from medssl.inference.reading import Reading
-from medssl.inference.segmenting import record_of
+from medssl.inference.record import record_of
 
 from .conftest import smooth
 from .embedding_stand_in import FixedFeatures

@@ -5,7 +5,7 @@ from scipy.ndimage import map_coordinates
 
 from medssl.data.volume import Volume
 from medssl.inference.native_grid import NativePlane, mean_plane, most_probable, planes
-from medssl.inference.segmenting import record_of
+from medssl.inference.record import record_of
 from medssl.inference.working_grid import WorkingGrid
 
 from .conftest import reading, smooth

@@ -9,7 +9,8 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from medssl.data.volume import Volume
 from medssl.inference.files import read_image, slices_of, write_nifti
-from medssl.inference.segmenting import record_of, segment_volume
+from medssl.inference.record import record_of
+from medssl.inference.segmenting import segment_volume
 from medssl.phantoms.torso import LABELS, draw_phantom
 
 from .conftest import index_channels, oracle, reading

@@ -4,7 +4,7 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from medssl.data.volume import Volume, resample_volume
-from medssl.inference.segmenting import fetch_from, record_of
+from medssl.inference.record import fetch_from, record_of
 from medssl.inference.working_grid import WorkingGrid, WorkingImage
 
 from .conftest import reading, smooth

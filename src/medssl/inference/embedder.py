@@ -16,7 +16,7 @@ from medssl.data.augment.base import Augmentation
 from medssl.data.store import Record, VolumeStore
 from medssl.inference.embedding import Embedding
 from medssl.inference.reading import AUGMENTATIONS, NORMALISATIONS, Normalise, Reading
-from medssl.inference.segmenting import fetch_from
+from medssl.inference.record import fetch_from
 from medssl.inference.working_grid import Fetch, WorkingImage
 from medssl.weights import load_encoder, read_card
 

@@ -14,8 +14,8 @@ from medssl.data.derived import Table, read_coarse, table_of
 from medssl.data.randomness import counter_key
 from medssl.data.store import VolumeStore
 from medssl.data.volume import Volume, find_body, resample_volume
+from medssl.inference.device import find_device
 from medssl.inference.keypoint_pictures import keypoint_figure, planes_of
-from medssl.inference.predicting import find_device
 from medssl.models.keypoints import Detector, RandomPoints, detect
 
 PICTURE = "keypoints.png"

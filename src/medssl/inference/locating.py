@@ -14,11 +14,12 @@ from medssl.data.matching import extent_text
 from medssl.data.reading import check_channels
 from medssl.data.store import Record
 from medssl.data.volume import find_body
+from medssl.inference.device import find_device
 from medssl.inference.embedder import Embedder
 from medssl.inference.embedding import Embedding, contains, match_points
 from medssl.inference.files import ImageFile, read_image
-from medssl.inference.predicting import MODALITIES, find_device
-from medssl.inference.segmenting import record_of
+from medssl.inference.predicting import MODALITIES
+from medssl.inference.record import record_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

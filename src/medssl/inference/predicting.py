@@ -21,11 +21,13 @@ from medssl.data.atomic import write_text
 from medssl.data.formats import ReadError, size_text
 from medssl.data.reading import LabelMapError, check_channels
 from medssl.data.volume import guess_modality
+from medssl.inference.device import find_device
 from medssl.inference.ensemble import Ensemble
 from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti
 from medssl.inference.phantom_input import drawn_phantom
 from medssl.inference.reading import MODALITIES
-from medssl.inference.segmenting import Classes, NotFiniteError, fetch_from, record_of, segment
+from medssl.inference.record import fetch_from, record_of
+from medssl.inference.segmenting import Classes, NotFiniteError, segment
 from medssl.inference.sliding_window import check_windows
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -295,15 +297,6 @@ class _Bar:
 
 def _complain(path: object, reason: str) -> None:
     print(f"error: {path}: {reason}", file=sys.stderr, flush=True)
-
-
-def find_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda` means here. Raises: ValueError: it is not known, or there is none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={name} is not known; it takes auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: PyTorch finds no CUDA device here; device=cpu does without")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def _axes(flips: Any) -> tuple[int, ...]:

@@ -11,9 +11,9 @@ from jaxtyping import Float, Float16, Float32, Int16, Shaped, UInt8
 from torch import Tensor, nn
 
 from medssl.data.store import Record, VolumeStore
-from medssl.data.volume import Box, Volume, find_body, guess_modality, intensity_statistics
 from medssl.inference.native_grid import NativePlane, mean_plane, most_probable, planes
 from medssl.inference.reading import Reading
+from medssl.inference.record import fetch_from
 from medssl.inference.sliding_window import Predict, SlidingWindow
 from medssl.inference.working_grid import Fetch, WorkingImage
 
@@ -218,42 +218,6 @@ def segment_stored(
 def takes_location(predict: Predict) -> bool:
     """Whether networks want to know where in the body each voxel lies; `predict` then has a second argument for it."""
     return getattr(predict, "takes_location", False)
-
-
-def fetch_from(voxels: Shaped[np.ndarray, "c x y z"]) -> Fetch:
-    """What gives the voxels of an array."""
-
-    def fetch(lower: np.ndarray, upper: np.ndarray) -> Shaped[np.ndarray, "c x y z"]:
-        x, y, z = (slice(a, b) for a, b in zip(lower, upper, strict=True))
-        return voxels[:, x, y, z]
-
-    return fetch
-
-
-def record_of(volume: Volume, case: str = "", *, modality: str | None = None, with_body: bool = False) -> Record:
-    """The record that the volume would have in a store; its body is all of it, unless it is looked for."""
-    channels, modality = volume.num_channels, modality or guess_modality(volume.array)
-    body = find_body(volume, modality=modality)[0] if with_body else Box.whole(volume.shape)
-    (a, b, c), (x, y, z) = body.lower.tolist(), body.upper.tolist()
-    return Record(
-        case=case,
-        shape=volume.shape,
-        channels=channels,
-        affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
-        spacing_mm=volume.spacing_mm,
-        modality=modality,
-        group="",
-        split="",
-        statistics=tuple(intensity_statistics(volume.array)),
-        body_lower=(a, b, c),
-        body_upper=(x, y, z),
-        voxel_hash="",
-        source=volume.source,
-        slope=(1.0,) * channels,
-        intercept=(0.0,) * channels,
-        level_factors=((1, 1, 1),),
-        labels=(),
-    )
 
 
 def _finite(slabs: Iterable[tuple[int, Tensor]], record: Record) -> Iterator[tuple[int, Tensor]]:
