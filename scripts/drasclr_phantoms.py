@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from medssl.data.store import VolumeStore
-from medssl.inference.feature_file import Features, load_features
+from medssl.extraction.feature_file import Features, load_features
 from medssl.phantoms.emphysema import low_attenuation
 from medssl.phantoms.torso import LABELS, draw_phantom
 

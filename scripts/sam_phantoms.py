@@ -29,8 +29,8 @@ from medssl.data.cases import Source
 from medssl.data.prepare import prepare_store
 from medssl.data.splits import pretraining_cases
 from medssl.data.store import VolumeStore
-from medssl.inference.embedder import Embedder
-from medssl.inference.embedding import match_points
+from medssl.extraction.embedder import Embedder
+from medssl.extraction.embedding import match_points
 from medssl.phantoms.source import Phantoms
 from medssl.weights import build_network, encoder_recipe
 

@@ -10,9 +10,9 @@ import torch
 
 from medssl.building import build_network
 from medssl.config import main
+from medssl.extraction.feature_file import Features, load_features, read_feature_card
+from medssl.extraction.patch_encoder import CellGrid, coordinate_at
 from medssl.features import run
-from medssl.inference.feature_file import Features, load_features, read_feature_card
-from medssl.inference.patch_encoder import CellGrid, coordinate_at
 from medssl.weights import load_encoder, save_weights
 
 CONDITIONED = {

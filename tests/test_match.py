@@ -106,7 +106,7 @@ def test_mistakes_are_named_in_one_line_with_exit_code_two(tmp_path, capsys, sca
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_embedded(
     tmp_path, capsys, scan, embedding_weights, monkeypatch, output, reason
 ):
-    monkeypatch.setattr("medssl.inference.locating.Embedder.load", None)
+    monkeypatch.setattr("medssl.extraction.match.Embedder.load", None)
     query = scan("q.nii.gz")
     (tmp_path / "folder.png").mkdir()
     settings = {"weights": embedding_weights, "query": query, "reference": query, "point_mm": "[0,0,-150]"}

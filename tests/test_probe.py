@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medssl.config import main
-from medssl.inference.feature_file import Features
+from medssl.extraction.feature_file import Features
 from medssl.probe import run
 
 FAST = ("num_repeats=2", "num_folds=3", "num_inner_folds=2", "num_bootstrap=200", "max_components=4")

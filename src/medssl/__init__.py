@@ -15,7 +15,7 @@ _HOME = {
     "load_segmenter": "medssl.weights",
     "save_weights": "medssl.weights",
     "read_card": "medssl.weights",
-    "load_features": "medssl.inference.feature_file",
+    "load_features": "medssl.extraction.feature_file",
     "Method": "medssl.methods.base",
     "StepOutput": "medssl.methods.base",
     "Progress": "medssl.methods.base",
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from medssl.data.views import View as View
     from medssl.data.views import ViewPlan as ViewPlan
     from medssl.data.volume import Volume as Volume
-    from medssl.inference.feature_file import load_features as load_features
+    from medssl.extraction.feature_file import load_features as load_features
     from medssl.methods.base import Method as Method
     from medssl.methods.base import Progress as Progress
     from medssl.methods.base import StepOutput as StepOutput

@@ -25,7 +25,7 @@ def run(config: DictConfig) -> None:
 
     with StopSignals():
         try:
-            from medssl.inference.features import Extraction, extract_all  # torch and all that takes seconds
+            from medssl.extraction.features import Extraction, extract_all  # torch and all that takes seconds
 
             extraction = Extraction.of(config)  # before the store: a slip need not cost an hour of preparing
             num_failed = extract_all(extraction, prepared_store(config))

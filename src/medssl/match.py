@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def run(config: "DictConfig") -> None:
     """Match the points, print them, and draw both scans with crosses."""
-    from medssl.inference.locating import locate  # torch and all that takes seconds
+    from medssl.extraction.match import locate  # torch and all that takes seconds
 
     locate(config)
 

@@ -29,7 +29,7 @@ def run(config: DictConfig) -> None:
 
     from medssl.data.atomic import write_text
     from medssl.evaluation.statistics import Resampling
-    from medssl.inference.feature_file import load_features
+    from medssl.extraction.feature_file import load_features
     from medssl.probing.cross_validation import CrossValidation, assign_folds, probe
     from medssl.probing.models import check_extra
     from medssl.probing.report import (
@@ -108,7 +108,7 @@ def _claimed(folder: Path, *, overwrite: bool) -> Path:
 
 def _described(path: Path) -> dict[str, Any]:
     """The hash of an input, and what features were made from."""
-    from medssl.inference.feature_file import FILE, read_feature_card
+    from medssl.extraction.feature_file import FILE, read_feature_card
 
     file = path / FILE if path.is_dir() else path
     described = {"path": str(path), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}

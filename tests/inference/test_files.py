@@ -2,11 +2,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from synthetic import smooth
 
 from medssl.data.formats import ReadError
 from medssl.inference.files import find_inputs, read_image, slices_of, write_nifti
-
-from .conftest import smooth
 
 GEOMETRY = (
     *("qform_code", "sform_code", "pixdim", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y"),

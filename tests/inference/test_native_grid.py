@@ -2,13 +2,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
+from synthetic import reading, smooth
 
 from medssl.data.volume import Volume
 from medssl.inference.native_grid import NativePlane, mean_plane, most_probable, planes
 from medssl.inference.record import record_of
 from medssl.inference.working_grid import WorkingGrid
-
-from .conftest import reading, smooth
 
 CPU = torch.device("cpu")
 

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from embedding_stand_in import FixedFeatures
+from synthetic import reading, smooth
 
 from medssl.config import main
 from medssl.data.body_points import draw_body_points
@@ -15,13 +17,10 @@ from medssl.data.sampling import linked_cases
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
 from medssl.derive import run as run_derive
+from medssl.extraction.embedder import Embedder
+from medssl.extraction.embedding import match_points
 from medssl.inference import pairs as pairs_module
-from medssl.inference.embedder import Embedder
-from medssl.inference.embedding import match_points
 from medssl.inference.pairs import PairPoints, Pairs
-
-from .conftest import reading, smooth
-from .embedding_stand_in import FixedFeatures
 
 NUM_CASES = 4
 SHIFT_VOXEL = 4

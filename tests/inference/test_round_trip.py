@@ -6,14 +6,13 @@ import nibabel
 import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, inv_ornt_aff
+from synthetic import index_channels, oracle, reading
 
 from medssl.data.volume import Volume
 from medssl.inference.files import read_image, slices_of, write_nifti
 from medssl.inference.record import record_of
 from medssl.inference.segmenting import segment_volume
 from medssl.phantoms.torso import LABELS, draw_phantom
-
-from .conftest import index_channels, oracle, reading
 
 ORIENTATIONS = [
     np.array([axes, flips]).T for axes in permutations(range(3)) for flips in product((1, -1), repeat=3)

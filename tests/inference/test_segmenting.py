@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
+from synthetic import classes_of_grey, reading, smooth
 from torch import nn
 
 from medssl.data.augment import ByModality, MinMax, Percentiles, Standardise, Window
@@ -15,8 +16,6 @@ from medssl.inference.record import fetch_from, record_of
 from medssl.inference.segmenting import Averaged, Member, NotFiniteError, segment, segment_stored, segment_volume
 from medssl.inference.sliding_window import SlidingWindow
 from medssl.inference.working_grid import WorkingImage
-
-from .conftest import classes_of_grey, reading, smooth
 
 AFFINE = np.diag([0.9, 1.1, 2.5, 1.0])
 

@@ -2,12 +2,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
+from synthetic import reading, smooth
 
 from medssl.data.volume import Volume, resample_volume
 from medssl.inference.record import fetch_from, record_of
 from medssl.inference.working_grid import WorkingGrid, WorkingImage
-
-from .conftest import reading, smooth
 
 CPU = torch.device("cpu")
 AFFINE = np.diag([0.9, 1.1, 2.5, 1.0])

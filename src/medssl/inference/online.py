@@ -15,7 +15,7 @@ from medssl.data.derived import Table, table_of
 from medssl.data.randomness import counter_generator
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
-from medssl.inference.embedding import Embedding, match_points
+from medssl.extraction.embedding import Embedding, match_points
 from medssl.inference.pairs import PairPoints
 
 THRESHOLD_FILE = "threshold.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from medssl.inference.feature_file import Features
+from medssl.extraction.feature_file import Features
 from medssl.probing.models import Classification, Regression, Survival, Task
 
 MISSING = ("", "na", "nan", "none", "null")

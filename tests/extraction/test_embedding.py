@@ -5,18 +5,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from embedding_stand_in import FixedFeatures
 from oracles import anatomy_matching as oracle
+from synthetic import smooth
 
 from medssl.data.augment import Window
 from medssl.data.reading import read_volume
 from medssl.data.volume import Volume
-from medssl.inference.embedder import PUBLISHED, Embedder
-from medssl.inference.embedding import Embedding, contains, match_points
+from medssl.extraction.embedder import PUBLISHED, Embedder
+from medssl.extraction.embedding import Embedding, contains, match_points
 from medssl.inference.reading import Reading
 from medssl.inference.record import record_of
-
-from .conftest import smooth
-from .embedding_stand_in import FixedFeatures
 
 READING = Reading(
     spacing_mm=(2.0, 2.0, 2.0),
@@ -64,7 +63,7 @@ def test_the_search_gives_what_interpolating_and_comparing_cell_by_cell_gives(mo
         score = (np.einsum("e,eijk", fine, key.fine.numpy()) + np.einsum("e,eijk", coarse, key_map)) / 2
         assert tuple(whole[0][number]) == np.unravel_index(score.argmax(), score.shape)
         assert whole[1][number] == pytest.approx(score.max(), abs=1e-6)
-    monkeypatch.setattr("medssl.inference.embedding.SIMILARITIES", 200)
+    monkeypatch.setattr("medssl.extraction.embedding.SIMILARITIES", 200)
     again = random_embedding(1).search(descriptors)
     np.testing.assert_array_equal(again[0], whole[0])
     np.testing.assert_allclose(again[1], whole[1], atol=1e-6)

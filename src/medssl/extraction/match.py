@@ -14,11 +14,11 @@ from medssl.data.matching import extent_text
 from medssl.data.reading import check_channels
 from medssl.data.store import Record
 from medssl.data.volume import find_body
+from medssl.extraction.embedder import Embedder
+from medssl.extraction.embedding import Embedding, contains, match_points
 from medssl.inference.device import find_device
-from medssl.inference.embedder import Embedder
-from medssl.inference.embedding import Embedding, contains, match_points
 from medssl.inference.files import ImageFile, read_image
-from medssl.inference.predicting import MODALITIES
+from medssl.inference.reading import MODALITIES
 from medssl.inference.record import record_of
 
 if TYPE_CHECKING:

@@ -26,11 +26,10 @@ from medssl.data.sampling import Request
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
 from medssl.data.views import other_size
-from medssl.inference.device import find_device
-from medssl.inference.embedder import PUBLISHED as PUBLISHED_SAM
-from medssl.inference.embedder import reading_of
-from medssl.inference.feature_file import CARD, FILE, Features, whole_file
-from medssl.inference.patch_encoder import (
+from medssl.extraction.embedder import PUBLISHED as PUBLISHED_SAM
+from medssl.extraction.embedder import reading_of
+from medssl.extraction.feature_file import CARD, FILE, Features, whole_file
+from medssl.extraction.patch_encoder import (
     LARGEST_BATCH,
     CellGrid,
     PatchEncoder,
@@ -38,6 +37,7 @@ from medssl.inference.patch_encoder import (
     measure_batch_norm,
     reading_recipe,
 )
+from medssl.inference.device import find_device
 from medssl.inference.reading import Reading
 from medssl.weights import encoder_recipe, load_encoder, read_card
 

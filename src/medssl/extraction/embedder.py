@@ -14,7 +14,7 @@ from medssl.building import trusted_class
 from medssl.data.augment import ByModality
 from medssl.data.augment.base import Augmentation
 from medssl.data.store import Record, VolumeStore
-from medssl.inference.embedding import Embedding
+from medssl.extraction.embedding import Embedding
 from medssl.inference.reading import AUGMENTATIONS, NORMALISATIONS, Normalise, Reading
 from medssl.inference.record import fetch_from
 from medssl.inference.working_grid import Fetch, WorkingImage

@@ -1,4 +1,4 @@
-"""What the tests of inference share: readings, records, smooth volumes, an oracle in place of a network."""
+"""Synthetic scans for tests: readings, smooth volumes, an oracle in place of a network."""
 
 from collections.abc import Callable
 
