@@ -19,12 +19,12 @@ import numpy as np
 from scipy.ndimage import affine_transform
 
 from medssl.data.geometry import rotation_matrix
-from medssl.data.location_tables import AnatomicalLocations
-from medssl.data.locations import AnchorTable, find_anchors, roi_on_grid
 from medssl.data.reading import read_volume
-from medssl.data.references import copy_spacing_of
-from medssl.data.registration import apply_affine, body_box_affine, coarse_volume, register
 from medssl.data.volume import Volume, guess_modality
+from medssl.tables.anchors import AnchorTable, find_anchors, roi_on_grid
+from medssl.tables.locations import AnatomicalLocations
+from medssl.tables.references import copy_spacing_of
+from medssl.tables.registration import apply_affine, body_box_affine, coarse_volume, register
 
 KEPT = 0.65
 FIELDS = {"whole": None, "lower 65 %": 0.0, "middle 65 %": 0.5, "upper 65 %": 1.0}

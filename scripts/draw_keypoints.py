@@ -12,14 +12,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from medssl.data.derived import derive, table_of
 from medssl.data.prepare import prepare_store
 from medssl.data.sources import Folder
 from medssl.data.store import VolumeStore
-from medssl.inference.keypoint_pictures import keypoint_figure, planes_of
-from medssl.inference.keypoint_tables import KeypointTables
 from medssl.models.keypoints import DifferenceOfGaussians
 from medssl.phantoms.source import Phantoms
+from medssl.tables.derived import derive, table_of
+from medssl.tables.keypoint_pictures import keypoint_figure, planes_of
+from medssl.tables.keypoints import KeypointTables
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def run(config: "DictConfig") -> None:
     """Derive what the configuration says, and say what came of it."""
     from hydra.utils import instantiate
 
-    from medssl.data.derived import derive
+    from medssl.tables.derived import derive
 
     derivation = instantiate(config.what, _convert_="all")
     if hasattr(derivation, "check"):

@@ -5,13 +5,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from medssl.config import compose
-from medssl.data.derived import derive
 from medssl.data.scene import Request
 from medssl.data.store import VolumeStore
-from medssl.inference.keypoint_tables import KeypointTables
 from medssl.methods.base import Progress
 from medssl.methods.kaf_points import PointRule
 from medssl.models.keypoints import DifferenceOfGaussians
+from medssl.tables.derived import derive
+from medssl.tables.keypoints import KeypointTables
 
 SIDE, STEP, REACH = 80, 16, 4
 

@@ -8,13 +8,13 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from medssl.data.augment import Affine, ByModality, Elastic, Flip, Percentiles, Window
-from medssl.data.derived import derive
 from medssl.data.placements import Nearby, RandomCrop
 from medssl.data.scene import Request
 from medssl.data.store import VolumeStore
 from medssl.data.views import ViewPlan
-from medssl.inference.keypoint_tables import KeypointTables
 from medssl.models.keypoints import DifferenceOfGaussians
+from medssl.tables.derived import derive
+from medssl.tables.keypoints import KeypointTables
 
 NUM_POINTS = 4000
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl.data.derived import read_coarse
-from medssl.data.locations import AnchorTable
-from medssl.data.registration import Affine, Coarse, coarse_volume
 from medssl.data.store import VolumeStore
+from medssl.tables.anchors import AnchorTable
+from medssl.tables.derived import read_coarse
+from medssl.tables.registration import Affine, Coarse, coarse_volume
 
 NUM_SIDE = 64
 """Volumes are registered with the longest side of the reference in at least so many voxels, if they are that fine."""

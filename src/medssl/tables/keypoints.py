@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool
 
 from medssl.data.augment.normalise import ByModality
-from medssl.data.derived import Table, read_coarse, table_of
 from medssl.data.randomness import counter_key
 from medssl.data.store import VolumeStore
 from medssl.data.volume import Volume, find_body, resample_volume
 from medssl.inference.device import find_device
-from medssl.inference.keypoint_pictures import keypoint_figure, planes_of
 from medssl.models.keypoints import Detector, RandomPoints, detect
+from medssl.tables.derived import Table, read_coarse, table_of
+from medssl.tables.keypoint_pictures import keypoint_figure, planes_of
 
 PICTURE = "keypoints.png"
 WITHIN = ("volume", "body")

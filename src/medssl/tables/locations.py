@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from medssl.data.derived import Table
 from medssl.data.formats import IMAGE_SUFFIXES, open_image, reasons_for
-from medssl.data.locations import (
+from medssl.data.reading import read_volume
+from medssl.data.store import VolumeStore
+from medssl.data.volume import guess_modality
+from medssl.tables.anchors import (
     NORMS,
     PATCH_ANCHORS,
     AnchorTable,
@@ -23,8 +25,8 @@ from medssl.data.locations import (
     roi_on_grid,
     shown,
 )
-from medssl.data.reading import read_volume
-from medssl.data.references import (
+from medssl.tables.derived import Table
+from medssl.tables.references import (
     Reference,
     coarse_case,
     copy_spacing_of,
@@ -33,7 +35,7 @@ from medssl.data.references import (
     folder_digest,
     whole_affine,
 )
-from medssl.data.registration import (
+from medssl.tables.registration import (
     Affine,
     Coarse,
     Registration,
@@ -45,8 +47,6 @@ from medssl.data.registration import (
     register,
     similarity,
 )
-from medssl.data.store import VolumeStore
-from medssl.data.volume import guess_modality
 
 MILLIMETRES = ("spacing_mm", "copy_spacing_mm", "max_inverse_error_mm")
 """Settings that are lengths."""
@@ -290,7 +290,7 @@ class AnatomicalLocations:
 
     def report(self, store: VolumeStore, folder: Path) -> str:
         """The reference, who failed the check, and what was done about it; writes the picture and the anchors."""
-        from medssl.data.location_report import report
+        from medssl.tables.location_report import report
 
         reference = reference_of(self, store)
         (folder / "reference").mkdir(exist_ok=True)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from medssl.config import main
-from medssl.data.derived import derive, folder_of, table_of
 from medssl.data.reading import read_volume
 from medssl.data.store import VolumeStore
 from medssl.derive import run as run_derive
-from medssl.inference.keypoint_tables import KeypointTables, body_mask
 from medssl.models.keypoints import DifferenceOfGaussians, Foerstner, RandomPoints
+from medssl.tables.derived import derive, folder_of, table_of
+from medssl.tables.keypoints import KeypointTables, body_mask
 
 SHAPE, SPACING_MM = (44, 40, 20), (1.0, 1.0, 2.0)
 BLOBS_MM = np.array([[14.2, 20.0, 19.1], [30.0, 12.5, 17.0], [22.3, 29.8, 22.9]])
@@ -170,7 +170,7 @@ def test_the_command_takes_random_points_without_a_range(store, capsys):
         ("what.num_points=0", "what.num_points=0 must be at least 1"),
         ("what.spacing_mm=0", "what.spacing_mm=0 positive"),
         ("what.window_hu=[240,-160]", "low_hu must be below high_hu"),
-        ("what.detector._target_=medssl.data.derived.Body", "value_range"),
+        ("what.detector._target_=medssl.tables.derived.Body", "value_range"),
         ("+what.detector.sigma0=0.2", "sigma0 must exceed 0.5"),
     ],
 )

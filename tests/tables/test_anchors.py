@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from medssl.data.locations import (
+from medssl.tables.anchors import (
     AnchorTable,
     atlas_files,
     coordinates,

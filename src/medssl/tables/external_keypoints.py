@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from medssl.data.case_numbers import digest, read_case_numbers
-from medssl.data.derived import Table
 from medssl.data.store import VolumeStore
+from medssl.tables.case_numbers import digest, read_case_numbers
+from medssl.tables.derived import Table
 
 POSITION, FEATURES = ("x_mm", "y_mm", "z_mm"), ("sigma_mm", "response")
 

@@ -2,15 +2,15 @@ import numpy as np
 import pytest
 from synthetic import smooth
 
-from medssl.data.derived import derive
 from medssl.data.matching import Matched, Matcher
 from medssl.data.sampling import Request
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
 from medssl.extraction.embedder import Embedder
 from medssl.extraction.embedding import match_points
-from medssl.inference.online import Embeddings, OnlineMatcher
-from medssl.inference.pairs import PairPoints
+from medssl.tables.derived import derive
+from medssl.tables.embeddings import Embeddings, OnlineMatcher
+from medssl.tables.pairs import PairPoints
 
 
 @pytest.fixture

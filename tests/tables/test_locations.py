@@ -10,18 +10,18 @@ import pytest
 import SimpleITK as sitk
 
 from medssl.config import main
-from medssl.data.derived import Derivation, derive
 from medssl.data.geometry import rotation_matrix
-from medssl.data.location_tables import AnatomicalLocations
-from medssl.data.locations import AnchorTable
 from medssl.data.placements import GridCrop
 from medssl.data.prepare import prepare_store
-from medssl.data.registration import Coarse, apply_affine, resampled
 from medssl.data.scene import Request, Scene
 from medssl.data.sources import Folder
 from medssl.data.store import VolumeStore
 from medssl.derive import run
 from medssl.phantoms.torso import draw_phantom
+from medssl.tables.anchors import AnchorTable
+from medssl.tables.derived import Derivation, derive
+from medssl.tables.locations import AnatomicalLocations
+from medssl.tables.registration import Coarse, apply_affine, resampled
 
 SIZES = {"patch_voxel": 8, "step_voxel": 6, "spacing_mm": 12.0, "copy_spacing_mm": 12.0}
 TRUTH = np.eye(4)

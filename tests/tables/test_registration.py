@@ -4,7 +4,9 @@ import SimpleITK as sitk
 
 from medssl.data.geometry import rotation_matrix
 from medssl.data.reading import read_volume
-from medssl.data.registration import (
+from medssl.data.volume import Volume
+from medssl.phantoms.torso import draw_phantom
+from medssl.tables.registration import (
     Coarse,
     apply_affine,
     best_affine,
@@ -18,8 +20,6 @@ from medssl.data.registration import (
     similarity,
     volume_ratio,
 )
-from medssl.data.volume import Volume
-from medssl.phantoms.torso import draw_phantom
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32
 
-from medssl.data.derived import Table, table_of
-from medssl.data.references import Reference, coarse_case
-from medssl.data.registration import Coarse, apply_affine, resampled
 from medssl.data.store import VolumeStore
+from medssl.tables.derived import Table, table_of
+from medssl.tables.references import Reference, coarse_case
+from medssl.tables.registration import Coarse, apply_affine, resampled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from medssl.data.location_tables import AnatomicalLocations
+    from medssl.tables.locations import AnatomicalLocations
 
 PICTURE = "locations.png"
 NUM_LISTED = 50

@@ -12,13 +12,13 @@ import nibabel
 import numpy as np
 import pytest
 
-from medssl.data import derived as derived_module
-from medssl.data.derived import Body, Derivation, derive, table_of
 from medssl.data.prepare import prepare_store
 from medssl.data.sources import Folder
 from medssl.data.store import VolumeStore
 from medssl.phantoms.source import Phantoms
 from medssl.phantoms.torso import LABELS
+from medssl.tables import derived as derived_module
+from medssl.tables.derived import Body, Derivation, derive, table_of
 
 NUM_CASES = 6
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from medssl.data.body_points import draw_body_points
-from medssl.data.derived import Table, folder_of, table_of
 from medssl.data.randomness import counter_generator
 from medssl.data.sampling import NUM_LINKS, linked_cases
 from medssl.data.store import VolumeStore
 from medssl.extraction.embedder import Embedder
 from medssl.inference.device import find_device
+from medssl.tables.derived import Table, folder_of, table_of
 
 CALIBRATION_CASES = 64
 """Volumes, evenly spread over the store, whose matches say what the median score is."""

@@ -10,7 +10,6 @@ from synthetic import reading, smooth
 
 from medssl.config import main
 from medssl.data.body_points import draw_body_points
-from medssl.data.derived import derive, table_of
 from medssl.data.matching import TableMatcher
 from medssl.data.sampling import Pairs as PairSampler
 from medssl.data.sampling import linked_cases
@@ -19,8 +18,9 @@ from medssl.data.store import VolumeStore
 from medssl.derive import run as run_derive
 from medssl.extraction.embedder import Embedder
 from medssl.extraction.embedding import match_points
-from medssl.inference import pairs as pairs_module
-from medssl.inference.pairs import PairPoints, Pairs
+from medssl.tables import pairs as pairs_module
+from medssl.tables.derived import derive, table_of
+from medssl.tables.pairs import PairPoints, Pairs
 
 NUM_CASES = 4
 SHIFT_VOXEL = 4

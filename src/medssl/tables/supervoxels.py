@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from medssl.data.augment.normalise import ByModality
-from medssl.data.derived import Table, read_coarse
 from medssl.data.store import VolumeStore
 from medssl.data.volume import resample_volume
+from medssl.tables.derived import Table, read_coarse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ import torch
 
 from medssl.config import main
 from medssl.data.augment import Affine, Flip
-from medssl.data.derived import derive, table_of
 from medssl.data.placements import Fixed
 from medssl.data.sampling import Request
 from medssl.data.store import VolumeStore
-from medssl.data.supervoxels import Supervoxels
 from medssl.data.views import ViewPlan
 from medssl.derive import run as run_derive
+from medssl.tables.derived import derive, table_of
+from medssl.tables.supervoxels import Supervoxels
 
 pytest.importorskip("skimage")
 SETTINGS = Supervoxels(side_voxel=8, window_hu=[0, 200])

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from medssl.data.atomic import write_text
-from medssl.data.derived import Table, table_of
 from medssl.data.randomness import counter_generator
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
 from medssl.extraction.embedding import Embedding, match_points
-from medssl.inference.pairs import PairPoints
+from medssl.tables.derived import Table, table_of
+from medssl.tables.pairs import PairPoints
 
 THRESHOLD_FILE = "threshold.json"
 CALIBRATION_PAIRS, POINTS_A_PAIR = 25, 20
