@@ -43,8 +43,8 @@ def crops_per_second(store: VolumeStore, *, batch_size: int = 16, num_batches: i
 def training(store: VolumeStore, folder: Path, overrides: list[str]) -> dict[str, float]:
     """Median step time, shares, and peak device memory of a run through the command's own code."""
     from medssl.pretrain import train
-    from medssl.training.run_folder import RunFolder
-    from medssl.training.starting import start
+    from medssl.run.folder import RunFolder
+    from medssl.run.start import start
 
     fixed = ["trainer=gpu", "data=store", f"store={store.root}", "validate_every=0", "figures_every=100000"]
     config = compose("pretrain", [*fixed, f"output_dir={folder}", "overwrite=true", *overrides])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def run(config: DictConfig) -> None:
     """Make the features; exit code 1 where some subjects have none."""
-    from medssl.training.stopping import Stopped, StopSignals
+    from medssl.run.signals import Stopped, StopSignals
 
     with StopSignals():
         try:
@@ -42,7 +42,7 @@ def prepared_store(config: DictConfig) -> VolumeStore:
 
     from medssl.data.recipes import locate_store
     from medssl.data.store import VolumeStore
-    from medssl.training.running import update_store
+    from medssl.run.store import update_store
 
     root = Path(locate_store(config.data, config.store))
     if config.data.get("source") is not None:

@@ -20,13 +20,13 @@ from medssl.config import main
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from medssl.training.starting import Start
+    from medssl.run.start import Start
 
 
 def run(config: DictConfig) -> None:
     """Claim the run folder, then train in it; then the same from scratch, where that is asked for."""
-    from medssl.training.run_folder import RunFolder
-    from medssl.training.starting import start
+    from medssl.run.folder import RunFolder
+    from medssl.run.start import start
 
     twin = scratch_twin(config) if config.scratch_twin else None
     if twin is not None:  # refused now, not after an hour of training

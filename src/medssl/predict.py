@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def run(config: DictConfig) -> None:
     """Predict all images; exit code 1 where some of them failed."""
-    from medssl.training.stopping import Stopped, StopSignals
+    from medssl.run.signals import Stopped, StopSignals
 
     with StopSignals():
         try:

@@ -17,12 +17,12 @@ from medssl.config import main
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from medssl.training.starting import Start
+    from medssl.run.start import Start
 
 
 def run(config: DictConfig) -> None:
     """Claim the run folder, then train in it."""
-    from medssl.training.starting import start
+    from medssl.run.start import start
 
     start(config, train, command="pretrain")
 

@@ -6,9 +6,9 @@ import lightning as L
 import torch
 
 from medssl.data.module import Batch
+from medssl.run.signals import StopSignals
 from medssl.training.callback import StepCallback
 from medssl.training.method_module import MethodModule
-from medssl.training.stopping import StopSignals
 
 
 class LastCheckpoint(StepCallback):

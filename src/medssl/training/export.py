@@ -9,9 +9,9 @@ import lightning as L
 
 from medssl.data.module import Batch
 from medssl.data.store import VolumeStore
+from medssl.run.settings import short_hash
 from medssl.training.callback import StepCallback
 from medssl.training.method_module import MethodModule
-from medssl.training.settings import short_hash
 from medssl.weights import save_weights
 
 COURSE = ("method", "views", "sampler", "optimizer", "batch_size", "accumulate")

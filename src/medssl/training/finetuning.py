@@ -22,6 +22,10 @@ from medssl.inference.reading import Reading
 from medssl.inference.sliding_window import check_windows
 from medssl.methods.segmentation import Segmentation
 from medssl.models.segmenter import Segmenter, build_segmenter
+from medssl.run.folder import process_rank, run_of
+from medssl.run.settings import flat, short_hash
+from medssl.run.start import Start
+from medssl.run.store import open_store
 from medssl.training.checkpoints import LastCheckpoint
 from medssl.training.evaluating import Evaluator
 from medssl.training.initialising import Initial, find_initial, load_initial
@@ -37,10 +41,7 @@ from medssl.training.planning import (
     unlearnable,
 )
 from medssl.training.reporting import Protocol, report_run
-from medssl.training.run_folder import process_rank, run_of
-from medssl.training.running import build_module, check_trainer, fit, open_store, quiet, resolved
-from medssl.training.settings import flat, short_hash
-from medssl.training.starting import Start
+from medssl.training.running import build_module, check_trainer, fit, quiet, resolved
 from medssl.training.validation import Validation
 
 REPORTS = ("auto", "best", "last")

@@ -15,13 +15,14 @@ from medssl.data.splits import pretraining_cases
 from medssl.data.views import ViewPlan
 from medssl.methods.base import Method
 from medssl.methods.macl_threshold import automatic_threshold
+from medssl.run.folder import RunFolder, process_rank
+from medssl.run.start import Start
+from medssl.run.store import is_prepared, open_store
 from medssl.training.checkpoints import LastCheckpoint
 from medssl.training.export import Export, build_card
 from medssl.training.metrics import Metrics
 from medssl.training.pictures import Pictures
-from medssl.training.run_folder import RunFolder, process_rank
-from medssl.training.running import build_module, check_trainer, fit, is_prepared, open_store, quiet, resolved
-from medssl.training.starting import Start
+from medssl.training.running import build_module, check_trainer, fit, quiet, resolved
 
 
 def pretrain(begin: Start) -> None:

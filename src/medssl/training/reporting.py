@@ -20,8 +20,8 @@ import torch
 from medssl.data.splits import CaseSplit, LabelledSubset
 from medssl.evaluation.results import summarise, write_results
 from medssl.methods.segmentation import Segmentation
+from medssl.run.folder import RunFolder
 from medssl.training.evaluating import Evaluator
-from medssl.training.run_folder import RunFolder
 from medssl.training.validation import write_pictures
 from medssl.weights import load_parts, save_weights
 

@@ -4,7 +4,6 @@ import logging
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,65 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from medssl.config import to_yaml
 from medssl.data.module import VolumeDataModule
-from medssl.data.prepare import PrepareError, prepare_store
-from medssl.data.recipes import locate_store
-from medssl.data.sources import SourceMissingError
-from medssl.data.store import VolumeStore
 from medssl.methods.base import Method
+from medssl.run.folder import process_rank, run_of
+from medssl.run.ranks import end_together, forget
+from medssl.run.settings import changes, check_settings
+from medssl.run.start import Start
 from medssl.training.checkpoints import check_checkpoint
-from medssl.training.failing import EndTogether
 from medssl.training.method_module import MethodModule
 from medssl.training.metrics import Metrics
 from medssl.training.progress_bar import ProgressBar
-from medssl.training.run_folder import process_rank, run_of
-from medssl.training.settings import changes, check_settings
-from medssl.training.starting import Start
-from medssl.training.stopping import Stopped
-from medssl.training.waiting import forget, rank_zero_first
-
-
-def open_store(config: DictConfig, *, is_resumed: bool = False) -> VolumeStore:
-    """The store of the run, up to date with its source; rank 0 sees to that, the other ranks wait for it.
-
-    Where the source is not at hand a finished store is used as it is, and so it is by a run that is resumed.
-    """
-    root = Path(locate_store(config.data, config.store))
-    if config.data.get("source") is not None:
-        with rank_zero_first(Path(config.output_dir).expanduser(), root) as is_first:
-            if is_first and not (is_resumed and (root / "index.jsonl").is_file()):
-                update_store(config, root)
-    return VolumeStore(root)
-
-
-def is_prepared(config: DictConfig) -> bool:
-    """Whether the store of the run was finished once."""
-    return (Path(locate_store(config.data, config.store)) / "index.jsonl").is_file()
-
-
-def update_store(config: DictConfig, root: Path) -> None:
-    """Prepare the store, or what is new in its source, and say in a line what has changed."""
-    is_finished = (root / "index.jsonl").is_file()
-    if not is_finished:
-        print(f"preparing {config.data.name} -> {root}", flush=True)
-    try:
-        summary = prepare_store(
-            instantiate(config.data.source, _convert_="all"),
-            root,
-            channels=config.data.channels,
-            spacing_mm=config.data.spacing_mm,
-            min_side_voxel=config.data.min_side_voxel,
-            max_rejected_fraction=config.max_rejected_fraction,
-            prune=False,  # another run may be reading
-        )
-    except Stopped as stop:
-        raise Stopped(f"{stop} while preparing; finished cases are kept in {root}") from None
-    except (SourceMissingError, PrepareError, OSError) as error:
-        if not is_finished:
-            raise
-        print(f"{str(error).splitlines()[0]}; the store {root} is used as it is", flush=True)
-    else:
-        if is_finished and summary.has_changed:
-            print(f"the source has changed: {summary}", flush=True)
 
 
 def check_trainer(config: DictConfig) -> int:
@@ -171,7 +120,12 @@ def fit(
         limit_val_batches=1.0 if every else 0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        callbacks=[metrics, ProgressBar(), *callbacks, EndTogether(), LambdaCallback(on_train_start=describe)],
+        callbacks=[
+            metrics,
+            ProgressBar(),
+            *callbacks,
+            LambdaCallback(on_train_start=describe, on_exception=end_together),
+        ],
         logger=instantiate(values["logger"]) if values["logger"] else False,
         default_root_dir=folder.root,
         enable_checkpointing=False,

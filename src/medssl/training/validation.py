@@ -9,11 +9,11 @@ import lightning as L
 from medssl.data.module import Batch
 from medssl.evaluation.pictures import CasePicture, case_figure
 from medssl.methods.segmentation import Segmentation
+from medssl.run.signals import StopSignals
 from medssl.training.callback import StepCallback
 from medssl.training.evaluating import Evaluator
 from medssl.training.method_module import MethodModule
 from medssl.training.metrics import Metrics
-from medssl.training.stopping import StopSignals
 from medssl.weights import save_weights
 
 

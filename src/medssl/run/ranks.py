@@ -1,13 +1,22 @@
-"""Ranks that wait until rank 0 has brought the store up to date, and hear of it where it fails."""
+"""The processes of one run: they wait until rank 0 has brought the store up to date, and end together."""
 
 import contextlib
 import hashlib
 import os
+import re
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from medssl.training.run_folder import process_rank
+from medssl.config import user_message
+from medssl.run.folder import process_rank
+from medssl.run.signals import Stopped
+
+if TYPE_CHECKING:
+    import lightning as L
 
 LAUNCH = (
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
@@ -62,6 +71,37 @@ def forget(folder: Path) -> None:
     """Remove the words of rank 0."""
     for word in folder.glob(".store-*"):
         word.unlink(missing_ok=True)
+
+
+def end_together(trainer: "L.Trainer", module: "L.LightningModule", exception: BaseException) -> None:
+    """End this process with code 2 where training failed and other processes train too; for `on_exception`.
+
+    The one that fails says why and is gone at once. The others notice by a collective that fails and end without
+    tracebacks of their own. Left alive, a failed process would keep them waiting in theirs.
+    """
+    if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | Stopped):
+        return
+    if lost_others(exception):
+        if trainer.is_global_zero:
+            print(f"stopped: another process is gone ({str(exception).splitlines()[0]})", file=sys.stderr)
+    elif not isinstance(exception, SystemExit):
+        message = user_message(exception) if isinstance(exception, Exception) else None
+        if not trainer.is_global_zero:
+            print(file=sys.stderr)  # the progress bar of rank 0 may stand on the line
+        print(f"error: {message}" if message else "".join(traceback.format_exception(exception)), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether `error` is a collective that failed, which it does where another process ended."""
+    import torch
+
+    text = r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket"
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and re.search(text, str(error), flags=re.IGNORECASE) is not None
+    )
 
 
 def _say(word: Path, text: str) -> None:

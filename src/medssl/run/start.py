@@ -7,9 +7,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_rank, run_of, was_restarted
-from medssl.training.settings import check_settings
-from medssl.training.stopping import Stopped, StopSignals
+from medssl.run.folder import RunFolder, checkpoint_to_resume, process_rank, run_of, was_restarted
+from medssl.run.settings import check_settings
+from medssl.run.signals import Stopped, StopSignals
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from medssl.training import waiting
-from medssl.training.waiting import RankZeroFailedError, forget, rank_zero_first, word_file
+from medssl.run import ranks as waiting
+from medssl.run.ranks import RankZeroFailedError, forget, rank_zero_first, word_file
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from hydra.utils import instantiate
 
 from medssl.config import compose
+from medssl.run.store import open_store
 from medssl.training import pretraining
-from medssl.training.running import open_store
 
 
 @pytest.fixture

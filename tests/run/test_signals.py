@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from medssl.training.stopping import Stopped, StopSignals
+from medssl.run.signals import Stopped, StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

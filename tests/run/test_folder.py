@@ -4,7 +4,7 @@ import pytest
 
 from medssl.config import main
 from medssl.pretrain import run
-from medssl.training.run_folder import RunFolder, checkpoint_to_resume, process_rank, was_restarted
+from medssl.run.folder import RunFolder, checkpoint_to_resume, process_rank, was_restarted
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""A run of a command: its start, its folder, its signals, its ranks and its store."""

@@ -1,0 +1,57 @@
+"""The store of a run: where it lies, whether it is finished, and how it is brought up to date."""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from medssl.data.prepare import PrepareError, prepare_store
+from medssl.data.recipes import locate_store
+from medssl.data.sources import SourceMissingError
+from medssl.data.store import VolumeStore
+from medssl.run.ranks import rank_zero_first
+from medssl.run.signals import Stopped
+
+
+def open_store(config: DictConfig, *, is_resumed: bool = False) -> VolumeStore:
+    """The store of the run, up to date with its source; rank 0 sees to that, the other ranks wait for it.
+
+    Where the source is not at hand a finished store is used as it is, and so it is by a run that is resumed.
+    """
+    root = Path(locate_store(config.data, config.store))
+    if config.data.get("source") is not None:
+        with rank_zero_first(Path(config.output_dir).expanduser(), root) as is_first:
+            if is_first and not (is_resumed and (root / "index.jsonl").is_file()):
+                update_store(config, root)
+    return VolumeStore(root)
+
+
+def is_prepared(config: DictConfig) -> bool:
+    """Whether the store of the run was finished once."""
+    return (Path(locate_store(config.data, config.store)) / "index.jsonl").is_file()
+
+
+def update_store(config: DictConfig, root: Path) -> None:
+    """Prepare the store, or what is new in its source, and say in a line what has changed."""
+    is_finished = (root / "index.jsonl").is_file()
+    if not is_finished:
+        print(f"preparing {config.data.name} -> {root}", flush=True)
+    try:
+        summary = prepare_store(
+            instantiate(config.data.source, _convert_="all"),
+            root,
+            channels=config.data.channels,
+            spacing_mm=config.data.spacing_mm,
+            min_side_voxel=config.data.min_side_voxel,
+            max_rejected_fraction=config.max_rejected_fraction,
+            prune=False,  # another run may be reading
+        )
+    except Stopped as stop:
+        raise Stopped(f"{stop} while preparing; finished cases are kept in {root}") from None
+    except (SourceMissingError, PrepareError, OSError) as error:
+        if not is_finished:
+            raise
+        print(f"{str(error).splitlines()[0]}; the store {root} is used as it is", flush=True)
+    else:
+        if is_finished and summary.has_changed:
+            print(f"the source has changed: {summary}", flush=True)
