@@ -20,7 +20,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNet
 
-from medssl.inference.sliding_window import SlidingWindow
+from medssl.segmentation.sliding_window import SlidingWindow
 
 SIDES, WINDOW, OVERLAP, BATCH, NUM_CLASSES = (256, 256, 160), (96, 96, 96), 0.5, 2, 14
 KINDS = {

@@ -186,7 +186,7 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(workplace):
 
 
 def test_a_stop_at_a_validation_is_made_up_for_by_the_resumed_run(workplace, straight, monkeypatch):
-    from medssl.training.validation import Validation
+    from medssl.segmentation.validation import Validation
 
     def interrupted(self, trainer, module):
         self.signals.requested = "SIGTERM"

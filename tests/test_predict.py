@@ -15,13 +15,13 @@ import torch
 
 from medssl.config import main
 from medssl.data.reading import read_volume
-from medssl.inference import predicting
-from medssl.inference.ensemble import Ensemble
 from medssl.inference.reading import Reading
 from medssl.inference.record import record_of
-from medssl.inference.segmenting import Averaged, segment_volume
 from medssl.models.segmenter import build_segmenter
 from medssl.predict import run
+from medssl.segmentation import predict as predicting
+from medssl.segmentation.ensemble import Ensemble
+from medssl.segmentation.segment import Averaged, segment_volume
 from medssl.weights import load_segmenter, read_card, save_weights
 
 CLASSES = [{"value": 0, "name": "background"}, {"value": 5, "name": "liver"}, {"value": 117, "name": "ribs"}]
@@ -392,7 +392,7 @@ def test_a_full_disk_ends_it_at_once(tmp_path, save, scan, monkeypatch, capsys, 
         tried.append(arguments)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"medssl.inference.predicting.{where}", full)
+    monkeypatch.setattr(f"medssl.segmentation.predict.{where}", full)
     keys = {"weights": save(), "input": tmp_path / "scans", "output_dir": tmp_path / "o", "probabilities": "true"}
     assert predict(**keys) == 2
     assert len(tried) == 1

@@ -9,7 +9,7 @@ from medssl.config import compose
 from medssl.models.kaf_unet import KAFEncoder
 from medssl.models.keypoints import DifferenceOfGaussians
 from medssl.models.segmenter import build_segmenter
-from medssl.training.initialising import find_initial, load_initial
+from medssl.segmentation.initial_weights import find_initial, load_initial
 from medssl.weights import encoder_recipe, load_parts, save_weights
 
 SIZES = {"base": 4, "pairs": 1, "dim": 16, "hidden": 8, "code_widths": (8, 8)}

@@ -11,7 +11,7 @@ from medssl import layouts
 from medssl.config import compose
 from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
 from medssl.models.segmenter import build_segmenter
-from medssl.training.initialising import find_initial, load_initial
+from medssl.segmentation.initial_weights import find_initial, load_initial
 from medssl.weights import card_of, encoder_recipe, load_parts
 
 ENCODER = {

@@ -64,7 +64,7 @@ def scratch_twin(config: DictConfig) -> DictConfig:
 
 def train(begin: Start) -> None:
     """Import torch and all that takes seconds, then fine-tune."""
-    from medssl.training.finetuning import finetune
+    from medssl.segmentation.finetune import finetune
 
     finetune(begin)
 

@@ -23,7 +23,7 @@ def run(config: DictConfig) -> None:
 
     with StopSignals():
         try:
-            from medssl.inference.predicting import predict_all  # torch and all that takes seconds
+            from medssl.segmentation.predict import predict_all  # torch and all that takes seconds
 
             num_failed = predict_all(config)
         except Stopped as stop:

@@ -19,9 +19,9 @@ from medssl.methods.macl import MACL
 from medssl.models.segmenter import build_segmenter
 from medssl.prepare import run as prepare
 from medssl.pretrain import run
-from medssl.training.initialising import find_initial, load_initial
+from medssl.segmentation.initial_weights import find_initial, load_initial
+from medssl.segmentation.plan import other_reading
 from medssl.training.optim import build_optimizer
-from medssl.training.planning import other_reading
 from medssl.training.running import check_trainer
 from medssl.weights import read_card
 

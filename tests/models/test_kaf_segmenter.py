@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from medssl.inference.sliding_window import SlidingWindow
 from medssl.models.kaf_unet import KAFDecoder
 from medssl.models.segmenter import build_segmenter
+from medssl.segmentation.sliding_window import SlidingWindow
 from medssl.weights import load_segmenter, save_weights
 
 ENCODER = {

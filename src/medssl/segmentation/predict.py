@@ -22,13 +22,13 @@ from medssl.data.formats import ReadError, size_text
 from medssl.data.reading import LabelMapError, check_channels
 from medssl.data.volume import guess_modality
 from medssl.inference.device import find_device
-from medssl.inference.ensemble import Ensemble
 from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti
-from medssl.inference.phantom_input import drawn_phantom
 from medssl.inference.reading import MODALITIES
 from medssl.inference.record import fetch_from, record_of
-from medssl.inference.segmenting import Classes, NotFiniteError, segment
-from medssl.inference.sliding_window import check_windows
+from medssl.segmentation.ensemble import Ensemble
+from medssl.segmentation.phantom_input import drawn_phantom
+from medssl.segmentation.segment import Classes, NotFiniteError, segment
+from medssl.segmentation.sliding_window import check_windows
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from medssl.inference.reading import Reading
-from medssl.inference.segmenting import Averaged, Member, takes_location
+from medssl.segmentation.segment import Averaged, Member, takes_location
 from medssl.weights import load_segmenter
 
 LABEL_TYPES = (np.uint8, np.int16, np.int32)

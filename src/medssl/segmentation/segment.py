@@ -11,11 +11,11 @@ from jaxtyping import Float, Float16, Float32, Int16, Shaped, UInt8
 from torch import Tensor, nn
 
 from medssl.data.store import Record, VolumeStore
-from medssl.inference.native_grid import NativePlane, mean_plane, most_probable, planes
 from medssl.inference.reading import Reading
 from medssl.inference.record import fetch_from
-from medssl.inference.sliding_window import Predict, SlidingWindow
 from medssl.inference.working_grid import Fetch, WorkingImage
+from medssl.segmentation.native_grid import NativePlane, mean_plane, most_probable, planes
+from medssl.segmentation.sliding_window import Predict, SlidingWindow
 
 Classes = UInt8[np.ndarray, "x y z"] | Int16[np.ndarray, "x y z"]
 """Class numbers; 8 bits where they suffice."""

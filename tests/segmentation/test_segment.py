@@ -13,9 +13,9 @@ from medssl.data.store_writer import write_case, write_index
 from medssl.data.volume import Box, Volume, intensity_statistics
 from medssl.inference.reading import Reading
 from medssl.inference.record import fetch_from, record_of
-from medssl.inference.segmenting import Averaged, Member, NotFiniteError, segment, segment_stored, segment_volume
-from medssl.inference.sliding_window import SlidingWindow
 from medssl.inference.working_grid import WorkingImage
+from medssl.segmentation.segment import Averaged, Member, NotFiniteError, segment, segment_stored, segment_volume
+from medssl.segmentation.sliding_window import SlidingWindow
 
 AFFINE = np.diag([0.9, 1.1, 2.5, 1.0])
 

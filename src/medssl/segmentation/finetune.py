@@ -19,18 +19,15 @@ from medssl.data.splits import CaseSplit, few_labels, resolve_split, write_split
 from medssl.data.store import VolumeStore
 from medssl.data.views import ViewPlan
 from medssl.inference.reading import Reading
-from medssl.inference.sliding_window import check_windows
-from medssl.methods.segmentation import Segmentation
 from medssl.models.segmenter import Segmenter, build_segmenter
 from medssl.run.folder import process_rank, run_of
 from medssl.run.settings import flat, short_hash
 from medssl.run.start import Start
 from medssl.run.store import open_store
-from medssl.training.checkpoints import LastCheckpoint
-from medssl.training.evaluating import Evaluator
-from medssl.training.initialising import Initial, find_initial, load_initial
-from medssl.training.metrics import Metrics
-from medssl.training.planning import (
+from medssl.segmentation.evaluator import Evaluator
+from medssl.segmentation.initial_weights import Initial, find_initial, load_initial
+from medssl.segmentation.method import Segmentation
+from medssl.segmentation.plan import (
     check_grid,
     check_resumed,
     find_classes,
@@ -40,9 +37,12 @@ from medssl.training.planning import (
     other_reading,
     unlearnable,
 )
-from medssl.training.reporting import Protocol, report_run
+from medssl.segmentation.report import Protocol, report_run
+from medssl.segmentation.sliding_window import check_windows
+from medssl.segmentation.validation import Validation
+from medssl.training.checkpoints import LastCheckpoint
+from medssl.training.metrics import Metrics
 from medssl.training.running import build_module, check_trainer, fit, quiet, resolved
-from medssl.training.validation import Validation
 
 REPORTS = ("auto", "best", "last")
 

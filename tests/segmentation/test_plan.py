@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medssl.data.splits import resolve_split
-from medssl.training.planning import find_classes, find_crop, find_overlap, find_spacing
+from medssl.segmentation.plan import find_classes, find_crop, find_overlap, find_spacing
 
 SPLITS = ("train", "train", "validation", "test")
 

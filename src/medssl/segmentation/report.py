@@ -19,10 +19,10 @@ import torch
 
 from medssl.data.splits import CaseSplit, LabelledSubset
 from medssl.evaluation.results import summarise, write_results
-from medssl.methods.segmentation import Segmentation
 from medssl.run.folder import RunFolder
-from medssl.training.evaluating import Evaluator
-from medssl.training.validation import write_pictures
+from medssl.segmentation.evaluator import Evaluator
+from medssl.segmentation.method import Segmentation
+from medssl.segmentation.validation import write_pictures
 from medssl.weights import load_parts, save_weights
 
 PACKAGES = ("medssl", "torch", "monai", "numpy", "scipy")

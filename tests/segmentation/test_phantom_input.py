@@ -5,8 +5,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from medssl.inference.phantom_input import drawn_phantom
 from medssl.phantoms.torso import draw_phantom
+from medssl.segmentation.phantom_input import drawn_phantom
 
 
 def test_a_phantom_is_drawn_with_its_labels_and_any_other_input_is_left_alone(tmp_path):

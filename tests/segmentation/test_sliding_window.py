@@ -3,7 +3,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-from medssl.inference.sliding_window import SlidingWindow, importance_map, window_starts
+from medssl.segmentation.sliding_window import SlidingWindow, importance_map, window_starts
 
 
 def _network(num_classes=3, channels=1):

@@ -7,11 +7,11 @@ from typing import Any
 import lightning as L
 
 from medssl.data.module import Batch
-from medssl.evaluation.pictures import CasePicture, case_figure
-from medssl.methods.segmentation import Segmentation
 from medssl.run.signals import StopSignals
+from medssl.segmentation.evaluator import Evaluator
+from medssl.segmentation.method import Segmentation
+from medssl.segmentation.pictures import CasePicture, case_figure
 from medssl.training.callback import StepCallback
-from medssl.training.evaluating import Evaluator
 from medssl.training.method_module import MethodModule
 from medssl.training.metrics import Metrics
 from medssl.weights import save_weights

@@ -11,8 +11,8 @@ from synthetic import index_channels, oracle, reading
 from medssl.data.volume import Volume
 from medssl.inference.files import read_image, slices_of, write_nifti
 from medssl.inference.record import record_of
-from medssl.inference.segmenting import segment_volume
 from medssl.phantoms.torso import LABELS, draw_phantom
+from medssl.segmentation.segment import segment_volume
 
 ORIENTATIONS = [
     np.array([axes, flips]).T for axes in permutations(range(3)) for flips in product((1, -1), repeat=3)

@@ -5,9 +5,9 @@ from scipy.ndimage import map_coordinates
 from synthetic import reading, smooth
 
 from medssl.data.volume import Volume
-from medssl.inference.native_grid import NativePlane, mean_plane, most_probable, planes
 from medssl.inference.record import record_of
 from medssl.inference.working_grid import WorkingGrid
+from medssl.segmentation.native_grid import NativePlane, mean_plane, most_probable, planes
 
 CPU = torch.device("cpu")
 

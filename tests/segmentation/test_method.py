@@ -6,8 +6,8 @@ from monai.losses import DiceCELoss
 from torch import nn
 
 from medssl.data.views import View
-from medssl.methods.segmentation import Segmentation
 from medssl.models.segmenter import build_segmenter
+from medssl.segmentation.method import Segmentation
 from medssl.training.optim import build_optimizer
 
 UNET = {"_target_": "medssl.models.unet.UNetEncoder", "widths": [4, 8, 8], "strides": [1, 2, 2]}

@@ -12,8 +12,8 @@ from medssl.data.store import VolumeStore
 from medssl.finetune import run
 from medssl.models.alice_backbones import build_backbone
 from medssl.models.segmenter import build_segmenter
+from medssl.segmentation.initial_weights import find_initial, load_initial
 from medssl.training.export import COURSE, build_card
-from medssl.training.initialising import find_initial, load_initial
 from medssl.weights import save_weights
 
 ENCODER = {

@@ -13,10 +13,10 @@ from torch import nn
 from tqdm import tqdm
 
 from medssl.data.store import VolumeStore
-from medssl.evaluation.pictures import CasePicture, picture_case
 from medssl.evaluation.scores import CaseScores, dice_by_class, score_case
 from medssl.inference.reading import Reading
-from medssl.inference.segmenting import Averaged, segment_stored
+from medssl.segmentation.pictures import CasePicture, picture_case
+from medssl.segmentation.segment import Averaged, segment_stored
 
 Item = TypeVar("Item")
 

@@ -1,0 +1,1 @@
+"""Segmentation: fine-tuning, evaluation and prediction."""
