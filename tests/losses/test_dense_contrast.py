@@ -6,7 +6,7 @@ from oracles import macl
 
 from medssl.losses.dense_contrast import dense_contrast, equivariance_loss, segment_contrast
 from medssl.losses.position_contrast import contrast_of_positives
-from medssl.methods.macl_positions import PositionRule
+from medssl.methods.positions import PositionRule
 
 POSITION = torch.tensor([[0.1], [0.15], [0.5], [0.95]], dtype=torch.float64)
 

@@ -9,7 +9,7 @@ from torch import nn
 from medssl.data.views import View
 from medssl.methods.base import Progress
 from medssl.methods.macl import MACL
-from medssl.methods.macl_positions import PositionRule
+from medssl.methods.positions import PositionRule
 from medssl.models.macl_heads import MACLHeads
 from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
 from medssl.models.partial_unet import PartialUNet

@@ -11,7 +11,7 @@ from oracles.macl_network import fill, golden_images, published_shapes
 from medssl.data.views import View
 from medssl.methods.base import Progress
 from medssl.methods.macl import MACL, WATCHED_STEPS
-from medssl.methods.macl_positions import PositionRule
+from medssl.methods.positions import PositionRule
 from medssl.models.macl_heads import MACLHeads
 from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
 from medssl.models.partial_unet import PartialUNet

@@ -21,8 +21,8 @@ from medssl.prepare import run as prepare
 from medssl.pretrain import run
 from medssl.segmentation.initial_weights import find_initial, load_initial
 from medssl.segmentation.plan import other_reading
+from medssl.training.fit import check_trainer
 from medssl.training.optim import build_optimizer
-from medssl.training.running import check_trainer
 from medssl.weights import read_card
 
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")

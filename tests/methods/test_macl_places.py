@@ -6,7 +6,7 @@ from oracles.macl import contrast
 from test_macl import NOW, batch, make
 
 from medssl.methods.macl_places import PlaceRule, place_centers, rows_of, segments_of
-from medssl.methods.macl_positions import PositionRule
+from medssl.methods.positions import PositionRule
 
 GRID = (2, 2, 2)
 

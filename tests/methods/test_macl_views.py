@@ -11,7 +11,7 @@ from medssl.data.module import VolumeDataModule
 from medssl.data.prepare import prepare_store
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
-from medssl.methods.macl_positions import PositionRule
+from medssl.methods.positions import PositionRule
 from medssl.phantoms.source import Phantoms
 
 BRIGHTER = "{_target_: medssl.data.augment.Brightness, probability: 1.0, factor: [0.8, 1.2]}"

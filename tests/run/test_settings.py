@@ -2,7 +2,7 @@ import pytest
 
 from medssl.config import compose, config_dir, to_yaml
 from medssl.run.settings import changes, check_settings
-from medssl.training.running import check_trainer
+from medssl.training.fit import check_trainer
 
 
 @pytest.mark.parametrize(

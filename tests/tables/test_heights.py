@@ -13,7 +13,7 @@ from medssl.data.sampling import Request
 from medssl.data.store import VolumeStore
 from medssl.data.views import ViewPlan
 from medssl.derive import run as run_derive
-from medssl.methods.macl_positions import PositionRule, Positions
+from medssl.methods.positions import PositionRule, Positions
 
 AFFINE = np.array([[2.0, 0, 0, -30], [0, 2, 0, -20], [0, 0.2, 3, 100], [0, 0, 0, 1]])  # slightly tilted
 ROWS = [

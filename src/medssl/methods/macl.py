@@ -13,7 +13,7 @@ from medssl.losses.dense_contrast import dense_contrast, equivariance_loss, segm
 from medssl.losses.position_contrast import contrast_of_positives
 from medssl.methods.base import Method, Progress, StepOutput
 from medssl.methods.macl_places import PlaceRule, rows_of, segments_of
-from medssl.methods.macl_positions import PositionRule, is_gathered
+from medssl.methods.positions import PositionRule, is_gathered
 from medssl.models.macl_heads import MACLHeads
 from medssl.models.partial_unet import PartialUNet
 from medssl.ops.downsample import SHRINKINGS, shrunk

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from medssl.data.views import View
 from medssl.methods.base import Progress
-from medssl.methods.macl_positions import PositionRule, Positions
+from medssl.methods.positions import PositionRule, Positions
 from medssl.ops.gather import gather_ranks
 
 

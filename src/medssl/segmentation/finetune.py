@@ -41,8 +41,8 @@ from medssl.segmentation.report import Protocol, report_run
 from medssl.segmentation.sliding_window import check_windows
 from medssl.segmentation.validation import Validation
 from medssl.training.checkpoints import LastCheckpoint
+from medssl.training.fit import build_module, check_trainer, fit, quiet, resolved
 from medssl.training.metrics import Metrics
-from medssl.training.running import build_module, check_trainer, fit, quiet, resolved
 
 REPORTS = ("auto", "best", "last")
 

@@ -14,15 +14,15 @@ from medssl.data.randomness import counter_key
 from medssl.data.splits import pretraining_cases
 from medssl.data.views import ViewPlan
 from medssl.methods.base import Method
-from medssl.methods.macl_threshold import automatic_threshold
 from medssl.run.folder import RunFolder, process_rank
 from medssl.run.start import Start
 from medssl.run.store import is_prepared, open_store
 from medssl.training.checkpoints import LastCheckpoint
 from medssl.training.export import Export, build_card
+from medssl.training.figures import Pictures
+from medssl.training.fit import build_module, check_trainer, fit, quiet, resolved
 from medssl.training.metrics import Metrics
-from medssl.training.pictures import Pictures
-from medssl.training.running import build_module, check_trainer, fit, quiet, resolved
+from medssl.training.positive_rate import automatic_threshold
 
 
 def pretrain(begin: Start) -> None:

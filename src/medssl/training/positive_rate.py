@@ -13,7 +13,7 @@ from medssl.data.sampling import CaseSampler, Request
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
 from medssl.data.views import ViewPlan
-from medssl.methods.macl_positions import PositionRule, Positions, is_gathered
+from medssl.methods.positions import PositionRule, Positions, is_gathered
 
 TARGET_RATE = 0.19
 """What one axis with the threshold 0.1 has, where positions are uniform: 2 t - t^2."""

@@ -4,7 +4,7 @@ import torch
 from oracles import macl
 
 from medssl.data.views import View
-from medssl.methods.macl_positions import PositionRule, Positions, height_score
+from medssl.methods.positions import PositionRule, Positions, height_score
 
 NO_GROUPS = torch.zeros(4, dtype=torch.int64)
 

@@ -8,8 +8,8 @@ from medssl.data.geometry import Frame
 from medssl.data.placements import Nearby, Placement, RandomCrop
 from medssl.data.sampling import Anchored, Shuffled
 from medssl.data.views import ViewPlan
-from medssl.methods.macl_positions import PositionRule
-from medssl.methods.macl_threshold import automatic_threshold, threshold_at
+from medssl.methods.positions import PositionRule
+from medssl.training.positive_rate import automatic_threshold, threshold_at
 
 
 def rate(threshold, width):
@@ -100,7 +100,7 @@ def test_the_samples_that_a_run_compares_are_compared(options, compared, make_st
         def place(self, scene, placed, rng):
             return [Placement(0, Frame.at([0, 0, scene.request.sample], (4, 4, 4), step_voxel=[1, 1, 1]))]
 
-    monkeypatch.setattr("medssl.methods.macl_threshold.pair_distances", distances)
+    monkeypatch.setattr("medssl.training.positive_rate.pair_distances", distances)
     plan, rule = ViewPlan(groups={"still": Marked(size=[4, 4, 4])}), PositionRule()
     automatic_threshold(store, plan, Shuffled(), rule=rule, cases=[0], batch_size=8, num_pairs=1, **options)
     assert seen == compared
