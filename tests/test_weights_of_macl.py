@@ -7,8 +7,8 @@ import torch
 from oracles.macl_network import fill, published_shapes
 
 import medssl
-from medssl import layouts
 from medssl.config import compose
+from medssl.layouts import macl as layout
 from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
 from medssl.models.segmenter import build_segmenter
 from medssl.segmentation.initial_weights import find_initial, load_initial
@@ -46,7 +46,7 @@ def test_all_names_and_shapes_are_the_published_ones():
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 8_620_946
     trained = {name: shape for name, shape in shapes.items() if name.endswith(("weight", "bias"))}
     assert sum(torch.Size(shape).numel() for shape in trained.values()) == 8_616_576
-    parts = layouts.macl({"net": {k: torch.empty(s) for k, s in shapes.items()}}, source="made up", branch="student")
+    parts = layout.macl({"net": {k: torch.empty(s) for k, s in shapes.items()}}, source="made up", branch="student")
     with torch.device("meta"):
         encoder = MACLUNetEncoder(spatial_dims=2)
         fitted = {"encoder_channels": encoder.channels, "encoder_strides": encoder.strides}
@@ -87,7 +87,7 @@ def test_a_file_of_slices_becomes_a_network_of_volumes(published):
 def test_all_ways_to_wrap_a_state_dict_are_read(wrapped, state):
     held = {f"module.{key}": tensor for key, tensor in state.items()} if wrapped == "module" else state
     checkpoint = {wrapped: held, "epoch": 3} if wrapped in ("net", "model_state_dict") else held
-    parts = layouts.macl(checkpoint, source="made up", branch="student")
+    parts = layout.macl(checkpoint, source="made up", branch="student")
     assert len(parts) == 146
     assert torch.equal(parts["encoder.center.2.weight"], state["share_encoder.center.2.weight"])
 
@@ -158,9 +158,9 @@ def test_of_a_published_decoder_the_two_trained_blocks_can_be_taken_alone(publis
 @pytest.mark.parity
 def test_the_width_of_the_dominant_head_tells_the_trained_blocks():
     tensors = {"heads.dominant.fc.0.weight": torch.empty(128, 128), "encoder.center.2.weight": torch.empty(512, 512, 3)}
-    assert layouts.macl_trained_blocks(tensors) == {"decoder_blocks": 2}
+    assert layout.macl_trained_blocks(tensors) == {"decoder_blocks": 2}
     tensors["heads.dominant.fc.0.weight"] = torch.empty(128, 256)
-    assert layouts.macl_trained_blocks(tensors) == {"decoder_blocks": 1}
+    assert layout.macl_trained_blocks(tensors) == {"decoder_blocks": 1}
 
 
 def test_files_of_other_networks_are_refused(tmp_path):

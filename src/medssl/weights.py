@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from medssl import layouts
 from medssl.building import build_network as build_network
 from medssl.building import build_trusted as build_trusted
+from medssl.layouts import catalogue
 from medssl.models.reoriented import Reoriented
 from medssl.models.segmenter import Segmenter, build_segmenter
 
@@ -113,7 +113,7 @@ def card_of(path: str | Path, *, layout: str | None = None, branch: str = "stude
     """
     if layout is None:
         return read_card(path)
-    return layouts.infer_card(_published(path, layout, branch), source=str(path), layout=layout)
+    return catalogue.get(layout).card(_published(path, layout, branch), source=str(path))
 
 
 def encoder_recipe(path: str | Path, *, layout: str | None = None, branch: str = "student") -> dict[str, Any]:
@@ -138,7 +138,7 @@ def load_encoder(
 
     Args:
         path: a file of ours, or with `layout` a published checkpoint of that layout.
-        layout: None or a name in `medssl.layouts.LAYOUTS`.
+        layout: None, a name in `medssl.layouts.catalogue.LAYOUTS`, or MODULE.NAME of a `Layout` of your own.
         branch: `student`, or `teacher` where the file holds one.
         allow_modules: packages besides `medssl.models` and `monai.networks` whose classes a card may name.
 
@@ -274,9 +274,9 @@ def _parts_of(path: str | Path) -> list[str]:
 
 def _published(path: str | Path, layout: str, branch: str) -> dict[str, Tensor]:
     source = _existing(path)
-    read = layouts.get(layout)
+    read = catalogue.get(layout).read
     try:
-        with torch.serialization.safe_globals(layouts.SAFE_GLOBALS):
+        with torch.serialization.safe_globals(catalogue.SAFE_GLOBALS):
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for files that are no checkpoints
         reason = _reason(error)
@@ -304,6 +304,6 @@ def _wrong_kind(source: Path, error: SafetensorError) -> str:
     if start == b"PK" or start[:1] == b"\x80":
         return (
             f"{source} is a PyTorch pickle, not a safetensors file; give the encoder.safetensors of a run, or for a "
-            f"published checkpoint its layout ({', '.join(layouts.LAYOUTS)})"
+            f"published checkpoint its layout ({', '.join(catalogue.LAYOUTS)})"
         )
     return f"{source} is not a whole safetensors file ({error}); it was cut off or is of another kind: copy it again"

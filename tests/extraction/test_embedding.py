@@ -12,7 +12,7 @@ from synthetic import smooth
 from medssl.data.augment import Window
 from medssl.data.reading import read_volume
 from medssl.data.volume import Volume
-from medssl.extraction.embedder import PUBLISHED, Embedder
+from medssl.extraction.embedder import Embedder
 from medssl.extraction.embedding import Embedding, contains, match_points
 from medssl.inference.reading import Reading
 from medssl.inference.record import record_of
@@ -227,6 +227,6 @@ def test_tiles_along_z_change_nothing(embedding_weights):
 def test_the_card_says_how_images_are_read_without_their_augmentations(embedding_weights):
     reading = Embedder.load(embedding_weights).reading
     assert reading.spacing_mm == (2.0, 2.0, 2.0)
-    assert reading.outside == PUBLISHED.outside == -1024
+    assert reading.outside == Reading.from_layout("sam").outside == -1024
     (normalise,) = reading.normalise
     assert normalise.window_hu == [-1024, 3071]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from oracles.nnformer import fill, published_shapes, wave
 
-from medssl import layouts
+from medssl.layouts import alice as layout
 from medssl.models.alice_head import AliceHead
 from medssl.models.nnformer import NnFormer
 
@@ -46,7 +46,7 @@ def test_sizes_are_those_of_the_card():
 @pytest.fixture(scope="module")
 def tokens_of_a_whole_crop():
     shapes = published_shapes(width=24, heads=(3, 6, 12, 24), windows=(4, 4, 4, 2))
-    state = layouts.alice({name: fill(name, shape) for name, shape in shapes.items()}, source="", branch="student")
+    state = layout.alice({name: fill(name, shape) for name, shape in shapes.items()}, source="", branch="student")
     sizes = {"size_voxel": 32, "feature_size": 24, "num_heads": (3, 6, 12, 24), "window_tokens": (4, 4, 4, 2)}
     backbone = NnFormer(**sizes, ape="none").eval()
     backbone.load_state_dict(state)

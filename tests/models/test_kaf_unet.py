@@ -2,7 +2,7 @@ import pytest
 import torch
 from oracles.kaf import Oracle, fill, published_shapes
 
-from medssl import layouts
+from medssl.layouts import kaf as layout
 from medssl.models.kaf_heads import KAFHeads
 from medssl.models.kaf_layer import find_tokens
 from medssl.models.kaf_unet import KAFDecoder, KAFEncoder
@@ -34,7 +34,7 @@ def points_of(size, *, count, batch=2, seed=0):
 
 def from_published(state, **networks):
     """Networks with the weights of a published state dict, in double precision."""
-    parts = layouts.kaf({"net": state}, source="made up", branch="student")
+    parts = layout.kaf({"net": state}, source="made up", branch="student")
     for name, network in networks.items():
         own = {key.removeprefix(f"{name}."): tensor for key, tensor in parts.items() if key.startswith(f"{name}.")}
         network.double().load_state_dict(network.adapt(own) if hasattr(network, "adapt") else own)
@@ -111,7 +111,7 @@ def test_names_and_shapes_are_the_published_ones():
             (published_shapes(base=32, pairs=8, classes=8), {"encoder": encoder, "decoder": decoder}),
         ):
             state = {"net": {name: torch.empty(shape) for name, shape in published.items()}}
-            mapped = layouts.kaf(state, source="made up", branch="student")
+            mapped = layout.kaf(state, source="made up", branch="student")
             ours = {f"{part}.{key}": t.shape for part, net in parts.items() for key, t in net.state_dict().items()}
             assert {name: tensor.shape for name, tensor in mapped.items()} == ours
 
@@ -147,7 +147,7 @@ def test_the_segmentation_network_gives_what_the_written_out_one_gives(train):
     assert torch.allclose(output.tokens.mT, torch.stack(tokens), atol=1e-9, rtol=0)
     decoded = decoder(image, [*output.skips, output.bottleneck])[0]
     assert torch.allclose(decoded, oracle.decode(bottleneck, skips), atol=1e-9, rtol=0)
-    kept = layouts.kaf(oracle.state, source="made up", branch="student")
+    kept = layout.kaf(oracle.state, source="made up", branch="student")
     for name, tensor in encoder.state_dict().items():
         assert "num_batches" in name or torch.allclose(tensor, kept[f"encoder.{name}"], atol=1e-9), name
 

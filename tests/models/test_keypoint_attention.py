@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles.kaf import Oracle, fill, published_shapes
 
-from medssl import layouts
+from medssl.layouts import kaf as layout
 from medssl.models.kaf_layer import KAFLayer, Keypoints, interpolate
 from medssl.models.keypoint_attention import MessageLayer, Packing, TokenBatchNorm, TokenLayerNorm, normalised
 
@@ -16,7 +16,7 @@ NAMES = "encoder.graph_1"
 
 def part(state, prefix):
     """The tensors of the network at `prefix` of our names."""
-    ours = layouts.kaf(state, source="made up", branch="student")
+    ours = layout.kaf(state, source="made up", branch="student")
     return {key.removeprefix(prefix): tensor for key, tensor in ours.items() if key.startswith(prefix)}
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from oracles.macl_network import fill, golden_images, published_shapes
 
-from medssl import layouts
+from medssl.layouts import macl as layout
 from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
 from medssl.models.segmenter import Segmenter, build_segmenter
 
@@ -69,7 +69,7 @@ def test_the_first_block_holds_most_of_the_decoder(num_levels, share):
 
 @pytest.mark.parity
 def test_maps_of_slices_are_those_of_the_published_network():
-    parts = layouts.macl({"net": fill(published_shapes(base=4, proj_dim=4))}, source="made up", branch="student")
+    parts = layout.macl({"net": fill(published_shapes(base=4, proj_dim=4))}, source="made up", branch="student")
     encoder = MACLUNetEncoder(spatial_dims=2, base_channels=4).double()
     decoder = decoder_for(encoder).double()
     for name, network in (("encoder", encoder), ("decoder", decoder)):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracles.nnformer import fill, plain_attention, published_shapes, wave
 
-from medssl import layouts
+from medssl.layouts import alice as layout
 from medssl.models.nnformer import NnFormer, NnFormerDecoder, NnFormerEncoder
 from medssl.models.segmenter import build_segmenter
 from medssl.models.vit import sincos_positions
@@ -27,7 +27,7 @@ def encoder(**options):
 
 def load(network, state):
     """Fill a backbone from tensors under their published names."""
-    parts = layouts.alice(state, source="made up", branch="student")
+    parts = layout.alice(state, source="made up", branch="student")
     network.load_state_dict(parts)
     return network
 
@@ -85,7 +85,7 @@ def test_published_names_and_shapes_are_ours_at_every_home_size_from_64(size):
     with torch.device("meta"):
         network = NnFormer(ape="none", size_voxel=size)
         state = {name: torch.empty(shape) for name, shape in published.items()}
-    mapped = layouts.alice(state, source="made up", branch="student")
+    mapped = layout.alice(state, source="made up", branch="student")
     shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (mapped, network.state_dict())]
     assert shapes[0] == shapes[1]
 

@@ -11,7 +11,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from medssl.building import trusted_class
-from medssl.data.augment import ByModality
 from medssl.data.augment.base import Augmentation
 from medssl.data.store import Record, VolumeStore
 from medssl.extraction.embedding import Embedding
@@ -20,13 +19,6 @@ from medssl.inference.record import fetch_from
 from medssl.inference.working_grid import Fetch, WorkingImage
 from medssl.weights import load_encoder, read_card
 
-PUBLISHED = Reading(
-    spacing_mm=(2.0, 2.0, 2.0),
-    crop_voxel=(1, 1, 1),
-    outside=-1024.0,
-    normalise=(ByModality(window_hu=(-1024.0, 3071.0), percentiles=(0.5, 99.5), out=(-50.0, 205.0)),),
-)
-"""How published embedding networks read images: 2 mm, the whole range of CT, and -1024 beyond the volume."""
 TILE_MARGIN_VOXEL = 32
 """What a tile sees beyond its own slices, on each side; SAM sees 28 either way, so that tiles change nothing."""
 NORM_TOLERANCE = 0.02
@@ -64,16 +56,19 @@ class Embedder:
         """
         if tile_voxel is not None and not (isinstance(tile_voxel, int) and tile_voxel > 0):
             raise ValueError(f"tile_voxel must be a number of slices above 0, or null; got {tile_voxel!r}")
+        reading: Reading | None
         if layout is None:
             card = read_card(path)
             reading = reading_of(card, source=str(path), allow_modules=allow_modules)
         else:
-            card, reading = {"method": layout}, PUBLISHED
+            card, reading = {"method": layout}, Reading.from_layout(layout)
         network = load_encoder(path, layout=layout, allow_modules=allow_modules)
         channels = tuple(network.channels)  # type: ignore[arg-type, union-attr]
         if len(channels) != 2 or channels[0] != channels[1]:
             kind = f"{str(card.get('method', 'unknown')).rpartition('.')[2]}, with maps of {list(channels)} channels"
             raise ValueError(f"{path} holds an encoder of {kind}; {_WANTED}")
+        if reading is None:
+            raise ValueError(f"the layout {layout} does not say how images are read; {_WANTED}")
         return cls(network.to(device).eval(), reading, torch.device(device), tile_voxel)
 
     def __call__(self, record: Record, fetch: Fetch) -> Embedding:

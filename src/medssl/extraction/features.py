@@ -26,7 +26,6 @@ from medssl.data.sampling import Request
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
 from medssl.data.views import other_size
-from medssl.extraction.embedder import PUBLISHED as PUBLISHED_SAM
 from medssl.extraction.embedder import reading_of
 from medssl.extraction.feature_file import CARD, FILE, Features, whole_file
 from medssl.extraction.patch_encoder import (
@@ -44,16 +43,6 @@ from medssl.weights import encoder_recipe, load_encoder, read_card
 DEFAULT_GRID = (3, 3, 3)
 MEASURED_CASES = 8
 """Cases over which the batch norms of an untrained network are measured."""
-PUBLISHED = {
-    "sam": replace(PUBLISHED_SAM, crop_voxel=(32, 32, 32)),
-    "drasclr": Reading(
-        spacing_mm=(1.0, 1.0, 1.0),
-        crop_voxel=(32, 32, 32),
-        outside=-1024,
-        normalise=(ByModality(window_hu=(-1024.0, 240.0), out=(-1.0, 1.0)),),
-    ),
-}
-"""How published encoders read images, by layout."""
 
 
 @dataclass(frozen=True)
@@ -308,8 +297,8 @@ def _reading(config: DictConfig, card: Mapping[str, Any], *, source: str) -> Rea
         reading = Reading.from_card(card["reading"], allow_modules=list(config.allow_modules))
     elif layout is None:
         reading = reading_of(card, source=source, allow_modules=list(config.allow_modules))
-    elif layout in PUBLISHED:
-        reading = PUBLISHED[layout]
+    elif (published := Reading.from_layout(layout)) is not None:
+        reading = published
     elif size is None or config.spacing_mm is None or config.window_hu is None:
         raise ValueError(
             f"weights.layout={layout} does not say how images are read; give size_voxel, spacing_mm and window_hu"

@@ -12,6 +12,7 @@ from medssl.building import build_trusted
 from medssl.data.augment.base import IntensityAugmentation
 from medssl.data.augment.normalise import LinearNormalisation, MinMax, Standardise
 from medssl.data.store import Record
+from medssl.layouts import catalogue
 
 Normalise = Callable[[Tensor], Tensor]
 NORMALISATIONS = (LinearNormalisation, MinMax, Standardise)
@@ -68,6 +69,12 @@ class Reading:
             channels=card.get("channels"),
             modality=card.get("modality"),
         )
+
+    @classmethod
+    def from_layout(cls, name: str) -> "Reading | None":
+        """The reading of published files of a layout; None where their code does not say it."""
+        stated = catalogue.get(name).reading
+        return None if stated is None else cls.from_card(stated)
 
     def normaliser(self, record: Record) -> Normalise:
         """What normalises windows (b c x y z) of a case, each as one view of training; it may work in place."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from medssl.layouts.base import Layout
+
 TOKENS = (  # of a network over keypoints
     (r"\.kenc\.encoder\.", ".position.mlp."),
     (r"\.gnn\.layers\.(\d+)\.", r".attention.\1."),
@@ -108,3 +110,6 @@ def kaf_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
         "detector": {"_target_": "medssl.models.keypoints.DifferenceOfGaussians", "value_range": [0, 1]},
         "position_widths": [len(tensors[key]) for key in sorted(codes, key=lambda key: int(key.split(".")[5]))[:-1]],
     }
+
+
+LAYOUT = Layout("kaf", kaf, {"encoder": kaf_recipe})  # trained on slices that are turned and mirrored

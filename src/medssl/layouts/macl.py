@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from medssl.layouts_kaf import unet_name
+from medssl.layouts.base import Layout
+from medssl.layouts.kaf import unet_name
 
 NETWORKS = {"share_encoder.": "encoder.", "online_decoder.": "decoder."}
 HEADS = {
@@ -80,3 +81,12 @@ def macl_trained_blocks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     if head is None:
         return {}
     return {"decoder_blocks": (len(tensors["encoder.center.2.weight"]) // head.shape[1]).bit_length() - 1}
+
+
+def _decoder_facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return macl_trained_blocks(tensors) if any(key.startswith("decoder.") for key in tensors) else {}
+
+
+LAYOUT = Layout(
+    "macl", macl, {"encoder": macl_encoder_recipe, "decoder": macl_decoder_recipe}, facts=_decoder_facts
+)  # trained on slices that are turned and mirrored

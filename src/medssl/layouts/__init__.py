@@ -1,0 +1,1 @@
+"""Published checkpoints: one file a layout says how its tensors are named, built and fed."""
