@@ -16,7 +16,7 @@ class FixedFeatures(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.offsets = [torch.randint(-reach, reach + 1, (dim, 2, 3), generator=generator) for reach in (4, 1)]
 
-    def forward(self, image, location=None):
+    def forward(self, image, coordinate=None):
         maps = []
         for cell, offsets, reach in zip((FINE, COARSE), self.offsets, (4, 1), strict=True):
             means = F.avg_pool3d(image, cell)

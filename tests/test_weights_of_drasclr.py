@@ -78,7 +78,7 @@ def test_a_training_file_loads_whole_and_sees_superior_anterior_left(training_fi
     encoder = load_encoder(training_file, layout="drasclr", branch=branch)
     assert isinstance(encoder, Reoriented)
     assert encoder.axes == "SAL", "arrays (z, y, x) whose indices grow to the left, the front and upwards"
-    assert encoder.takes_location
+    assert encoder.takes_coordinate
     assert not encoder.training
     image, place = torch.randn(2, 1, 16, 16, 32), torch.rand(2, 3) * 2 - 1
     state = {key: tensor.double() for key, tensor in ours(network_state(seed=seed)).items()}

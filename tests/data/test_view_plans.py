@@ -273,7 +273,7 @@ def test_drasclr_gets_one_location_a_batch_and_neighbours_with_shared_parameters
     assert (near.location_index != views["query"].location_index).all()
     np.testing.assert_allclose(near.matrix[:, 0, :3, :3], near.matrix[:, 1, :3, :3])
     assert not torch.allclose(near.matrix[0, 0, :3, :3], near.matrix[1, 0, :3, :3])
-    assert ((views["query"].location > 0) & (views["query"].location < 1)).all()
+    assert ((views["query"].location_body > 0) & (views["query"].location_body < 1)).all()
 
 
 def test_drasclr_neighbours_have_a_joint_gamma_and_noise_of_their_own(store):

@@ -155,7 +155,7 @@ def test_the_faces_of_a_crop_in_the_body_are_those_before_augmentation(make_stor
         crop = Fixed(size=[16, 12, 8], spacing_mm=[1.0, 1.0, 2.0], center=[0.5, 0.4, 0.6], augment=augment)
         view = draw(store, ViewPlan(groups={"crop": crop}), [Request(cases=(0,), sample=0)])["crop"]
         faces.append(view.crop_body)
-        assert torch.allclose(view.crop_body.mean(2), view.location)
+        assert torch.allclose(view.crop_body.mean(2), view.location_body)
     assert torch.equal(*faces)
     share = torch.tensor([16, 12, 8]) / torch.tensor(body.size)
     assert torch.allclose(faces[0][0, 0, 1] - faces[0][0, 0, 0], share)

@@ -195,7 +195,7 @@ class Broken(FixedFeatures):
         super().__init__()
         self.how = how
 
-    def forward(self, image, location=None):
+    def forward(self, image, coordinate=None):
         maps = super().forward(image)
         return [2 * level for level in maps] if self.how == "long" else [level[:, :, 1:] for level in maps]
 

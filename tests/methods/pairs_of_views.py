@@ -37,7 +37,7 @@ def pair_of(volumes, starts, *, size=(32, 32, 16), to_mm=None):
             volume_shape=shape,
             case=case,
             group=torch.zeros_like(case),
-            location=torch.full((b, 2, 3), 0.5, dtype=torch.float64),
+            location_body=torch.full((b, 2, 3), 0.5, dtype=torch.float64),
             valid=torch.stack(valid).reshape(b, 2, 1, *size),
         )
     }

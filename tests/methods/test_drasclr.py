@@ -18,7 +18,7 @@ COORDINATES = torch.tensor([[-1.0, 0, 0], [0, 1, 0.5], [1, -0.5, 0]])
 class Encoder(nn.Module):
     """A convolution with batch norm whose kernel is a mixture of two, by place."""
 
-    channels, strides, in_channels, takes_location = (6,), (2,), 1, True
+    channels, strides, in_channels, takes_coordinate = (6,), (2,), 1, True
 
     def __init__(self):
         super().__init__()
@@ -26,8 +26,8 @@ class Encoder(nn.Module):
         self.router = nn.Linear(3, 2)
         self.bn = nn.BatchNorm3d(6)
 
-    def represent(self, image, location, index):
-        gates = self.router(location).sigmoid()[index]
+    def represent(self, image, coordinate, index):
+        gates = self.router(coordinate).sigmoid()[index]
         kernels = torch.einsum("ne,eoixyz->noixyz", gates, self.kernels)
         rows = [F.conv3d(row[None], kernel, stride=2) for row, kernel in zip(image, kernels, strict=True)]
         return F.elu(self.bn(torch.cat(rows))).mean((2, 3, 4))

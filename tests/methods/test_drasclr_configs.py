@@ -177,7 +177,7 @@ def test_the_location_of_a_batch_is_that_of_its_crops_and_all_are_visited_in_a_r
     for raw in data.loader(sampler, data.training_cases, steps=range(12), seed=0):
         views = data.draw(raw).views
         (location,) = set(views["anchor"].location_index.flatten().tolist())
-        body = views["anchor"].location[:, 0]
+        body = views["anchor"].location_body[:, 0]
         cell = torch.tensor(plan.groups["anchor"].cells[location])
         assert torch.allclose(body, cell.expand_as(body), atol=0.06), "crops lie where the queue says"
         visited.append(location)

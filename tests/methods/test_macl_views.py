@@ -67,5 +67,5 @@ def test_looks_of_a_still_place_agree_voxel_by_voxel_and_positions_are_those_bef
             assert ratio.std() < 1e-5
             assert abs(ratio.mean() - 1) > 1e-4
         assert (moved.image[:, 0] != moved.image[:, 1]).any()
-        assert torch.equal(still.location[:, 0], moved.location[:, 1])
+        assert torch.equal(still.location_body[:, 0], moved.location_body[:, 1])
         assert torch.equal(rule(still)[0], rule(moved)[0])

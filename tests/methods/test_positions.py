@@ -26,7 +26,7 @@ def crops(centers, *, sides=(8, 8, 8), shape=(40, 40, 80), to_mm=None):
         volume_shape=torch.tensor(shape).expand(b, 1, 3),
         case=case,
         group=torch.zeros_like(case),
-        location=torch.full((b, 1, 3), 0.5, dtype=torch.float64),
+        location_body=torch.full((b, 1, 3), 0.5, dtype=torch.float64),
     )
 
 
@@ -68,7 +68,7 @@ def test_a_slice_has_the_position_of_its_number():
 
 def test_a_body_position_is_the_view_s_location():
     view = crops([(10, 10, 10), (20, 20, 20)])
-    view.location = torch.tensor([[[0.1, 0.2, 0.3]], [[0.4, 0.5, 0.6]]], dtype=torch.float64)
+    view.location_body = torch.tensor([[[0.1, 0.2, 0.3]], [[0.4, 0.5, 0.6]]], dtype=torch.float64)
     rule = PositionRule(axes=["z", "x"], frame="body", threshold=0.35)
     assert rule.positions(Positions.of_view(view)).tolist() == [[0.3, 0.1], [0.6, 0.4]]
     positive, compared = rule(view)
@@ -88,7 +88,7 @@ def test_millimetres_follow_the_affine():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_positions_that_are_not_finite_are_named(value):
     view = crops([(10, 10, 10), (20, 20, 20), (30, 30, 30)])
-    view.location[1, 0, 2] = value
+    view.location_body[1, 0, 2] = value
     with pytest.raises(ValueError, match=r"positions in the frame body are not finite for samples \[1\] of the batch"):
         PositionRule()(view)
     assert PositionRule(frame="volume")(view)[0].shape == (3, 3)
@@ -116,7 +116,7 @@ def test_an_external_height_is_read_in_the_table_of_each_case():
     view.volume_to_mm = torch.diag_embed(torch.tensor([[[2.0, 2, 2, 1]], [[1, 1, 3, 1]]], dtype=torch.float64))
     view.points = torch.tensor([[[[20.0, 20, 0], [20, 20, 30]]], [[[20, 20, 20], [20, 20, 40]]]], dtype=torch.float64)
     view.point_features = torch.tensor([[[[0.0], [0.4]]], [[[0.5], [1.0]]]])
-    view.location = torch.full((2, 1, 3), 0.5, dtype=torch.float64)
+    view.location_body = torch.full((2, 1, 3), 0.5, dtype=torch.float64)
     found = Positions.of_view(view).along("external")
     torch.testing.assert_close(
         found, torch.tensor([[0.5, 0.5, 0.2], [0.5, 0.5, 0.75]], dtype=torch.float64), rtol=0, atol=1e-7

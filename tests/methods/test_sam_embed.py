@@ -98,7 +98,7 @@ class PlaceCode(nn.Module):
 
     channels, strides, in_channels = (12, 12), ((2, 2, 2), (4, 16, 16)), 3
 
-    def forward(self, image, location=None):
+    def forward(self, image, coordinate=None):
         maps = []
         for steps, scale_mm in zip(self.strides, (20.0, 60.0), strict=True):
             place = F.avg_pool3d(image, steps) / scale_mm

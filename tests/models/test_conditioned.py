@@ -265,7 +265,7 @@ def test_maps_say_their_width_and_stride():
     assert tuple(level.shape[1] for level in maps) == encoder.channels == (2, 3, 4, 5, 7, 8)
     for level, stride in zip(maps, encoder.strides, strict=True):
         assert tuple(level.shape[2:]) == tuple(side // step for side, step in zip((64, 32, 32), stride, strict=True))
-    assert encoder.takes_location
+    assert encoder.takes_coordinate
 
 
 @pytest.mark.parametrize(("options", "num_maps"), [({}, 5), ({"num_maps": 6}, 6)])
@@ -322,7 +322,7 @@ def test_autocast_leaves_finite_gradients():
 
 
 @pytest.mark.parametrize(
-    ("location", "index", "message"),
+    ("coordinate", "index", "message"),
     [
         (torch.full((1, 3), 1.6), None, r"coordinates must lie in \[-1, 1\].*got 1.6 to 1.6. Voxel indices"),
         (torch.tensor([[0.0, float("nan"), 0.0]]), None, "coordinates must lie"),
@@ -334,9 +334,9 @@ def test_autocast_leaves_finite_gradients():
         (torch.zeros(2, 3, 8, 8, 8), torch.tensor([0, 1]), "and an index"),
     ],
 )
-def test_places_that_do_not_fit_are_refused(location, index, message):
+def test_places_that_do_not_fit_are_refused(coordinate, index, message):
     with pytest.raises(ValueError, match=message):
-        ConditionedEncoder(**NARROW)(torch.randn(2, 1, 8, 8, 8), location, index)
+        ConditionedEncoder(**NARROW)(torch.randn(2, 1, 8, 8, 8), coordinate, index)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_an_image_of_other_channels_is_refused():
 def test_a_reoriented_encoder_sees_image_and_places_along_its_own_axes():
     encoder = narrow().eval()
     wrapped = Reoriented(encoder, axes="SAL")
-    assert wrapped.takes_location
+    assert wrapped.takes_coordinate
     image, place = torch.randn(2, 1, 16, 8, 12).double(), torch.rand(2, 3, 16, 8, 12).double() * 2 - 1
     left = torch.tensor([-1.0, 1.0, 1.0]).double()  # the encoder's x grows to the left
     turned = place * left.view(3, 1, 1, 1)

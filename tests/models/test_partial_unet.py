@@ -95,7 +95,7 @@ def test_a_single_voxel_may_be_where_nothing_normalises_it():
 
 def test_a_network_that_needs_values_is_left_to_the_first_batch():
     class Reading(UNetEncoder):
-        def forward(self, image, location=None):
+        def forward(self, image, coordinate=None):
             assert image.sum().item() < 1e9
             return super().forward(image)
 

@@ -26,7 +26,7 @@ class Kept(nn.Module):
 
     channels, strides = (1, 1), ((1, 1, 1), (2, 1, 1))
 
-    def forward(self, image, location=None):
+    def forward(self, image, coordinate=None):
         self.image = image
         return image, image[:, :, ::2]
 
@@ -68,6 +68,6 @@ def test_an_order_that_is_none_is_refused(axes):
 def test_a_network_without_representation_or_locations_has_none_behind_the_wrapper():
     wrapped = Reoriented(net := Kept(), axes="SPL")
     assert not hasattr(wrapped, "represent")
-    assert not wrapped.takes_location
+    assert not wrapped.takes_coordinate
     wrapped(torch.zeros(1, 1, 2, 4, 6), torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
     assert net.image.shape == (1, 1, 6, 4, 2), "its forward knows of no index"

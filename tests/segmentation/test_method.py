@@ -54,15 +54,15 @@ def test_the_loss_is_that_of_the_logits_against_the_classes(at):
 def test_an_encoder_that_takes_locations_gets_that_of_every_voxel(at):
     segmentation, views = method(), batch()
     encoder, seen = segmentation.segmenter.encoder, []
-    segmentation.segmenter.takes_location = True
+    segmentation.segmenter.takes_coordinate = True
     plain = encoder.forward
-    encoder.forward = lambda image, location: seen.append(location) or plain(image)
+    encoder.forward = lambda image, coordinate: seen.append(coordinate) or plain(image)
     faces = torch.tensor([[1.5, -0.5, -0.5], [9.5, 15.5, 31.5]], dtype=torch.float64)
     views["crop"].body_faces = faces.expand(2, 1, 2, 3)
     segmentation(views, at())
-    (location,) = seen
-    assert location.shape == (2, 3, 16, 16, 16)
-    x, y, z = location[0, 0, :, 0, 0], location[0, 1, 0, :, 0], location[0, 2, 0, 0, :]
+    (coordinate,) = seen
+    assert coordinate.shape == (2, 3, 16, 16, 16)
+    x, y, z = coordinate[0, 0, :, 0, 0], coordinate[0, 1, 0, :, 0], coordinate[0, 2, 0, 0, :]
     for found, lower, side in ((x, 1.5, 8.0), (y, -0.5, 16.0), (z, -0.5, 32.0)):
         expected = 2 * (torch.arange(16.0) - lower) / side - 1
         assert torch.allclose(found, expected.clamp(-1, 1)), "beyond the body box its face counts"

@@ -34,10 +34,10 @@ def _context_network(num_classes=3, channels=1, seed=0):
 class Halves(nn.Module):
     """Labels what lies right of, in front of and above the body's middle: by location alone."""
 
-    takes_location = True
+    takes_coordinate = True
 
-    def forward(self, image, location):
-        beyond = torch.stack([location[:, axis] > 0 for axis in range(3)], dim=1).all(1)
+    def forward(self, image, coordinate):
+        beyond = torch.stack([coordinate[:, axis] > 0 for axis in range(3)], dim=1).all(1)
         return 9.0 * torch.stack([~beyond, beyond], dim=1)
 
 

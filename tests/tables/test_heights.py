@@ -61,7 +61,7 @@ def test_a_view_reads_its_height_from_the_table_of_its_case(store, tmp_path, dra
             expected = np.interp(z_mm[number], own[:, 0], own[:, 1])
             assert positions.along("external")[number, 2].item() == pytest.approx(expected, abs=1e-6)
     assert ((z_mm > 100) & (z_mm < 190)).sum() > 10
-    torch.testing.assert_close(positions.along("external")[:, :2], view.location[:, 0, :2])
+    torch.testing.assert_close(positions.along("external")[:, :2], view.location_body[:, 0, :2])
     positive, _ = PositionRule(axes=["z"], frame="external", threshold=0.2)(view)
     score = positions.along("external")[:, 2]
     assert positive.equal((score[:, None] - score).abs() < 0.2)

@@ -206,7 +206,7 @@ def view_of(
         volume_shape=table([view.record.shape for view in placed], torch.int64),
         case=table([view.case for view in placed], torch.int64),
         group=table([group_numbers[view.record.group] for view in placed], torch.int64),
-        location=table(locations, torch.float64),
+        location_body=table(locations, torch.float64),
         crop_body=table([view.record.body.to_body(view.placement.frame.faces) for view in placed], torch.float64),
         body_faces=table([(view.record.body.lower, view.record.body.upper) for view in placed], torch.float64),
         location_index=table(indices, torch.int64) if max(indices) >= 0 else None,

@@ -36,7 +36,7 @@ class View:
         volume_shape: voxels of the case's volume.
         case: number of the case in the store.
         group: number of the case's cohort; equal for equal cohorts.
-        location: body coordinate of the crop's centre before augmentation.
+        location_body: body coordinate of the crop's centre before augmentation.
         crop_body: lower and upper face of the crop before augmentation, in body coordinates.
         body_faces: lower and upper face of the body box, in volume voxels.
         displacement: view voxels, where a view was bent: the voxel u shows `matrix @ (u + displacement[u])`.
@@ -57,7 +57,7 @@ class View:
     volume_shape: Int64[Tensor, "b v 3"]
     case: Int64[Tensor, "b v"]
     group: Int64[Tensor, "b v"]
-    location: Float64[Tensor, "b v 3"]
+    location_body: Float64[Tensor, "b v 3"]
     crop_body: Float64[Tensor, "b v 2 3"] | None = None
     body_faces: Float64[Tensor, "b v 2 3"] | None = None
     displacement: Float32[Tensor, "b v 3 x y z"] | None = None
@@ -108,7 +108,7 @@ class View:
     def position(self, frame: Literal["body", "volume", "mm"] = "body") -> Float64[Tensor, "b v 3"]:
         """Where each view is: body coordinate before augmentation, or the middle in shares of the volume or mm."""
         if frame == "body":
-            return self.location
+            return self.location_body
         if frame == "volume":
             return (self.center_volume() + 0.5) / self.volume_shape
         if frame == "mm":

@@ -27,7 +27,7 @@ class PatchEncoder:
     """One feature a patch: the mean of the encoder's deepest map.
 
     Args:
-        network: an encoder in evaluation mode; one that `takes_location` is told the coordinate of each patch.
+        network: an encoder in evaluation mode; one that `takes_coordinate` is told the coordinate of each patch.
         reading: sides and spacing of a patch, what lies beyond the volume, normalisation.
         device: where it runs.
         batch_size: patches a call of the network.
@@ -66,7 +66,7 @@ class PatchEncoder:
     ) -> Float[Tensor, "batch dim"]:
         """The features of normalised patches, each told its coordinate where the network wants it."""
         inputs: list[Tensor] = [patches]
-        if getattr(self.network, "takes_location", False):
+        if getattr(self.network, "takes_coordinate", False):
             inputs.append(torch.from_numpy(np.asarray(coordinate, dtype=np.float32)).to(self.device))
         return self.network(*inputs)[-1].mean(dim=(2, 3, 4))
 

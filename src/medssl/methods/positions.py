@@ -43,7 +43,11 @@ class Positions:
         if view.points is not None and view.point_features is not None:
             heights = torch.cat([view.points[:, 0], view.point_features[:, 0, :, :1].double()], dim=-1)
         return cls(
-            view.center_volume()[:, 0], view.volume_shape[:, 0], view.volume_to_mm[:, 0], view.location[:, 0], heights
+            view.center_volume()[:, 0],
+            view.volume_shape[:, 0],
+            view.volume_to_mm[:, 0],
+            view.location_body[:, 0],
+            heights,
         )
 
     def along(self, frame: str) -> Float64[Tensor, "b 3"]:

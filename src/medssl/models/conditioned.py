@@ -108,7 +108,7 @@ class ConditionedEncoder(nn.Module):
     Source: arXiv:2302.10390; repository batmanlab/DrasCLR, models/cnn3d.py.
     """
 
-    takes_location = True
+    takes_coordinate = True
 
     def __init__(
         self,
@@ -151,28 +151,28 @@ class ConditionedEncoder(nn.Module):
     def forward(
         self,
         image: Float[Tensor, "batch channel x y z"],
-        location: Tensor | None = None,
+        coordinate: Tensor | None = None,
         index: Int[Tensor, " batch"] | None = None,
     ) -> list[Float[Tensor, "batch width i j k"]]:
         """The maps, fine to coarse.
 
         Args:
             image: any size; the maps have a stride of 1, 2, 4, ... voxels.
-            location: coordinates of places (u 3), or of every voxel of the image (b 3 x y z): every layer takes those
+            coordinate: that of each place (u 3), or of every voxel of the image (b 3 x y z): every layer takes those
                 of the voxels that its own are centred on. None is the middle, coordinate 0, everywhere.
-            index: each sample's place, a row of `location`. Without it there is a place for each sample, or one.
+            index: each sample's place, a row of `coordinate`. Without it there is a place for each sample, or one.
 
         Raises:
             ValueError: the shapes do not fit together, or a coordinate is no number or far outside [-1, 1].
         """
-        places = self._places(image, location, index)
+        places = self._places(image, coordinate, index)
         maps = self._maps(image, places)
         return maps if places.order is None else [level[places.order.argsort()] for level in maps]
 
     def represent(
         self,
         image: Float[Tensor, "batch channel x y z"],
-        location: Tensor | None = None,
+        coordinate: Tensor | None = None,
         index: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch dim"]:
         """The last map, averaged over its voxels (one, for images of up to 32 voxels). Arguments as of `forward`.
@@ -182,7 +182,7 @@ class ConditionedEncoder(nn.Module):
         """
         if len(self.channels) < 6:
             raise ValueError("this encoder was built without conv4 (num_maps=5) and has no representation; use 6 maps")
-        places = self._places(image, location, index)
+        places = self._places(image, coordinate, index)
         pooled = self._maps(image, places)[-1].mean((2, 3, 4))
         return pooled if places.order is None else pooled[places.order.argsort()]
 
@@ -196,43 +196,43 @@ class ConditionedEncoder(nn.Module):
         last = () if len(self.channels) == 6 else ("conv4.", "bn4.")
         return {key: tensor for key, tensor in fitted.items() if not key.startswith(last)}
 
-    def _places(self, image: Tensor, location: Tensor | None, index: Tensor | None) -> Places:
+    def _places(self, image: Tensor, coordinate: Tensor | None, index: Tensor | None) -> Places:
         """The places of a batch, checked, with those that no sample has left out."""
         batch = len(image)
         if image.shape[1] != self.in_channels:
             raise ValueError(f"the encoder reads {self.in_channels} channels, the image has {image.shape[1]}")
-        if location is None:
+        if coordinate is None:
             return Places(image.new_zeros(1, 3, dtype=torch.float32), (batch,))
-        if not bool((location.abs() <= LARGEST_COORDINATE).all()):
+        if not bool((coordinate.abs() <= LARGEST_COORDINATE).all()):
             raise ValueError(
                 f"coordinates must lie in [-1, 1], at most {LARGEST_COORDINATE} beside the body; got "
-                f"{location.min().item():g} to {location.max().item():g}. Voxel indices and millimetres close or open "
-                "every gate: give the coordinates of a table of locations"
+                f"{coordinate.min().item():g} to {coordinate.max().item():g}. Voxel indices and millimetres "
+                "close or open every gate: give the coordinates of a table of locations"
             )
-        if location.ndim == 5:
-            if location.shape != (batch, 3, *image.shape[2:]) or index is not None:
+        if coordinate.ndim == 5:
+            if coordinate.shape != (batch, 3, *image.shape[2:]) or index is not None:
                 raise ValueError(
                     f"a map of locations needs the shape {(batch, 3, *image.shape[2:])} and no index; got "
-                    f"{tuple(location.shape)} {'and' if index is not None else 'without'} an index"
+                    f"{tuple(coordinate.shape)} {'and' if index is not None else 'without'} an index"
                 )
-            return Places(location)
-        if location.ndim != 2 or location.shape[1] != 3 or (index is None and len(location) not in (1, batch)):
+            return Places(coordinate)
+        if coordinate.ndim != 2 or coordinate.shape[1] != 3 or (index is None and len(coordinate) not in (1, batch)):
             raise ValueError(
                 f"locations of {batch} samples are (u 3) with an index, ({batch} 3), (1 3) or a map (b 3 x y z); got "
-                f"{tuple(location.shape)} {'with' if index is not None else 'without'} an index"
+                f"{tuple(coordinate.shape)} {'with' if index is not None else 'without'} an index"
             )
-        if len(location) == 1:
-            return Places(location, (batch,))
+        if len(coordinate) == 1:
+            return Places(coordinate, (batch,))
         if index is None:
-            return Places(location, (1,) * batch)
+            return Places(coordinate, (1,) * batch)
         rows = index.tolist()
         used = sorted(set(rows))
-        if len(rows) != batch or used[0] < 0 or used[-1] >= len(location):
+        if len(rows) != batch or used[0] < 0 or used[-1] >= len(coordinate):
             raise ValueError(
-                f"index must name one of {len(location)} locations for each of {batch} samples; got {rows}"
+                f"index must name one of {len(coordinate)} locations for each of {batch} samples; got {rows}"
             )
         counts = tuple(rows.count(row) for row in used)
-        return Places(location[used], counts, None if rows == sorted(rows) else index.argsort(stable=True))
+        return Places(coordinate[used], counts, None if rows == sorted(rows) else index.argsort(stable=True))
 
     def _maps(self, image: Tensor, places: Places) -> list[Tensor]:
         """The maps in the order of the places."""

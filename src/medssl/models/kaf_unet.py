@@ -148,16 +148,16 @@ class KAFEncoder(nn.Module):
     def forward(
         self,
         image: Float[Tensor, "batch channel *spatial"],
-        location: Tensor | None = None,
+        coordinate: Tensor | None = None,
         *,
         points: Float[Tensor, "batch n axis"] | None = None,
         valid: Bool[Tensor, "batch n"] | None = None,
     ) -> list[Tensor]:
-        """The maps, fine to coarse; `location` is accepted and not used.
+        """The maps, fine to coarse; `coordinate` is accepted and not used.
 
         Args:
             image: sides are multiples of the coarsest stride.
-            location: see above.
+            coordinate: see above.
             points: keypoints in voxels of the image; without them the detector finds some on the image as it is.
             valid: which of the points count; null is all. Points that are no numbers or lie outside never do.
 

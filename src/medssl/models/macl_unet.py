@@ -80,9 +80,9 @@ class MACLUNetEncoder(nn.Module):
         self.apply(initialise)
 
     def forward(
-        self, image: Float[Tensor, "batch channel *spatial"], location: Tensor | None = None
+        self, image: Float[Tensor, "batch channel *spatial"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch _ *_"]]:
-        """The maps, fine to coarse; `location` is accepted and not used.
+        """The maps, fine to coarse; `coordinate` is accepted and not used.
 
         Raises:
             ValueError: a side is no multiple of the coarsest stride.

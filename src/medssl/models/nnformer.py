@@ -179,13 +179,13 @@ class NnFormerEncoder(nn.Module):
     def forward(
         self,
         image: Float[Tensor, "batch channel x y z"],
-        location: Tensor | None = None,
+        coordinate: Tensor | None = None,
         *,
         masked: Bool[Tensor, "#batch 1 i j k"] | None = None,
     ) -> list[Float[Tensor, "batch width _ _ _"]]:
         """Four maps, fine to coarse; tokens that are `masked` (on the finest grid) give way to the mask token.
 
-        `location` is accepted and not used.
+        `coordinate` is accepted and not used.
 
         Raises:
             ValueError: another number of channels, or sides that are no multiples of 16.

@@ -37,10 +37,10 @@ class Reoriented(nn.Module):
         self.directions = [-1.0 if letter in axes else 1.0 for letter in TURNED]  # along our x, y and z
         self.strides = tuple(tuple(stride[axis] for axis in self.back) for stride in net.strides)  # type: ignore[union-attr]
 
-        self.takes_location = bool(getattr(net, "takes_location", False))
+        self.takes_coordinate = bool(getattr(net, "takes_coordinate", False))
 
     def forward(
-        self, image: Float[Tensor, "batch channel x y z"], location: Tensor | None = None, index: Tensor | None = None
+        self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None, index: Tensor | None = None
     ) -> list[Float[Tensor, "batch dim i j k"]]:
         """The maps of `net` along our axes.
 
@@ -48,7 +48,7 @@ class Reoriented(nn.Module):
         and keep the order x, y, z. A map of them, one for every voxel, is laid along the axes of `net` as the image is.
         Networks that take locations get `index` too.
         """
-        maps = self.net(self._own(image), *self._where(location, index))
+        maps = self.net(self._own(image), *self._where(coordinate, index))
         if self.turned:
             maps = [level.flip(self.turned) for level in maps]
         return [level.permute(0, 1, *(2 + axis for axis in self.back)) for level in maps]
@@ -58,8 +58,8 @@ class Reoriented(nn.Module):
         """`represent` of `net` for images along our axes; networks without it give an AttributeError."""
         inner: Callable[..., Tensor] = self.net.represent  # type: ignore[assignment]
 
-        def represent(image: Tensor, location: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-            return inner(self._own(image), *self._where(location, index))
+        def represent(image: Tensor, coordinate: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+            return inner(self._own(image), *self._where(coordinate, index))
 
         return represent
 
@@ -68,9 +68,9 @@ class Reoriented(nn.Module):
         own = volume.permute(0, 1, *(2 + axis for axis in self.forth))
         return own.flip(self.turned) if self.turned else own
 
-    def _where(self, location: Tensor | None, index: Tensor | None) -> tuple[Any, ...]:
-        if location is not None:
-            signs = location.new_tensor(self.directions)
-            is_map = location.ndim == 5
-            location = self._own(location * signs.view(3, 1, 1, 1)) if is_map else location * signs
-        return (location, index) if self.takes_location else (location,)
+    def _where(self, coordinate: Tensor | None, index: Tensor | None) -> tuple[Any, ...]:
+        if coordinate is not None:
+            signs = coordinate.new_tensor(self.directions)
+            is_map = coordinate.ndim == 5
+            coordinate = self._own(coordinate * signs.view(3, 1, 1, 1)) if is_map else coordinate * signs
+        return (coordinate, index) if self.takes_coordinate else (coordinate,)

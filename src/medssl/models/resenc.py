@@ -71,9 +71,9 @@ class ResidualEncoder(nn.Module):
         )
 
     def forward(
-        self, image: Float[Tensor, "batch channel x y z"], location: Tensor | None = None
+        self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """One map a stage, fine to coarse; `location` is accepted and not used.
+        """One map a stage, fine to coarse; `coordinate` is accepted and not used.
 
         Raises:
             ValueError: the coarsest map would have a single voxel, which instance norm turns to zero.

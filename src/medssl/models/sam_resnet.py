@@ -143,11 +143,11 @@ class SamResNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(
-        self, image: Float[Tensor, "batch channel z y x"], location: Tensor | None = None
+        self, image: Float[Tensor, "batch channel z y x"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch dim k j i"]]:
         """The fine map (half the size) and the coarse one, in float32, of length 1 over channels.
 
-        `location` is accepted and not used.
+        `coordinate` is accepted and not used.
 
         Raises:
             ValueError: the image is a single slice.

@@ -40,34 +40,38 @@ class Segmenter(nn.Module):
         self.encoder, self.decoder, self.num_classes = encoder, decoder, num_classes
         supervised = widths[: 1 + deep_supervision]
         self.head = nn.ModuleList(output_layer(width, num_classes, step=strides[0]) for width in supervised)
-        self.takes_location = bool(getattr(encoder, "takes_location", False))
+        self.takes_coordinate = bool(getattr(encoder, "takes_coordinate", False))
         self.multiple_voxel = tuple(math.lcm(*steps) for steps in zip(*levels(encoder)[1], strict=True))
 
     def forward(
-        self, image: Float[Tensor, "batch channel *spatial"], location: Float[Tensor, "batch 3 *spatial"] | None = None
+        self,
+        image: Float[Tensor, "batch channel *spatial"],
+        coordinate: Float[Tensor, "batch 3 *spatial"] | None = None,
     ) -> Float[Tensor, "batch class *spatial"]:
         """Logits at full resolution.
 
-        Where `takes_location` is set, `location` is the coordinate of every voxel: -1 to 1 from face to face of the
+        Where `takes_coordinate` is set, `coordinate` says where every voxel lies: -1 to 1 from face to face of the
         body box, the nearest face's beyond it.
 
         Raises:
             ValueError: a side is no multiple of `multiple_voxel`, or the image has another number of channels.
         """
-        return self.head[0](self._decoded(image, location)[0])
+        return self.head[0](self._decoded(image, coordinate)[0])
 
     def outputs(
-        self, image: Float[Tensor, "batch channel *spatial"], location: Float[Tensor, "batch 3 *spatial"] | None = None
+        self,
+        image: Float[Tensor, "batch channel *spatial"],
+        coordinate: Float[Tensor, "batch 3 *spatial"] | None = None,
     ) -> list[Float[Tensor, "batch class *coarse"]]:
         """Logits of every supervised resolution, full resolution first."""
-        supervised = self._decoded(image, location)[: len(self.head)]
+        supervised = self._decoded(image, coordinate)[: len(self.head)]
         return [head(level) for head, level in zip(self.head, supervised, strict=True)]
 
     def parts(self) -> dict[str, nn.Module]:
         """The named networks that a file holds."""
         return {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
 
-    def _decoded(self, image: Tensor, location: Tensor | None) -> list[Tensor]:
+    def _decoded(self, image: Tensor, coordinate: Tensor | None) -> list[Tensor]:
         size = tuple(image.shape[2:])
         if any(side % step for side, step in zip(size, self.multiple_voxel, strict=True)):
             fitting = tuple(-(-side // step) * step for side, step in zip(size, self.multiple_voxel, strict=True))
@@ -78,7 +82,7 @@ class Segmenter(nn.Module):
         expected = getattr(self.encoder, "in_channels", None)
         if expected not in (None, image.shape[1]):
             raise ValueError(f"the network reads {expected} channels, the image has {image.shape[1]}")
-        return self.decoder(image, self.encoder(image, location) if self.takes_location else self.encoder(image))
+        return self.decoder(image, self.encoder(image, coordinate) if self.takes_coordinate else self.encoder(image))
 
 
 def build_segmenter(

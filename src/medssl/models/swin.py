@@ -66,9 +66,9 @@ class SwinEncoder(SwinTransformer):
         self.strides = tuple(tuple(side << level for side in patch) for level in range(5))
 
     def forward(
-        self, image: Float[Tensor, "batch channel x y z"], location: Tensor | None = None
+        self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """Five maps, fine to coarse, each token normed without weights; `location` is accepted and not used."""
+        """Five maps, fine to coarse, each token normed without weights; `coordinate` is accepted and not used."""
         tokens = self.pos_drop(self.patch_embed(image)).permute(0, 2, 3, 4, 1).contiguous()
         maps = [tokens]
         for (stage,) in (self.layers1, self.layers2, self.layers3, self.layers4):

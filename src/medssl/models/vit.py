@@ -255,9 +255,9 @@ class VisionTransformer(PositionedTransformer):
         return self.norm(tokens)
 
     def forward(
-        self, image: Float[Tensor, "batch channel x y z"], location: Tensor | None = None
+        self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch dim i j k"]]:
-        """Feature maps, shallow to deep, all on the patch grid; `location` is accepted and not used."""
+        """Feature maps, shallow to deep, all on the patch grid; `coordinate` is accepted and not used."""
         tokens, states = self._embed(image, None), {}
         for done, block in enumerate(self.blocks, start=1):
             tokens = states[done] = self.run_block(block, tokens)

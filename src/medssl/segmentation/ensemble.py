@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from medssl.inference.reading import Reading
-from medssl.segmentation.segment import Averaged, Member, takes_location
+from medssl.segmentation.segment import Averaged, Member, takes_coordinate
 from medssl.weights import load_segmenter
 
 LABEL_TYPES = (np.uint8, np.int16, np.int32)
@@ -79,9 +79,9 @@ class Ensemble:
         return cls(members, classes, channels, num_channels, said.pop() if len(said) == 1 else None)
 
     @property
-    def takes_location(self) -> bool:
+    def takes_coordinate(self) -> bool:
         """Whether a network wants to know where in the body each voxel lies."""
-        return any(takes_location(member.predict) for member in self.members)
+        return any(takes_coordinate(member.predict) for member in self.members)
 
     def label_values(self) -> np.ndarray:
         """The label value of each class, in the smallest type that holds all."""

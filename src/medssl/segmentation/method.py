@@ -87,10 +87,10 @@ class Segmentation(Method):
         view = batch["crop"]
         assert view.label is not None
         target = self.classes_of(view.label.flatten(0, 1))  # (n 1 x y z)
-        location = None
-        if self.segmenter.takes_location:
-            location = (2 * view.grid_body().flatten(0, 1) - 1).clamp(-1, 1)
-        outputs = self.segmenter.outputs(view.image.flatten(0, 1), location)
+        coordinate = None
+        if self.segmenter.takes_coordinate:
+            coordinate = (2 * view.grid_body().flatten(0, 1) - 1).clamp(-1, 1)
+        outputs = self.segmenter.outputs(view.image.flatten(0, 1), coordinate)
         weights = [0.5**level for level in range(len(outputs))]
         with torch.autocast(target.device.type, enabled=False):
             losses = [self.loss(output.float(), _coarser(target, output)) for output in outputs]

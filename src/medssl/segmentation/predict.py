@@ -240,7 +240,7 @@ def _segmented(
         classes = segment(
             ensemble.members,
             fetch_from(file.volume.array),
-            record_of(file.volume, name, modality=modality, with_body=ensemble.takes_location),
+            record_of(file.volume, name, modality=modality, with_body=ensemble.takes_coordinate),
             num_classes=len(ensemble.classes),
             device=settings.device,
             overlap=settings.overlap,

@@ -38,20 +38,20 @@ class Averaged:
         if len(set(flips)) != len(flips) or not set(flips) <= {0, 1, 2}:
             raise ValueError(f"flips must be different ones of 0 (x), 1 (y), 2 (z), got {list(flips)}")
         self.networks, self.dtype = list(networks), dtype
-        self.takes_location = any(getattr(network, "takes_location", False) for network in networks)
+        self.takes_coordinate = any(getattr(network, "takes_coordinate", False) for network in networks)
         dims = [2 + axis for axis in flips]
         self.flips = [some for count in range(len(dims) + 1) for some in combinations(dims, count)]
 
     @torch.inference_mode()
     def __call__(
-        self, windows: Float[Tensor, "b c x y z"], location: Float[Tensor, "b 3 x y z"] | None = None
+        self, windows: Float[Tensor, "b c x y z"], coordinate: Float[Tensor, "b 3 x y z"] | None = None
     ) -> Float32[Tensor, "b k x y z"]:
-        """The probabilities of the windows; `location` is the coordinate of each voxel, for networks that take it."""
+        """The probabilities of the windows; `coordinate` says where each voxel lies, for networks that take it."""
         total, own = None, self.dtype is not None
         for network in self.networks:
             for dims in self.flips:
                 with torch.autocast(windows.device.type, dtype=self.dtype) if own else nullcontext():
-                    inputs = (windows, location) if getattr(network, "takes_location", False) else (windows,)
+                    inputs = (windows, coordinate) if getattr(network, "takes_coordinate", False) else (windows,)
                     logits = network(*(x.flip(dims) if dims and x is not None else x for x in inputs))
                 probabilities = (logits.flip(dims) if dims else logits).float().softmax(1)
                 total = probabilities if total is None else total.add_(probabilities)
@@ -114,7 +114,7 @@ def segment(
     """
     device = torch.device(device)
     windows = [SlidingWindow(m.reading.crop_voxel, overlap, batch_size=window_batch) for m in members]
-    images = [WorkingImage(record, m.reading, fetch, device, located=takes_location(m.predict)) for m in members]
+    images = [WorkingImage(record, m.reading, fetch, device, located=takes_coordinate(m.predict)) for m in members]
     total = sum(w.num_windows(image.grid.frame.shape) for w, image in zip(windows, images, strict=True))
     done = 0
 
@@ -215,9 +215,9 @@ def segment_stored(
     )
 
 
-def takes_location(predict: Predict) -> bool:
+def takes_coordinate(predict: Predict) -> bool:
     """Whether networks want to know where in the body each voxel lies; `predict` then has a second argument for it."""
-    return getattr(predict, "takes_location", False)
+    return getattr(predict, "takes_coordinate", False)
 
 
 def _finite(slabs: Iterable[tuple[int, Tensor]], record: Record) -> Iterator[tuple[int, Tensor]]:
@@ -232,12 +232,12 @@ def _normalised(member: Member, record: Record, device: torch.device) -> Predict
     """The member's network behind its normalisation; mixed precision, where the caller is in it, for that alone."""
     normalise = member.reading.normaliser(record)
     mixed, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    located = takes_location(member.predict)
+    located = takes_coordinate(member.predict)
 
     def predict(windows: Tensor) -> Tensor:
-        location = (windows[:, -3:],) if located else ()
+        coordinate = (windows[:, -3:],) if located else ()
         windows = normalise(windows[:, :-3] if located else windows)
         with torch.autocast(device.type, dtype=dtype, enabled=mixed):
-            return member.predict(windows, *location)
+            return member.predict(windows, *coordinate)
 
     return predict

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 Predict = Callable[..., Tensor]
-"""Windows (b c x y z) to class probabilities (b k x y z) that sum to one; see `segmenting.takes_location`."""
+"""Windows (b c x y z) to class probabilities (b k x y z) that sum to one; see `segment.takes_coordinate`."""
 Layer = Callable[[int, int], Tensor]
 """The slices from `first` to before `last` of an image, (c x y height)."""
 
