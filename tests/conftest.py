@@ -1,4 +1,4 @@
-"""What every test shares: one thread, the folder of real volumes, a headless matplotlib."""
+"""What every test shares: one thread, the folder of real volumes, a headless matplotlib, where a run stands."""
 
 import os
 import sys
@@ -25,6 +25,19 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("MEDSSL_TEST_DATA is unset: it names the folder with the small real volumes")
     return Path(folder)
+
+
+@pytest.fixture
+def at():
+    """Makes the `Progress` of a step of a run of 100 steps in 10 epochs."""
+
+    from medssl.methods.base import Progress
+
+    def make(step=0, **options):
+        defaults = {"total_steps": 100, "epoch": step / 10, "total_epochs": 10.0, "seed": 0}
+        return Progress(step, **{**defaults, **options})
+
+    return make
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from medssl.data.views import View
-from medssl.methods.base import Progress
 from medssl.methods.glmae import GLMAE
 from medssl.models.heads import ProjectionHead
 from medssl.models.vit import MaskedDecoder, VisionTransformer
@@ -53,16 +52,5 @@ def glmae():
         decoder = MaskedDecoder(**home, encoder_dim=24, dim=12, depth=1, num_heads=3)
         head = ProjectionHead(in_dim=24, hidden_dim=32, bottleneck_dim=8, num_prototypes=16, init_std=0.1)
         return GLMAE(encoder=encoder, decoder=decoder, head=head, **options)
-
-    return make
-
-
-@pytest.fixture
-def at():
-    """Makes the `Progress` of a step of a run of 100 steps in 10 epochs."""
-
-    def make(step=0, **options):
-        defaults = {"total_steps": 100, "epoch": step / 10, "total_epochs": 10.0, "seed": 0}
-        return Progress(step, **{**defaults, **options})
 
     return make
