@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from medssl.data.store import VolumeStore
+    from medssl.data.views import View, ViewPlan
+    from medssl.methods.base import Progress
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run several small processes on two cores
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -122,6 +124,64 @@ def make_store(tmp_path: Path) -> Callable[..., "VolumeStore"]:
         write_index(root, records)
         (root / "store.json").write_text('{"format": 1, "recipe": {}}')
         return VolumeStore(root)
+
+    return make
+
+
+@pytest.fixture
+def noise_store(make_store: Callable[..., "VolumeStore"]) -> "VolumeStore":
+    """Four cases of noise in the range of CT, with a label of three values."""
+    import numpy as np
+
+    arrays = [np.random.default_rng(n).integers(-1000, 1000, (1, 40, 36, 32)).astype(np.int16) for n in range(4)]
+    return make_store(*arrays, labels=[(a[0] > 500) + (a[0] > 700).astype(int) + (a[0] > 990) for a in arrays])
+
+
+@pytest.fixture
+def draw() -> Callable[..., "dict[str, View]"]:
+    """Place, read and draw a view plan for some requests, without a loader."""
+    import torch
+
+    from medssl.data.draw import box_of, cut_regions
+    from medssl.data.loading import RawView
+    from medssl.data.module import view_of
+    from medssl.data.scene import Scene
+
+    def drawn(
+        store: "VolumeStore", plan: "ViewPlan", requests: list, *, seed: int = 0, step: int = 0, device: str = "cpu"
+    ) -> "dict[str, View]":
+        groups: dict[str, list[RawView]] = {name: [] for name in plan.groups}
+        for request in requests:
+            for name, views in plan.place(Scene(store, request), seed=seed, step=step).items():
+                spec = plan.groups[name]
+                for view in views:
+                    box = box_of(view, spec)
+                    raw = RawView(view, box, store.read(view.case, box.level, box.lower, box.upper))
+                    raw.voxels = torch.from_numpy(raw.voxels.result()).to(device)
+                    if spec.label:
+                        raw.label_box = box_of(view, spec, finest=True)
+                        label = store.read_label(view.case, raw.label_box.lower, raw.label_box.upper)
+                        raw.label = torch.from_numpy(label.result()).to(device)
+                    if spec.regions is not None:
+                        raw.region_box, raw.regions = cut_regions(store, view, spec.regions)
+                    groups[name].append(raw)
+        numbers = {name: n for n, name in enumerate(sorted({r.group for r in store.records()}))}
+        return {
+            name: view_of(plan.groups[name], raws, num_samples=len(requests), store=store, group_numbers=numbers)
+            for name, raws in groups.items()
+        }
+
+    return drawn
+
+
+@pytest.fixture
+def at() -> Callable[..., "Progress"]:
+    """Makes the `Progress` of a step of a run of 100 steps in 10 epochs."""
+    from medssl.methods.base import Progress
+
+    def make(step: int = 0, **options) -> Progress:
+        defaults = {"total_steps": 100, "epoch": step / 10, "total_epochs": 10.0, "seed": 0}
+        return Progress(step, **{**defaults, **options})
 
     return make
 
