@@ -30,19 +30,6 @@ def real_data() -> Path:
 
 
 @pytest.fixture
-def at():
-    """Makes the `Progress` of a step of a run of 100 steps in 10 epochs."""
-
-    from medssl.methods.base import Progress
-
-    def make(step=0, **options):
-        defaults = {"total_steps": 100, "epoch": step / 10, "total_epochs": 10.0, "seed": 0}
-        return Progress(step, **{**defaults, **options})
-
-    return make
-
-
-@pytest.fixture
 def finished_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes the results of a fine-tuning run: `gain` over scores that depend on the case and class alone."""
     import numpy as np
