@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from medssl.data.module import VolumeDataModule
+from medssl.methods.positions import Positions
 
 GLMAE = """
 sampler: {_target_: medssl.data.sampling.Shuffled}
@@ -259,7 +260,7 @@ def test_alice_gets_matched_crops_of_two_volumes(store):
     view = _first_batch(store, ALICE, step=1)["pair"]
     assert view.image.shape == (4, 2, 1, 16, 16, 16)
     assert (view.case[:, 0] != view.case[:, 1]).any()
-    body = view.position("body")
+    body = view.location_body
     np.testing.assert_allclose(body[:, 0], body[:, 1], atol=0.03)
 
 
@@ -323,11 +324,11 @@ def test_macl_gets_one_crop_twice_in_place_and_twice_moved(store):
     assert not torch.equal(views["variance_auxiliary"].matrix, views["variance_dominant"].matrix)
     assert not torch.equal(views["invariance_auxiliary"].image, views["invariance_dominant"].image), "jitter differs"
     first = views["invariance_auxiliary"]
-    body = first.position("body")[:, 0]
+    body = first.location_body[:, 0]
     assert (body[0] - body[1]).abs().max() <= 0.1 + 2 / 30, "two volumes near one anchor"
-    assert torch.equal(views["variance_dominant"].position("body"), first.position("body"))
+    assert torch.equal(views["variance_dominant"].location_body, first.location_body)
     for frame in ("body", "volume", "mm"):
-        assert first.position(frame).shape == (4, 1, 3)
+        assert Positions.of_view(first).along(frame).shape == (4, 3)
     assert first.case[0] != first.case[1]
     assert torch.equal(first.group, first.case % 2), "cohorts a, b, a, b, ..."
 

@@ -7,6 +7,7 @@ from medssl.data.module import VolumeDataModule
 from medssl.data.placements import Fixed, RandomCrop, Same
 from medssl.data.sampling import Request, Shuffled
 from medssl.data.views import ViewPlan
+from medssl.methods.positions import Positions
 
 
 @pytest.fixture
@@ -103,9 +104,10 @@ def test_positions_in_body_volume_and_millimetres_agree(coordinate_store, draw):
     view = draw(coordinate_store, ViewPlan(groups={"x": RandomCrop(size=[8] * 3)}), [Request((0,), 0)])["x"]
     center = view.center_volume()[0, 0]
     body = coordinate_store.record(0).body
-    np.testing.assert_allclose(view.position("body")[0, 0].numpy(), body.to_body(center.numpy()))
-    np.testing.assert_allclose(view.position("volume")[0, 0].numpy(), (center.numpy() + 0.5) / [80, 72, 64])
-    np.testing.assert_allclose(view.position("mm")[0, 0].numpy(), center.numpy() * [1.0, 1.2, 2.0])
+    found = Positions.of_view(view)
+    np.testing.assert_allclose(found.along("body")[0].numpy(), body.to_body(center.numpy()))
+    np.testing.assert_allclose(found.along("volume")[0].numpy(), (center.numpy() + 1) / [80, 72, 64])
+    np.testing.assert_allclose(found.along("mm")[0].numpy(), center.numpy() * [1.0, 1.2, 2.0])
 
 
 AUGMENT = [Flip(), Affine(rotation_deg=10), Window(low_hu=-1000, high_hu=1000), GaussianNoise()]

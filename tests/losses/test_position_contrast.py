@@ -2,7 +2,8 @@ import pytest
 import torch
 from oracles.transport import positive_contrast
 
-from medssl.losses.position_contrast import contrast_of_positives, equal_labels, near_positions, overlapping_boxes
+from medssl.losses.position_contrast import contrast_of_positives, equal_labels
+from medssl.methods.positions import near_positions
 
 
 def card():
@@ -15,7 +16,7 @@ def card():
 @pytest.mark.parity
 def test_the_card_s_values():
     vectors, position = card()
-    by_position = near_positions(position, metric="axial", threshold=0.1)
+    by_position = near_positions(position[:, 2:], threshold=0.1)
     assert contrast_of_positives(vectors, by_position).item() == pytest.approx(23.30359, abs=5e-6)
     by_image = equal_labels(torch.arange(4).repeat(2))
     assert contrast_of_positives(vectors, by_image).item() == pytest.approx(28.02613, abs=5e-6)
@@ -46,20 +47,3 @@ def test_without_any_positive_the_loss_and_its_gradient_are_zero():
     loss.backward()
     assert loss == 0
     assert vectors.grad.abs().max() == 0
-
-
-def test_positions_are_near_strictly_below_the_threshold():
-    position = torch.tensor([[0.0, 0, 0], [0.5, 0, 0.05], [0, 0, 0.1]], dtype=torch.float64)
-    axial = near_positions(position, metric="axial", threshold=0.1)
-    assert axial.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
-    cubic = near_positions(position, metric="linf", threshold=0.11)
-    assert cubic.tolist() == [[True, False, True], [False, True, False], [True, False, True]]
-    with pytest.raises(ValueError, match="metric is 'l2', allowed are axial, linf"):
-        near_positions.__wrapped__(position, metric="l2", threshold=1.0)
-
-
-def test_boxes_overlap_by_their_share_of_the_union():
-    lower = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [2, 0, 0]], dtype=torch.float64)
-    upper = lower + 1
-    assert overlapping_boxes(lower, upper, threshold=0.3).tolist()[0] == [True, True, False]  # 0.5 of 1.5
-    assert overlapping_boxes(lower, upper, threshold=0.34).tolist()[0] == [True, False, False]

@@ -11,8 +11,10 @@ from oracles.transport import matching, plan, positive_contrast
 
 from medssl.data.views import View
 from medssl.methods.base import Progress
-from medssl.methods.kaf import KAF, WATCHED_STEPS, crop_faces, places
+from medssl.methods.kaf import KAF
 from medssl.methods.kaf_points import PointRule
+from medssl.methods.positions import Positions, reachable
+from medssl.methods.watch import WATCHED_STEPS
 from medssl.models.kaf_heads import KAFHeads
 from medssl.models.kaf_unet import KAFEncoder
 from medssl.models.keypoint_matcher import KeypointMatcher
@@ -59,7 +61,7 @@ def batch(*, b=3, k=20, seed=0, offset=(3.0, 0.0, 2.0)):
 
 
 def place_of(view):
-    return places(*crop_faces(view).unbind(1))
+    return Positions.of_view(view).along("reachable")
 
 
 def at(step=0):
@@ -318,8 +320,8 @@ def test_positives_may_be_views_or_partitions_of_the_height(positives):
 def test_places_run_from_0_to_1_over_what_a_crop_can_have():
     views = batch(b=2)
     middle = torch.tensor([[0.25, 0.5, 0.75], [0.3, 0.9, 0.0]]).double()
-    assert places(middle - 0.25, middle + 0.25).tolist() == [[0.0, 0.5, 1.0], [pytest.approx(0.1), 1.0, 0.0]]
-    assert places(middle - 0.5, middle + 0.5).tolist() == [[0.5] * 3] * 2, "crops as large as the body"
+    assert reachable(middle - 0.25, middle + 0.25).tolist() == [[0.0, 0.5, 1.0], [pytest.approx(0.1), 1.0, 0.0]]
+    assert reachable(middle - 0.5, middle + 0.5).tolist() == [[0.5] * 3] * 2, "crops as large as the body"
     for name, y in (("first", 0.25), ("second", 0.5)):  # places that differ by 0.5 or more
         middle = torch.tensor([[0.25, y, 0.25], [0.75, y, 0.25]]).double()
         views[name].crop_body = torch.stack([middle - 0.25, middle + 0.25], dim=1)[:, None]
@@ -413,15 +415,15 @@ def test_steps_without_positives_are_said_once(capsys):
     assert output.logs["num_positives"] == 0
     assert output.logs["image"] == output.logs["keypoints"] == 0
     for step in range(1, 3 * WATCHED_STEPS):
-        method._watch(3, torch.tensor(float(step < 15)), at(step))
+        method.watch([torch.tensor(float(step < 15))], at(step))
     said = capsys.readouterr().err
     assert said.count("warning") == 1
     assert "in 6 of 20 steps no view had a positive" in said
     assert "method.threshold=0.001" in said
     method = make()
     for step in range(WATCHED_STEPS):
-        method._watch(4, torch.tensor(0.1), at(step))
-    assert method.watched == []
+        method.watch([torch.tensor(0.1)], at(step))
+    assert method.watch.rows == []
     assert capsys.readouterr().err == ""
 
 

@@ -10,8 +10,9 @@ from oracles.macl_network import fill, golden_images, published_shapes
 
 from medssl.data.views import View
 from medssl.methods.base import Progress
-from medssl.methods.macl import MACL, WATCHED_STEPS
+from medssl.methods.macl import MACL
 from medssl.methods.positions import PositionRule
+from medssl.methods.watch import WATCHED_STEPS
 from medssl.models.macl_heads import MACLHeads
 from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
 from medssl.models.partial_unet import PartialUNet
@@ -290,7 +291,7 @@ def test_a_run_without_positives_or_without_negatives_says_so_once(z, count, adv
     method, views = make(), batch(z=z)
     logs = method(views, NOW).logs
     for step in range(1, 3 * WATCHED_STEPS):
-        method._watch(logs["num_positives"], logs["num_compared"], replace(NOW, step=step))
+        method.watch([logs["num_positives"], logs["num_compared"]], replace(NOW, step=step))
     said = capsys.readouterr().err
     assert said.count("warning") == 1
     assert count in said
@@ -304,7 +305,7 @@ def test_a_run_that_compares_nothing_asks_for_larger_batches(capsys):
     }
     logs = method(alone, NOW).logs
     for _ in range(WATCHED_STEPS):
-        method._watch(logs["num_positives"], logs["num_compared"], NOW)
+        method.watch([logs["num_positives"], logs["num_compared"]], NOW)
     said = capsys.readouterr().err
     assert "0 positives among the 0 other samples" in said
     assert said.endswith("hardly anything is contrasted; raise batch_size\n")
@@ -314,7 +315,7 @@ def test_a_run_that_compares_nothing_asks_for_larger_batches(capsys):
 def test_some_positives_and_some_negatives_are_nothing_to_say(positives, capsys):
     method = make()
     for _ in range(WATCHED_STEPS):
-        method._watch(torch.tensor(positives), torch.tensor(3.0), NOW)
+        method.watch([torch.tensor(positives), torch.tensor(3.0)], NOW)
     assert capsys.readouterr().err == ""
 
 

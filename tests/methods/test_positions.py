@@ -4,7 +4,7 @@ import torch
 from oracles import macl
 
 from medssl.data.views import View
-from medssl.methods.positions import PositionRule, Positions, height_score
+from medssl.methods.positions import PositionRule, Positions, height_score, near_positions, overlapping_boxes
 
 NO_GROUPS = torch.zeros(4, dtype=torch.int64)
 
@@ -49,6 +49,72 @@ def test_all_axes_must_be_near(threshold):
     assert rule.positions(
         Positions(position, torch.ones(9, 3, dtype=torch.int64), torch.eye(4).double().expand(9, 4, 4), position)
     ).equal(position)
+
+
+def test_positions_are_near_strictly_below_the_threshold():
+    position = torch.tensor([[0.0, 0, 0], [0.5, 0, 0.05], [0, 0, 0.1]], dtype=torch.float64)
+    axial = near_positions(position[:, 2:], threshold=0.1)
+    assert axial.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
+    cubic = near_positions(position, threshold=0.11)
+    assert cubic.tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+    with pytest.raises(ValueError, match="norm is 'l1', allowed are linf, l2"):
+        near_positions.__wrapped__(position, norm="l1", threshold=1.0)
+
+
+def test_a_plain_vector_of_positions_is_refused():
+    """Differences of three heights are a table of 3 x 3, which must not pass for rows along three axes."""
+    heights = torch.tensor([0.1, 0.15, 0.5], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"shape \(3,\), wanted are rows of coordinates, \(row, axis\); give position"):
+        near_positions.__wrapped__(heights, threshold=0.1)
+    assert near_positions(heights[:, None], threshold=0.1).tolist() == [[True, True, False]] * 2 + [
+        [False, False, True]
+    ]
+
+
+def test_boxes_overlap_by_their_share_of_the_union():
+    lower = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [2, 0, 0]], dtype=torch.float64)
+    upper = lower + 1
+    assert overlapping_boxes(lower, upper, threshold=0.3).tolist()[0] == [True, True, False]  # 0.5 of 1.5
+    assert overlapping_boxes(lower, upper, threshold=0.34).tolist()[0] == [True, False, False]
+
+
+def test_crops_may_be_compared_by_the_places_they_can_reach_or_by_what_they_share():
+    """Crops half as large as the body, whose lower faces lie at 0, 0.1 and 0.5 of it."""
+    view = crops([(10, 10, 10)] * 3)
+    lower = torch.tensor([[0.0, 0, 0], [0.1, 0, 0], [0.5, 0, 0]], dtype=torch.float64)
+    view.crop_body = torch.stack([lower, lower + 0.5], dim=1)[:, None]
+    positions = Positions.of_view(view)
+    assert positions.along("reachable").tolist() == [[0, 0, 0], [0.2, 0, 0], [1, 0, 0]]
+    assert PositionRule(frame="reachable", threshold=0.21)(view)[0][0].tolist() == [True, True, False]
+    shared = PositionRule(norm="overlap", threshold=0.6)  # 0.4 of 0.6, and nothing
+    assert shared(view)[0][0].tolist() == [True, True, False]
+    assert PositionRule(norm="overlap", threshold=0.7)(view)[0][0].tolist() == [True, False, False]
+    assert PositionRule(axes=["y", "z"], norm="overlap", threshold=0.7)(view)[0].all()
+    with pytest.raises(ValueError, match="norm overlap does not have; state a number"):
+        shared.distance(shared.positions(positions)[:1], shared.positions(positions)[1:2])
+    for rule in (PositionRule(frame="reachable"), shared):
+        with pytest.raises(ValueError, match="views do not know theirs; make them with crop_body"):
+            rule(crops([(10, 10, 10)]))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_views_between_both_thresholds_are_not_compared(norm):
+    """Of one cohort but the last."""
+    group = torch.tensor([0, 0, 0, 1])
+    position = column(0.1, 0.15, 0.25, 0.1)
+    rule = PositionRule(axes=["z"], threshold=0.1, negative_threshold=0.15, norm=norm)
+    positive, compared = rule.masks(position, group)
+    assert positive.tolist() == [[True, True, False, False]] * 2 + [[False, False, True, False], [False] * 3 + [True]]
+    assert compared[:3, :3].tolist() == [[True, True, True], [True, True, False], [True, False, True]]
+    assert not compared[:3, 3].any()
+    other = PositionRule(axes=["z"], threshold=0.1, negative_threshold=0.15, norm=norm, cross_group="negative")
+    assert other.masks(position, group)[1][:, 3].tolist() == [False, False, True, True], "the near ones are left out"
+
+
+def test_several_views_give_rows_one_view_after_another():
+    first, second = crops([(10, 10, 10), (10, 10, 20)]), crops([(10, 10, 21), (10, 10, 60)])
+    positive, _ = PositionRule(frame="volume", threshold=0.1)(first, second)
+    assert positive.equal(torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool))
 
 
 def test_the_euclidean_rule_is_a_ball():
@@ -138,8 +204,12 @@ def test_heights_between_rows_are_linear_and_beyond_them_go_on():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"frame": "atlas"}, "frame is 'atlas', allowed are volume, body, mm, external"),
-        ({"norm": "l1"}, "norm is 'l1', allowed are linf, l2"),
+        ({"frame": "atlas"}, "frame is 'atlas', allowed are volume, body, mm, external, reachable"),
+        ({"norm": "l1"}, "norm is 'l1', allowed are linf, l2, overlap"),
+        ({"norm": "overlap", "frame": "mm"}, "norm overlap compares crops in the frame body, got mm"),
+        ({"norm": "overlap", "threshold": [0.1, 0.1, 0.1]}, "threshold must be positive, one number"),
+        ({"negative_threshold": 0.1}, "negative_threshold=0.1 must lie above threshold=0.1 for the norm linf"),
+        ({"negative_threshold": [0.2, 0.2, 0.2]}, "number by number"),
         ({"cross_group": "keep"}, "cross_group is 'keep', allowed are ignore, negative, compare"),
         ({"axes": []}, r"axes must be some of x, y, z, got \[\]"),
         ({"axes": ["z", "z"]}, "axes must be some of x, y, z"),

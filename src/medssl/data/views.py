@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -104,16 +103,6 @@ class View:
         """The middle of each view in volume voxels."""
         middle = (torch.tensor(self.image.shape[3:], dtype=torch.float64, device=self.image.device) - 1) / 2
         return _mapped(middle.expand(*self.case.shape, 1, 3), self.matrix)[..., 0, :]
-
-    def position(self, frame: Literal["body", "volume", "mm"] = "body") -> Float64[Tensor, "b v 3"]:
-        """Where each view is: body coordinate before augmentation, or the middle in shares of the volume or mm."""
-        if frame == "body":
-            return self.location_body
-        if frame == "volume":
-            return (self.center_volume() + 0.5) / self.volume_shape
-        if frame == "mm":
-            return _mapped(self.center_volume()[..., None, :], self.volume_to_mm)[..., 0, :]
-        raise ValueError(f"position frame must be body, volume or mm, got {frame!r}")
 
     def _grid(self, matrix: Float64[Tensor, "b v 4 4"]) -> Float32[Tensor, "b v 3 x y z"]:
         """Every displaced view voxel through a matrix."""

@@ -3,41 +3,12 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-Metric = Literal["axial", "linf"]
-METRICS = ("axial", "linf")
 Missing = Literal["drop", "raise"]
 MISSING = ("drop", "raise")
 EPSILON = 1e-8
-
-
-def near_positions(
-    position: Float64[Tensor, "row 3"], *, metric: Metric = "linf", threshold: float
-) -> Bool[Tensor, "row row"]:
-    """Which rows lie closer than `threshold` to each other, strictly; a row is near itself.
-
-    Args:
-        position: in [0, 1] along x, y, z.
-        metric: `axial` compares z alone, `linf` takes the largest difference of the three.
-        threshold: in the unit of the positions.
-
-    Source: arXiv:2106.09157, section 2.2.
-    """
-    if metric not in METRICS:
-        raise ValueError(f"metric is {metric!r}, allowed are {', '.join(METRICS)}")
-    apart = (position[:, None] - position[None]).abs()
-    return (apart[..., 2] if metric == "axial" else apart.amax(-1)) < threshold
-
-
-def overlapping_boxes(
-    lower: Float64[Tensor, "row 3"], upper: Float64[Tensor, "row 3"], *, threshold: float
-) -> Bool[Tensor, "row row"]:
-    """Which boxes share more than `threshold` of their union; a box shares all with itself."""
-    inner = (torch.minimum(upper[:, None], upper) - torch.maximum(lower[:, None], lower)).clamp(min=0).prod(-1)
-    volume = (upper - lower).prod(-1)
-    return inner / (volume[:, None] + volume - inner) > threshold
 
 
 def equal_labels(label: Int64[Tensor, " row"]) -> Bool[Tensor, "row row"]:

@@ -1,20 +1,22 @@
 """KAF: an image and its keypoints contrast by position, and the keypoints of two views are matched."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from medssl.data.views import View
-from medssl.losses import position_contrast
 from medssl.losses.consistency import direction_spread
 from medssl.losses.optimal_transport import REDUCTIONS, log_transport, matching_accuracy, matching_loss
-from medssl.losses.position_contrast import contrast_of_positives, equal_labels, near_positions, overlapping_boxes
+from medssl.losses.position_contrast import contrast_of_positives, equal_labels
 from medssl.methods.base import Method, Progress, StepOutput
 from medssl.methods.kaf_points import PointPair, PointRule
+from medssl.methods.positions import AXES, PositionRule, Positions
+from medssl.methods.watch import WATCHED_STEPS, Watch
 from medssl.models.kaf_heads import KAFHeads
 from medssl.models.kaf_unet import KAFEncoder
 from medssl.models.keypoint_matcher import KeypointMatcher
@@ -23,12 +25,11 @@ from medssl.ops.gather import gather_ranks, gather_with_gradient
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS = (*position_contrast.METRICS, "overlap")
+METRICS = ("axial", "linf", "overlap")
 POSITIVES = ("position", "views", "partition")
 NUM_PARTITIONS = 4
 FEWEST_VIEWS = 4
 """Of a device, for a batch norm."""
-WATCHED_STEPS = 20
 
 
 class KAF(Method):
@@ -50,11 +51,11 @@ class KAF(Method):
         weight_matching: of the matching.
         weight_local: of the contrast of single keypoints, see `contrast_of_points`; it wants `heads.local`.
         positives: by `position` in the body; the two `views` of a volume; or equal `partition` of the body's height.
-        metric: of positions: `linf` or `axial`, see `near_positions`, or `overlap` of crops in body coordinates.
+        metric: positions are compared along x, y and z (`linf`), along z (`axial`), or by the `overlap` of crops, see
+            `PositionRule`.
         threshold: positions are nearer than this, where 0 to 1 are the places that a crop can have; overlapping crops
             share more than this of their union.
-        negative_threshold: positions are negatives from here on, overlapping crops up to here; views between both
-            thresholds are not compared. None: all that are no positives are negatives.
+        negative_threshold: of the same positions, see `PositionRule`.
         position_per_view: each view has its own place; otherwise both have the first one's.
         temperature: of both contrasts.
         base_temperature: they are scaled by `temperature / base_temperature`.
@@ -96,16 +97,12 @@ class KAF(Method):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
-        if min(temperature, base_temperature, threshold) <= 0 or transport_iterations < 1:
-            raise ValueError("temperature, base_temperature, threshold and transport_iterations must be positive")
-        if negative_threshold is not None:
-            farther = negative_threshold < threshold if metric == "overlap" else negative_threshold > threshold
-            if positives != "position" or not farther:
-                side = "below" if metric == "overlap" else "above"
-                raise ValueError(
-                    f"negative_threshold={negative_threshold} must lie {side} threshold={threshold}, and needs "
-                    f"positives=position; positives is {positives!r} and metric {metric!r}"
-                )
+        if min(temperature, base_temperature) <= 0 or transport_iterations < 1:
+            raise ValueError("temperature, base_temperature and transport_iterations must be positive")
+        if negative_threshold is not None and positives != "position":
+            raise ValueError(
+                f"negative_threshold={negative_threshold} needs positives=position; positives is {positives!r}"
+            )
         if encoder.spatial_dims != 3:
             raise ValueError(f"KAF pre-trains on volumes; model.encoder.spatial_dims={encoder.spatial_dims} must be 3")
         if crop_voxel is not None and any(s % step for s, step in zip(crop_voxel, encoder.strides[-1], strict=True)):
@@ -128,12 +125,19 @@ class KAF(Method):
         self.points = points or PointRule()
         self.weights = {"image": weight_image, "keypoints": weight_keypoints, "matching": weight_matching}
         self.weights |= {"local": weight_local} if weight_local else {}
-        self.positives, self.metric, self.threshold = positives, metric, threshold
-        self.negative_threshold, self.position_per_view = negative_threshold, position_per_view
+        self.positives, self.position_per_view = positives, position_per_view
+        self.positions = PositionRule(
+            axes=AXES[2:] if metric == "axial" else AXES,
+            frame="body" if metric == "overlap" else "reachable",
+            threshold=threshold,
+            norm="overlap" if metric == "overlap" else "linf",
+            cross_group="compare",
+            negative_threshold=negative_threshold,
+        )
         self.temperature, self.base_temperature = temperature, base_temperature
         self.transport_iterations, self.reduction = transport_iterations, reduction
         self.wants_views = any(isinstance(module, _BatchNorm) for module in encoder.stages.modules())
-        self.watched: list[Tensor] | None = []
+        self.watch = Watch(partial(_steps_without, threshold=threshold))
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
         """Weighted sum of both contrasts and of the matching."""
@@ -165,7 +169,8 @@ class KAF(Method):
         itself = torch.eye(len(positive), dtype=torch.bool, device=positive.device)
         num_positives = (positive & ~itself).sum(1).float().mean()
         if self.training:
-            self._watch(len(views[0].image), num_positives, progress)
+            self._check_views(len(views[0].image), progress)
+            self.watch([num_positives], progress)
         logs = {name: term.detach() for name, term in terms.items()}
         logs |= {
             "matching_accuracy": matching_accuracy(plan, points.pairs),
@@ -246,39 +251,27 @@ class KAF(Method):
             positive = equal_labels(torch.arange(number, device=views[0].case.device).repeat(2))
             return positive, torch.ones_like(positive)
         located = views if self.position_per_view else (views[0], views[0])
-        lower, upper = torch.cat([gather_ranks(crop_faces(view)) for view in located]).unbind(1)
         if self.positives == "partition":
-            height = places(lower, upper)[:, 2]
+            height = torch.cat([gather_ranks(Positions.of_view(view).along("reachable")[:, 2]) for view in located])
             positive = equal_labels((height * NUM_PARTITIONS).long().clamp(0, NUM_PARTITIONS - 1))
             return positive, torch.ones_like(positive)
-        positive = self._near(lower, upper, self.threshold)
-        if self.negative_threshold is None:
-            return positive, torch.ones_like(positive)
-        return positive, positive | ~self._near(lower, upper, self.negative_threshold)
+        return self.positions(*located, gather=True)
 
-    def _near(
-        self, lower: Float64[Tensor, "row 3"], upper: Float64[Tensor, "row 3"], threshold: float
-    ) -> Bool[Tensor, "row row"]:
-        if self.metric == "overlap":
-            return overlapping_boxes(lower, upper, threshold=threshold)
-        return near_positions(places(lower, upper), metric=self.metric, threshold=threshold)  # type: ignore[arg-type]
-
-    def _watch(self, num_views: int, num_positives: Float[Tensor, ""], progress: Progress) -> None:
-        """Say once that few views share a batch norm, and once that some steps had no positives."""
+    def _check_views(self, num_views: int, progress: Progress) -> None:
+        """Say once that few views share a batch norm."""
         if self.wants_views and num_views < FEWEST_VIEWS:
             self.wants_views = False
             why = f"{num_views} crops of a device share a batch norm, which wants {FEWEST_VIEWS}; raise batch_size, or "
             progress.warn(why + "take model.encoder.norm=instance model.encoder.token_norm=layer")
-        if self.watched is None:
-            return
-        self.watched.append(num_positives == 0)
-        if len(self.watched) < WATCHED_STEPS:
-            return
-        without = int(torch.stack(self.watched).sum())  # one wait for the device in many steps
-        self.watched = None if without else []
-        if without:
-            why = f"in {without} of {WATCHED_STEPS} steps no view had a positive, and the contrasts were 0; change "
-            progress.warn(f"{why}method.threshold={self.threshold}, or take method.positives=views")
+
+
+def _steps_without(num_positives: Float[Tensor, "step one"], *, threshold: float) -> str | None:
+    """What to say where in some steps no view had a positive."""
+    without = int((num_positives == 0).sum())
+    if not without:
+        return None
+    why = f"in {without} of {WATCHED_STEPS} steps no view had a positive, and the contrasts were 0; change "
+    return f"{why}method.threshold={threshold}, or take method.positives=views"
 
 
 def contrast_of_points(
@@ -307,22 +300,6 @@ def contrast_of_points(
         for vectors, mask, known in zip(torch.cat([first, second], dim=1), positive, valid, strict=True)
     ]
     return torch.stack(terms).mean()
-
-
-def crop_faces(view: View) -> Float64[Tensor, "b 2 3"]:
-    """Lower and upper faces of the views' crops before augmentation, in body coordinates."""
-    if view.crop_body is None:
-        raise ValueError("KAF contrasts places in the body, but the views do not know theirs; make them with crop_body")
-    return view.crop_body[:, 0]
-
-
-def places(lower: Float64[Tensor, "row 3"], upper: Float64[Tensor, "row 3"]) -> Float64[Tensor, "row 3"]:
-    """Where crops with these faces lie, stretched so that the places that a crop of its size can have run from 0 to 1.
-
-    A crop as large as the body has one place only, the middle.
-    """
-    free = 1 - (upper - lower)
-    return torch.where(free > 1e-6, (lower / free.clamp(min=1e-6)).clamp(0, 1), 0.5)
 
 
 def _views(batch: Mapping[str, View]) -> tuple[View, View]:

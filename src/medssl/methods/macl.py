@@ -14,6 +14,7 @@ from medssl.losses.position_contrast import contrast_of_positives
 from medssl.methods.base import Method, Progress, StepOutput
 from medssl.methods.macl_places import PlaceRule, rows_of, segments_of
 from medssl.methods.positions import PositionRule, is_gathered
+from medssl.methods.watch import WATCHED_STEPS, Watch
 from medssl.models.macl_heads import MACLHeads
 from medssl.models.partial_unet import PartialUNet
 from medssl.ops.downsample import SHRINKINGS, shrunk
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 COUPLINGS = ("shared", "independent", "ema")
 SIZE = "views.groups.still.size"
-WATCHED_STEPS = 20
 FEWEST_POSITIVES = 0.5
 MOST_POSITIVES = 0.9
 """Share of the samples that a crop is compared with."""
@@ -114,7 +114,7 @@ class MACL(Method):
         self.coupling, self.momentum, self.gather = coupling, momentum, gather
         self.downsample, self.dense_chunk = downsample, dense_chunk
         self.places, self.supervoxel_every = places, supervoxel_every
-        self.watched: list[Tensor] | None = []
+        self.watch = Watch(_few_or_many_positives)
         if crop_voxel is not None:
             self.backbone.check_crop(self._plane(tuple(crop_voxel)), setting=SIZE)
 
@@ -150,7 +150,7 @@ class MACL(Method):
         num_positives = positive.sum(1).float().mean() - 1  # a sample is a positive of itself
         num_compared = compared.sum(1).float().mean() - 1
         if self.training:
-            self._watch(num_positives, num_compared, progress)
+            self.watch([num_positives, num_compared], progress)
         logs = {name: term.detach() for name, term in terms.items()}
         logs |= {"num_positives": num_positives, "num_compared": num_compared}
         logs["feature_std"] = direction_spread(image.detach())
@@ -247,27 +247,21 @@ class MACL(Method):
                 )
         return still, other, batch["moved"]
 
-    def _watch(self, num_positives: Float[Tensor, ""], num_compared: Float[Tensor, ""], progress: Progress) -> None:
-        """Say once where crops, over some steps, hardly have another sample, a positive among others, or a negative."""
-        if self.watched is None:
-            return
-        self.watched.append(torch.stack([num_positives, num_compared]))
-        if len(self.watched) < WATCHED_STEPS:
-            return
-        positives, compared = torch.stack(self.watched).mean(0).tolist()
-        self.watched = []
-        if compared < 1:
-            why = "hardly anything is contrasted; raise batch_size"
-        elif positives < FEWEST_POSITIVES:
-            why = "hardly anything is contrasted by position; raise method.positions.threshold (auto finds one), "
-            why += "compare fewer method.positions.axes, or take sampler Anchored"
-        elif positives > MOST_POSITIVES * compared:
-            why = "hardly anything is a negative; lower method.positions.threshold (auto finds one) or raise batch_size"
-        else:
-            return
-        self.watched = None
-        counts = f"{positives:.2g} positives among the {compared:.2g} other samples that they are compared with"
-        progress.warn(f"crops have {counts}, mean of {WATCHED_STEPS} steps: {why}")
+
+def _few_or_many_positives(counts: Float[Tensor, "step 2"]) -> str | None:
+    """What to say where crops hardly have another sample, a positive among others, or a negative."""
+    positives, compared = counts.mean(0).tolist()
+    if compared < 1:
+        why = "hardly anything is contrasted; raise batch_size"
+    elif positives < FEWEST_POSITIVES:
+        why = "hardly anything is contrasted by position; raise method.positions.threshold (auto finds one), "
+        why += "compare fewer method.positions.axes, or take sampler Anchored"
+    elif positives > MOST_POSITIVES * compared:
+        why = "hardly anything is a negative; lower method.positions.threshold (auto finds one) or raise batch_size"
+    else:
+        return None
+    found = f"{positives:.2g} positives among the {compared:.2g} other samples that they are compared with"
+    return f"crops have {found}, mean of {WATCHED_STEPS} steps: {why}"
 
 
 def _everywhere(rows: Tensor, gathers: bool) -> Tensor:

@@ -52,7 +52,7 @@ class PlaceRule:
         """Positives and compared pairs of the chosen places, those of the first sample first.
 
         Args:
-            rule: how positions of crops are compared; its threshold is not used.
+            rule: how positions of crops are compared; its thresholds are not used.
             view: whose first views the maps show.
             grid: size of the maps.
             chosen: places, the last axis fastest.
@@ -75,7 +75,7 @@ class PlaceRule:
         position, group = rule.positions(places), repeated(view.group[:, 0])
         if gather:
             position, group = gather_ranks(position), gather_ranks(group)
-        return replace(rule, threshold=self.threshold).masks(position, group)
+        return replace(rule, threshold=self.threshold, negative_threshold=None).masks(position, group)
 
 
 def place_centers(view: View, grid: tuple[int, ...]) -> Float64[Tensor, "b place 3"]:

@@ -1,4 +1,4 @@
-"""Which samples of a batch show nearly the same position, and which may be compared at all."""
+"""Which views of a batch show nearly the same position, and which may be compared at all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from medssl.data.views import View
 from medssl.ops.gather import gather_ranks
 
 AXES = ("x", "y", "z")
-FRAMES = ("volume", "body", "mm", "external")
-NORMS = ("linf", "l2")
+FRAMES = ("volume", "body", "mm", "external", "reachable")
+NORMS = ("linf", "l2", "overlap")
 CROSS_GROUP = ("ignore", "negative", "compare")
 SMALL_BATCH = 16
 """Samples of a process below which those of the others are gathered, unless said otherwise."""
@@ -28,6 +28,7 @@ class Positions:
         volume_to_mm: volume voxel -> RAS mm.
         body: their middles in the body box, 0 to 1.
         heights: rows of each case's table of heights, (volume voxel, score); None where none travels along.
+        crop_body: their lower and upper faces in the body box; None where they are unknown.
     """
 
     center_voxel: Float64[Tensor, "b 3"]
@@ -35,6 +36,7 @@ class Positions:
     volume_to_mm: Float64[Tensor, "b 4 4"]
     body: Float64[Tensor, "b 3"]
     heights: Float64[Tensor, "b row 4"] | None = None
+    crop_body: Float64[Tensor, "b 2 3"] | None = None
 
     @classmethod
     def of_view(cls, view: View) -> "Positions":
@@ -48,6 +50,7 @@ class Positions:
             view.volume_to_mm[:, 0],
             view.location_body[:, 0],
             heights,
+            None if view.crop_body is None else view.crop_body[:, 0],
         )
 
     def along(self, frame: str) -> Float64[Tensor, "b 3"]:
@@ -58,6 +61,8 @@ class Positions:
             return _to_mm(self.center_voxel[:, None], self.volume_to_mm)[:, 0]
         if frame == "body":
             return self.body
+        if frame == "reachable":
+            return reachable(*self.faces().unbind(1))
         if self.heights is None:
             raise ValueError(
                 "frame external needs heights: derive what=heights, and state points: heights for the views"
@@ -66,23 +71,40 @@ class Positions:
         score = height_score(table, _to_mm(self.center_voxel[:, None], self.volume_to_mm)[:, 0, 2])
         return torch.cat([self.body[:, :2], score[:, None]], dim=1)
 
+    def faces(self) -> Float64[Tensor, "b 2 3"]:
+        """Lower and upper faces of the crops in the body box.
+
+        Raises:
+            ValueError: they are unknown.
+        """
+        if self.crop_body is None:
+            raise ValueError(
+                "positions need the faces of crops in the body, but the views do not know theirs; make them with "
+                "crop_body, or compare their middles: frame body and norm linf"
+            )
+        return self.crop_body
+
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRule:
-    """Two samples are positives where their positions differ by less than a threshold.
+    """Two views are positives where their positions differ by less than a threshold.
 
     Args:
         axes: those that are compared.
         frame: `volume` counts voxels, (centre + 1) / sides, so that a single slice i of N has (i + 1) / N; `body` goes
             from face to face of the body box; `mm` is the RAS position; `external` has the score of a table of heights
-            along z (`derive what=heights`) and the body box along x and y.
+            along z (`derive what=heights`) and the body box along x and y; `reachable` goes from the first to the last
+            place that a crop of its size can have in the body box, see `reachable`.
         threshold: in the unit of the frame, one number or one for each axis.
-        norm: `linf`: below the threshold along each axis; `l2`: inside the ellipsoid with these half axes.
-        cross_group: samples of different cohorts are not compared (`ignore`), never positives (`negative`), or compared
+        norm: `linf`: below the threshold along each axis; `l2`: inside the ellipsoid with these half axes; `overlap`:
+            crops share more than the threshold of their union, in the frame `body`.
+        cross_group: views of different cohorts are not compared (`ignore`), never positives (`negative`), or compared
             as all others (`compare`).
+        negative_threshold: views this far apart or farther are negatives, overlapping crops those that share no more
+            than it; views between both thresholds are not compared. None: all that are no positives are negatives.
 
-    Source: arXiv:2309.11876, section III; one axis of `volume` and `linf` is repository stevezs315/MACL,
-        loss/contrast_loss.py.
+    Source: arXiv:2106.09157, section 2.2; arXiv:2309.11876, section III; one axis of `volume` and `linf` is repository
+        stevezs315/MACL, loss/contrast_loss.py.
     """
 
     axes: Sequence[str] = AXES
@@ -90,9 +112,10 @@ class PositionRule:
     threshold: float | Sequence[float] = 0.1
     norm: str = "linf"
     cross_group: str = "ignore"
+    negative_threshold: float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        """Check the words and the threshold."""
+        """Check the words and the thresholds."""
         for name, value, allowed in (
             ("frame", self.frame, FRAMES),
             ("norm", self.norm, NORMS),
@@ -102,29 +125,49 @@ class PositionRule:
                 raise ValueError(f"positions: {name} is {value!r}, allowed are {', '.join(allowed)}")
         if not self.axes or not set(self.axes) <= set(AXES) or len(set(self.axes)) < len(self.axes):
             raise ValueError(f"positions: axes must be some of x, y, z, got {list(self.axes)}")
-        thresholds = [self.threshold] if isinstance(self.threshold, int | float) else list(self.threshold)
-        if len(thresholds) not in (1, len(self.axes)) or min(thresholds) <= 0:
+        if self.norm == "overlap" and self.frame != "body":
+            raise ValueError(f"positions: norm overlap compares crops in the frame body, got {self.frame}")
+        thresholds = _numbers(self.threshold)
+        counts = {1} if self.norm == "overlap" else {1, len(self.axes)}
+        if len(thresholds) not in counts or min(thresholds) <= 0:
             raise ValueError(
                 f"positions: threshold must be positive, one number or one for each of the axes {list(self.axes)}; "
                 f"got {self.threshold}"
             )
+        if self.negative_threshold is None:
+            return
+        bounds, side = _numbers(self.negative_threshold), "below" if self.norm == "overlap" else "above"
+        if len(bounds) != len(thresholds) or any(
+            b >= t if side == "below" else b <= t for b, t in zip(bounds, thresholds, strict=True)
+        ):
+            raise ValueError(
+                f"negative_threshold={self.negative_threshold} must lie {side} threshold={self.threshold} for the norm "
+                f"{self.norm}, number by number"
+            )
 
-    def __call__(self, view: View, *, gather: bool = False) -> tuple[Bool[Tensor, "b b"], Bool[Tensor, "b b"]]:
-        """Positives of the samples, and the pairs that are compared; a sample is both of itself.
+    def __call__(self, *views: View, gather: bool = False) -> tuple[Bool[Tensor, "row row"], Bool[Tensor, "row row"]]:
+        """Positives of the samples of each view in turn, and the pairs compared; a sample is both of itself.
 
-        With `gather` the samples of all ranks, those of rank 0 first; every rank must then call it.
+        With `gather` the samples of all ranks, for each view those of rank 0 first; every rank must then call it.
         """
-        position, group = self.positions(Positions.of_view(view)), view.group[:, 0]
-        if gather:
-            position, group = gather_ranks(position), gather_ranks(group)
-        return self.masks(position, group)
+        positions, groups = [], []
+        for view in views:
+            position, group = self.positions(Positions.of_view(view)), view.group[:, 0]
+            positions.append(gather_ranks(position) if gather else position)
+            groups.append(gather_ranks(group) if gather else group)
+        return self.masks(torch.cat(positions), torch.cat(groups))
 
-    def positions(self, places: Positions) -> Float64[Tensor, "b axis"]:
-        """Positions along the rule's axes.
+    def positions(self, places: Positions) -> Float64[Tensor, "b number"]:
+        """Positions along the rule's axes; for the norm `overlap` all lower faces, then all upper ones.
 
-        Raises: ValueError: one is not finite, so that its crop would not even be a positive of itself.
+        Raises:
+            ValueError: one is not finite, so that its crop would not even be a positive of itself.
         """
-        position = places.along(self.frame)[:, [AXES.index(axis) for axis in self.axes]]
+        columns = [AXES.index(axis) for axis in self.axes]
+        if self.norm == "overlap":
+            position = places.faces()[:, :, columns].flatten(1)
+        else:
+            position = places.along(self.frame)[:, columns]
         finite = position.isfinite().all(1)
         if not finite.all():
             samples = (~finite).nonzero().flatten().tolist()
@@ -135,14 +178,20 @@ class PositionRule:
         return position
 
     def masks(
-        self, position: Float64[Tensor, "b axis"], group: Int64[Tensor, " b"]
+        self, position: Float64[Tensor, "b number"], group: Int64[Tensor, " b"]
     ) -> tuple[Bool[Tensor, "b b"], Bool[Tensor, "b b"]]:
         """Positives and compared pairs of given positions and cohorts."""
-        threshold = torch.as_tensor(self.threshold, dtype=torch.float64, device=position.device)
-        apart = (position[:, None] - position[None]).abs()
-        near = (apart < threshold).all(-1) if self.norm == "linf" else (apart / threshold).square().sum(-1) < 1
         eligible, compared = self.allowed(group[:, None] == group)
-        return near & eligible, compared
+        positive = self._near(position, self.threshold) & eligible
+        if self.negative_threshold is not None:
+            compared = compared & (positive | ~self._near(position, self.negative_threshold))
+        return positive, compared
+
+    def _near(self, position: Float64[Tensor, "b number"], threshold: float | Sequence[float]) -> Bool[Tensor, "b b"]:
+        if self.norm == "overlap":
+            lower, upper = position.chunk(2, dim=1)
+            return overlapping_boxes(lower, upper, threshold=_numbers(threshold)[0])
+        return near_positions(position, threshold=threshold, norm=self.norm)
 
     def allowed(self, same: Bool[Tensor, "*pair"]) -> tuple[Bool[Tensor, "*pair"], Bool[Tensor, "*pair"]]:
         """Which pairs can be positives and which are compared, for pairs that are of the `same` cohort or not."""
@@ -154,9 +203,59 @@ class PositionRule:
     def distance(
         self, position: Float64[Tensor, "*pair axis"], other: Float64[Tensor, "*pair axis"]
     ) -> Float64[Tensor, "*pair"]:
-        """How far positions lie apart by the norm, all axes alike: pairs below t are near at the threshold t."""
+        """How far positions lie apart by the norm, all axes alike: pairs below t are near at the threshold t.
+
+        Raises:
+            ValueError: the norm is `overlap`, which has no distance.
+        """
+        if self.norm == "overlap":
+            raise ValueError("threshold: auto measures distances, which norm overlap does not have; state a number")
         apart = (position - other).abs()
         return apart.amax(-1) if self.norm == "linf" else apart.norm(dim=-1)
+
+
+def near_positions(
+    position: Float64[Tensor, "row axis"], *, threshold: float | Sequence[float], norm: str = "linf"
+) -> Bool[Tensor, "row row"]:
+    """Which rows lie closer than `threshold` to each other, strictly; a row is near itself.
+
+    Args:
+        position: along each axis that is compared.
+        threshold: in the unit of the positions, one number or one for each axis.
+        norm: `linf`: below the threshold along each axis; `l2`: inside the ellipsoid with these half axes.
+
+    Raises:
+        ValueError: `position` is no table of rows, or `norm` is another word.
+    Source: arXiv:2106.09157, section 2.2.
+    """
+    if position.ndim != 2:
+        raise ValueError(
+            f"position has the shape {tuple(position.shape)}, wanted are rows of coordinates, (row, axis); give "
+            "position[:, None] where there is one axis"
+        )
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm is {norm!r}, allowed are linf, l2")
+    limit = torch.as_tensor(threshold, dtype=torch.float64, device=position.device)
+    apart = (position[:, None] - position[None]).abs()
+    return (apart < limit).all(-1) if norm == "linf" else (apart / limit).square().sum(-1) < 1
+
+
+def overlapping_boxes(
+    lower: Float64[Tensor, "row axis"], upper: Float64[Tensor, "row axis"], *, threshold: float
+) -> Bool[Tensor, "row row"]:
+    """Which boxes share more than `threshold` of their union; a box shares all with itself."""
+    inner = (torch.minimum(upper[:, None], upper) - torch.maximum(lower[:, None], lower)).clamp(min=0).prod(-1)
+    volume = (upper - lower).prod(-1)
+    return inner / (volume[:, None] + volume - inner) > threshold
+
+
+def reachable(lower: Float64[Tensor, "row 3"], upper: Float64[Tensor, "row 3"]) -> Float64[Tensor, "row 3"]:
+    """Where crops with these faces lie, stretched so that the places that a crop of its size can have run from 0 to 1.
+
+    A crop as large as the body has one place only, the middle.
+    """
+    free = 1 - (upper - lower)
+    return torch.where(free > 1e-6, (lower / free.clamp(min=1e-6)).clamp(0, 1), 0.5)
 
 
 def is_gathered(gather: bool | None, num_samples: int) -> bool:
@@ -177,6 +276,10 @@ def height_score(table: Float64[Tensor, "b row 2"], z_mm: Float64[Tensor, " b"])
     slope = (score[:, -1] - score[:, 0]) / (height[:, -1] - height[:, 0])
     beyond = (z_mm - height[:, -1]).clamp(min=0) + (z_mm - height[:, 0]).clamp(max=0)
     return from_score + share * (to_score - from_score) + slope * beyond
+
+
+def _numbers(threshold: float | Sequence[float]) -> list[float]:
+    return [threshold] if isinstance(threshold, int | float) else list(threshold)
 
 
 def _to_mm(points: Float64[Tensor, "b k 3"], matrix: Float64[Tensor, "b 4 4"]) -> Float64[Tensor, "b k 3"]:

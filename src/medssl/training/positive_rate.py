@@ -44,7 +44,7 @@ def automatic_threshold(
         store: where cases lie.
         plan: its first group is placed.
         sampler: of the cases.
-        rule: how positions are compared, its own threshold left aside.
+        rule: how positions are compared, its own thresholds left aside.
         cases: to choose from.
         batch_size: samples of a step, over all processes and micro-batches.
         world: number of processes.
@@ -120,6 +120,7 @@ def pair_distances(
             table([record.volume_to_mm for record in records]),
             table([record.body.to_body(center) for record, center in zip(records, centers, strict=True)]),
             heights,
+            table([r.body.to_body(place.frame.faces) for r, (_, place) in zip(records, places, strict=True)]),
         )
     )
     names = {name: number for number, name in enumerate(sorted({record.group for record in records}))}
