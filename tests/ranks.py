@@ -1,5 +1,6 @@
 """Scripts that tests run as the processes of one group: each is `work(rank, world, *arguments) -> what to compare`."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ def run_ranks(script: Path, folder: Path, *arguments: str, world: int = 2) -> li
     """What `world` processes of a script end with, in the order of their ranks; all have to succeed."""
     import torch
 
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     name = "-".join([script.stem, str(world), *arguments])
     outs = [folder / f"{name}-{rank}.pt" for rank in range(world)]
     processes = [
@@ -18,7 +20,7 @@ def run_ranks(script: Path, folder: Path, *arguments: str, world: int = 2) -> li
             [sys.executable, str(script), str(rank), str(world), str(folder / f"{name}-meet"), str(out), *arguments],
             stderr=subprocess.PIPE,
             text=True,
-            env={"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+            env={"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         )
         for rank, out in enumerate(outs)
     ]
