@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 METHOD ?= glmae_tiny
 DATA ?= phantoms
 OUTPUT ?= runs/$(METHOD)-$(DATA)
+WORKERS ?= 2
 ARGS ?=
 INSTALLED := $(VENV)/.installed
 
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make pretrain [METHOD=glmae_tiny] [DATA=phantoms] [OUTPUT=runs/...] [ARGS='KEY=VALUE ...']"
-	@echo "make test      lint, types and tests (about 5 minutes on two cores)"
+	@echo "make test      lint, types and tests, on WORKERS=2 processes (about 10 minutes on two cores)"
 	@echo "make lint | types | tests | format | install | clean"
 
 install: $(INSTALLED)
@@ -41,7 +42,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 tests: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not packaging and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m "not slow and not packaging and not gpu" $(ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -20,6 +20,19 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.append(str(Path(__file__).parent))  # makes the slow oracles importable
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deal the tests out by files, for `-n 2 --dist loadgroup`: what a file computes once is computed once.
+
+    Tests that start several processes are one group, so that two of them never share the cores. Tests of whole
+    commands, which lie directly in `tests`, begin: they take longest.
+    """
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            name = "ddp" if item.get_closest_marker("ddp") else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.path.parent != config.rootpath / "tests")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of small real volumes; the test is skipped where MEDSSL_TEST_DATA is unset."""

@@ -24,7 +24,7 @@ def run_ranks(script: Path, folder: Path, *arguments: str, world: int = 2) -> li
         )
         for rank, out in enumerate(outs)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world, errors
     return [torch.load(out, weights_only=True) for out in outs]
 

@@ -32,7 +32,7 @@ def refusal(capsys, *arguments):
 
 def test_two_runs_are_compared_from_the_command_line(two_runs, tmp_path):
     command = [sys.executable, "-m", "medssl.compare", *two_runs, "num_bootstrap=200"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "+0.068" in done.stdout

@@ -72,7 +72,7 @@ def fail(root, wish, *launcher):
         env={**os.environ, "PROBE": str(root), "PROBE_WISH": wish},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode != 0
     return done.stderr.splitlines()
@@ -95,8 +95,15 @@ def test_a_loss_that_is_not_a_number_on_one_rank_is_told_once(root):
 
 @pytest.mark.ddp
 def test_what_all_ranks_find_wrong_is_told_once(root):
-    wrong = ["torch.distributed.run", "--nproc-per-node=2", "-m", "medssl.pretrain", "trainer.max_steps=0"]
-    done = subprocess.run([sys.executable, "-m", *wrong], capture_output=True, text=True, timeout=120)
+    wrong = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "medssl.pretrain",
+        "trainer.max_steps=0",
+    ]
+    done = subprocess.run([sys.executable, "-m", *wrong], capture_output=True, text=True, timeout=300)
     assert done.stderr.count("trainer.max_steps must be") == 1
 
 
@@ -115,7 +122,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
         env={**os.environ, "PROBE": str(tmp_path / "log-together")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -154,7 +161,7 @@ def test_two_processes_fine_tune_and_share_the_cases_to_evaluate(tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("classes: 11") == 1
@@ -176,7 +183,7 @@ def drasclr(root, *more):
         ],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
     )
 
 

@@ -39,8 +39,11 @@ class Probe(DiceCELoss):
         if self.calls == int(os.environ.get("PROBE_KILL", 0)):
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("PROBE_WAIT"):
-            Path(os.environ["PROBE_WAIT"]).touch()
-            time.sleep(0.3)
+            mark = Path(os.environ["PROBE_WAIT"])
+            mark.touch()
+            end = time.monotonic() + 300
+            while time.monotonic() < end and not mark.with_suffix(".signalled").exists():
+                time.sleep(0.02)
         return super().forward(input, target)
 """
 
@@ -157,7 +160,7 @@ def test_the_saved_segmenter_predicts_what_the_run_scored(straight):
 def test_a_killed_and_resumed_run_ends_bitwise_like_a_straight_one(workplace, straight):
     probe = {"loss._target_": "loss_probe.Probe"}
     process = start(workplace, "killed", variables={"PROBE_KILL": "6"}, **probe)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     resumed = finetune(workplace, "killed", resume=workplace / "killed", **probe)
     for name in ("segmenter.safetensors", "segmenter-best.safetensors"):
@@ -175,11 +178,12 @@ def test_a_killed_and_resumed_run_ends_bitwise_like_a_straight_one(workplace, st
 def test_a_stop_signal_saves_and_says_how_to_go_on(workplace):
     mark = workplace / "waiting"
     process = start(workplace, "stopped", variables={"PROBE_WAIT": str(mark)}, **{"loss._target_": "loss_probe.Probe"})
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=90)[0]
+    mark.with_suffix(".signalled").touch()
+    said = process.communicate(timeout=300)[0]
     assert f"resume={workplace / 'stopped'}" in said
     assert (workplace / "stopped" / "checkpoints" / "last.ckpt").is_file()
     assert not (workplace / "stopped" / "metrics.json").exists()

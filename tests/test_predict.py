@@ -441,7 +441,7 @@ def test_help_names_the_keys_without_importing_torch():
         "heavy = {'torch', 'lightning', 'monai', 'SimpleITK', 'nibabel'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for name in ("weights", "input", "output_dir", "flips", "overlap", "window_batch", "probabilities", "overwrite"):
         assert f"  {name}" in done.stdout, done.stdout

@@ -38,8 +38,11 @@ class Probe(GLMAE):
             if wish == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if wish == "wait":
-                Path(os.environ["PROBE_LOG"]).with_suffix(".waiting").touch()
-                time.sleep(0.5)
+                log = Path(os.environ["PROBE_LOG"])
+                log.with_suffix(".waiting").touch()
+                end = time.monotonic() + 300
+                while time.monotonic() < end and not log.with_suffix(".signalled").exists():
+                    time.sleep(0.02)
             if wish == "nan":
                 batch["global"].image.fill_(float("nan"))
         return super().forward(batch, progress)
@@ -100,7 +103,7 @@ def start(root, name, *, wish="", variables=None, **settings):
 
 
 def wait_for(path, process):
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -234,7 +237,8 @@ def test_sigterm_saves_and_says_how_to_go_on(workplace, straight):
     process = start(workplace, "stopped", wish="wait@2")
     wait_for(workplace / "stopped.waiting", process)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=30)[0]
+    (workplace / "stopped.signalled").touch()
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0
     assert "Traceback" not in output
     assert "stopped by SIGTERM after step 3 of 6" in output
@@ -280,12 +284,13 @@ def test_a_job_of_slurm_saves_at_its_signal_and_goes_on_when_started_again(workp
     process = start(workplace, "job", wish="wait@2", variables=SLURM)
     wait_for(workplace / "job.waiting", process)
     process.send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=30)[0]
+    (workplace / "job.signalled").touch()
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert "stopped by SIGUSR1 after step 3 of 6" in output
     assert not list((workplace / "job").rglob("hpc_ckpt*"))
     again = start(workplace, "job", variables={**SLURM, "SLURM_RESTART_COUNT": "1"})
-    output = again.communicate(timeout=60)[0]
+    output = again.communicate(timeout=300)[0]
     assert again.returncode == 0, output
     assert [row["loss"] for row in metrics(workplace / "job")] == [row["loss"] for row in metrics(straight)]
 
@@ -325,7 +330,7 @@ def test_a_stop_while_preparing_keeps_the_finished_cases(workplace, tmp_path):
     process = start(workplace, "early", **{"data.num_cases": 400, "store": tmp_path / "store"})
     wait_for(tmp_path / "store" / "phantom_0000.zarr", process)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 130
     assert "Traceback" not in output
     assert f"stopped by SIGTERM while preparing; finished cases are kept in {tmp_path / 'store'}" in output
@@ -349,7 +354,7 @@ def test_the_offline_logger_goes_on_with_its_run_and_knows_the_settings(workplac
     folder, offline = workplace / "offline", {"logger": "wandb", "logger.offline": "true"}
     for steps, more in ((1, {}), (2, {"resume": folder})):
         process = start(workplace, "offline", **offline, **more, **{"trainer.max_steps": steps})
-        output = process.communicate(timeout=90)[0]
+        output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
         time.sleep(1.1)  # the names of its folders hold seconds
     files = list((folder / "wandb").glob("offline-run-*/*.wandb"))
