@@ -18,13 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from scipy.ndimage import affine_transform
 
-from medssl.data.geometry import rotation_matrix
+from medssl.data.geometry import apply, rotation_matrix
 from medssl.data.reading import read_volume
 from medssl.data.volume import Volume, guess_modality
 from medssl.tables.anchors import AnchorTable, find_anchors, roi_on_grid
 from medssl.tables.locations import AnatomicalLocations
 from medssl.tables.references import copy_spacing_of
-from medssl.tables.registration import apply_affine, body_box_affine, coarse_volume, register
+from medssl.tables.registration import body_box_affine, coarse_volume, register
 
 KEPT = 0.65
 FIELDS = {"whole": None, "lower 65 %": 0.0, "middle 65 %": 0.5, "upper 65 %": 1.0}
@@ -40,7 +40,7 @@ def random_affine(rng: np.random.Generator, middle_mm: np.ndarray) -> np.ndarray
 def moved(volume: Volume, matrix: np.ndarray, *, place: float | None, outside: float) -> Volume:
     """The volume after `matrix`, on an axis-aligned grid; `place` says where in its height the part lies."""
     corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (np.array(volume.shape) - 1.0)
-    reached = apply_affine(matrix @ volume.affine, corners)
+    reached = apply(matrix @ volume.affine, corners)
     low, high = reached.min(axis=0), reached.max(axis=0)
     if place is not None:
         height = high[2] - low[2]
@@ -73,7 +73,7 @@ def main() -> None:
     )
     corners, _ = find_anchors(roi, max_anchors=settings.max_anchors)
     anchors = AnchorTable.of_corners(corners, grid).centre_mm
-    middle = apply_affine(volume.affine, (np.array(volume.shape) - 1) / 2)
+    middle = apply(volume.affine, (np.array(volume.shape) - 1) / 2)
     print(f"{options.data.name}: {len(anchors)} anchors; registered at {spacing:.1f} mm; seed {options.seed}\n")
     print("| shown | error (worst case) | worst anchor | returns off by (worst) | flagged | `body_box` | s |")
     print("|---|---|---|---|---|---|---|")
@@ -87,7 +87,7 @@ def main() -> None:
             found = register(fixed, subject)
             seconds = time.process_time() - start
             error, boxed = (
-                np.linalg.norm(apply_affine(matrix, anchors) - apply_affine(truth, anchors), axis=1)
+                np.linalg.norm(apply(matrix, anchors) - apply(truth, anchors), axis=1)
                 for matrix in (found.matrix, body_box_affine(fixed, subject))
             )
             flagged = settings.problem(found) != ""

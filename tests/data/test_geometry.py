@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
+import torch
 
-from medssl.data.geometry import SPLINE_ENERGY, Displacement, Frame, affine_about, rotation_matrix, spline_weights
+from medssl.data.geometry import (
+    SPLINE_ENERGY,
+    Displacement,
+    Frame,
+    affine_about,
+    apply,
+    rotation_matrix,
+    spline_weights,
+)
+from medssl.data.views import apply_each
 
 
 def test_a_frame_about_a_center_maps_its_middle_there_and_back():
@@ -78,3 +88,16 @@ def test_spline_weights_sum_to_one_and_have_the_stated_energy():
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
     assert weights.min() >= 0
     assert (weights**2).sum(1).mean() == pytest.approx(SPLINE_ENERGY, rel=1e-2)
+
+
+def test_points_are_moved_by_an_affine_in_double_precision():
+    matrix = np.array([[0.0, -2, 0, 5], [3, 0, 0, -1], [0, 0, 0.1, 0], [0, 0, 0, 1]])
+    assert apply(matrix, np.array([1.0, 2, 3])).tolist() == [1.0, 2.0, 3 * 0.1]
+    voxels = np.arange(24).reshape(2, 4, 3)
+    moved = apply(matrix, voxels)
+    assert moved.dtype == np.float64
+    for voxel, point in zip(voxels.reshape(-1, 3), moved.reshape(-1, 3), strict=True):
+        np.testing.assert_allclose(point, (matrix @ [*voxel, 1])[:3], rtol=1e-15)
+    each = apply_each(torch.tensor(np.stack([matrix, np.eye(4)])), torch.tensor(voxels, dtype=torch.float64))
+    np.testing.assert_allclose(each[0].numpy(), moved[0], rtol=1e-15)
+    assert each[1].tolist() == voxels[1].tolist()

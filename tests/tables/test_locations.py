@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from medssl.config import main
-from medssl.data.geometry import rotation_matrix
+from medssl.data.geometry import apply, rotation_matrix
 from medssl.data.placements import GridCrop
 from medssl.data.prepare import prepare_store
 from medssl.data.scene import Request, Scene
@@ -21,7 +21,7 @@ from medssl.phantoms.torso import draw_phantom
 from medssl.tables.anchors import AnchorTable
 from medssl.tables.derived import Derivation, derive
 from medssl.tables.locations import AnatomicalLocations
-from medssl.tables.registration import Coarse, apply_affine, resampled
+from medssl.tables.registration import Coarse, resampled
 
 SIZES = {"patch_voxel": 8, "step_voxel": 6, "spacing_mm": 12.0, "copy_spacing_mm": 12.0}
 TRUTH = np.eye(4)
@@ -79,9 +79,9 @@ def test_locations_lie_at_the_same_anatomy_in_a_moved_subject(tables, summary):
     assert np.array_equal(person["reference_to_subject"], np.eye(4))
     anchors = AnchorTable.load(summary.folder / "reference" / "anchors.npz")
     assert np.array_equal(person["centre_mm"], anchors.centre_mm)
-    error = np.linalg.norm(moved["centre_mm"] - apply_affine(TRUTH, person["centre_mm"]), axis=1)
+    error = np.linalg.norm(moved["centre_mm"] - apply(TRUTH, person["centre_mm"]), axis=1)
     assert error.mean() < 4
-    assert moved["centre_mm"] == pytest.approx(apply_affine(moved["reference_to_subject"], person["centre_mm"]))
+    assert moved["centre_mm"] == pytest.approx(apply(moved["reference_to_subject"], person["centre_mm"]))
     assert float(moved["inverse_error_mm"]) < 5
     assert str(moved["provider"]) == "reference_affine"
     assert not moved["is_fallback"]
@@ -142,7 +142,7 @@ def test_views_are_cut_where_the_table_says(root, summary, tables):
     scene = Scene(store, Request(cases=(store.names.index("moved"),), sample=0, location=5))
     crop = GridCrop(table="locations", size=[8, 8, 8], spacing_mm=12.0)
     placed = crop.place(scene, {}, np.random.default_rng(0))[0]
-    middle_mm = apply_affine(scene.record(0).volume_to_mm, placed.frame.center)
+    middle_mm = apply(scene.record(0).volume_to_mm, placed.frame.center)
     assert np.abs(middle_mm - tables["moved"]["centre_mm"][5]).max() <= 6.01
     assert placed.coordinate == tuple(tables["moved"]["coordinate"][5].tolist())
 
@@ -176,8 +176,8 @@ def test_a_raw_grid_maps_volume_to_volume_whatever_they_show(root):
     store = VolumeStore(root)
     table = raw(store, store.names.index("moved"))
     person, moved = (store.record(store.names.index(name)) for name in ("person", "moved"))
-    ends = [apply_affine(r.volume_to_mm, np.array([[-0.5] * 3, [n - 0.5 for n in r.shape]])) for r in (person, moved)]
-    assert apply_affine(table["reference_to_subject"], ends[0]) == pytest.approx(ends[1])
+    ends = [apply(r.volume_to_mm, np.array([[-0.5] * 3, [n - 0.5 for n in r.shape]])) for r in (person, moved)]
+    assert apply(table["reference_to_subject"], ends[0]) == pytest.approx(ends[1])
     assert np.isnan(table["inverse_error_mm"])
     assert not table["is_fallback"]
 
@@ -233,9 +233,9 @@ def test_an_atlas_with_files_of_ants_gives_its_own_rows_and_coordinates(root, at
     summary = derive(root, official, num_workers=0, progress=False)
     store = VolumeStore(root)
     person, moved, noise = (store.derived("locations", store.names.index(n)) for n in ("person", "moved", "noise"))
-    corner = apply_affine(ATLAS_TO_MM, np.array([6.0, 6, 6]))
+    corner = apply(ATLAS_TO_MM, np.array([6.0, 6, 6]))
     assert person["centre_mm"][1] == pytest.approx(np.add(corner, HALF_MM))
-    assert moved["centre_mm"][1] == pytest.approx(np.add(apply_affine(TRUTH, corner), HALF_MM))
+    assert moved["centre_mm"][1] == pytest.approx(np.add(apply(TRUTH, corner), HALF_MM))
     assert person["coordinate"].tolist() == [[1, 0, 0], [0, 0, 0], [-1, 0, -1], [-1, 1, 1]], "RAS"
     assert not noise["valid"].any(), "nothing to fall back on"
     assert str(noise["provider"]) == "none"
@@ -274,7 +274,7 @@ def test_an_atlas_with_lung_masks_registers_them(root, atlas, tmp_path):
     store = VolumeStore(root)
     table, failed = (official(store, store.names.index(case)) for case in ("moved", "noise"))
     corners = np.array([[0, 6, 6], [6, 6, 6], [12, 6, 0], [12, 12, 12]]) + 3.5
-    truth = apply_affine(TRUTH @ ATLAS_TO_MM, corners)
+    truth = apply(TRUTH @ ATLAS_TO_MM, corners)
     assert np.linalg.norm(table["centre_mm"] - truth, axis=1).mean() < 4
     assert not table["is_fallback"]
     assert str(failed["provider"]) == "body_box", "the box of the mask"

@@ -2,13 +2,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from medssl.data.geometry import rotation_matrix
+from medssl.data.geometry import apply, rotation_matrix
 from medssl.data.reading import read_volume
 from medssl.data.volume import Volume
 from medssl.phantoms.torso import draw_phantom
 from medssl.tables.registration import (
     Coarse,
-    apply_affine,
     best_affine,
     body_box_affine,
     box_affine,
@@ -40,7 +39,7 @@ def affine_of(angles_deg, scale, shift_mm):
 
 def moved(fixed, matrix, *, shape=(44, 40, 42), spacing=12.0, share_of_z=1.0):
     """What a scanner sees of `fixed` after `matrix` on a grid of its own, which shows a share of the height."""
-    low, high = (limit(apply_affine(matrix, fixed.body_mm), axis=0) for limit in (np.min, np.max))
+    low, high = (limit(apply(matrix, fixed.body_mm), axis=0) for limit in (np.min, np.max))
     grid = np.diag([spacing] * 3 + [1.0])
     grid[:3, 3] = (low + high) / 2 - spacing * (np.array(shape) - 1) / 2
     if share_of_z < 1:
@@ -54,7 +53,7 @@ def moved(fixed, matrix, *, shape=(44, 40, 42), spacing=12.0, share_of_z=1.0):
 
 def error_mm(fixed, found, truth):
     points = fixed.body_mm
-    return np.linalg.norm(apply_affine(found, points) - apply_affine(truth, points), axis=1).mean()
+    return np.linalg.norm(apply(found, points) - apply(truth, points), axis=1).mean()
 
 
 def test_a_known_affine_is_found_in_both_directions_and_body_points_return(torso):
@@ -114,10 +113,10 @@ def test_a_moved_volume_lies_where_the_affine_says_in_ras_even_on_a_turned_grid(
     values[3, 9, 5] = 1
     affine = np.array([[0, -2.0, 0, 7], [1.5, 0, 0, -3], [0, 0, 3, 11], [0, 0, 0, 1]])
     moving = Coarse(values, values > 0, affine)
-    spot = apply_affine(affine, np.array([3.0, 9, 5]))
+    spot = apply(affine, np.array([3.0, 9, 5]))
     truth = affine_of((0, 0, 90), (1, 1, 1), (4, -6, 8))  # fixed -> moving
     grid = np.diag([0.5, 0.5, 0.5, 1])
-    grid[:3, 3] = apply_affine(np.linalg.inv(truth), spot) - 0.5 * np.array([4, 5, 6])
+    grid[:3, 3] = apply(np.linalg.inv(truth), spot) - 0.5 * np.array([4, 5, 6])
     fixed = Coarse(np.zeros((9, 9, 9), np.float32), np.zeros((9, 9, 9), bool), grid)
     found = resampled(moving, fixed, truth)
     assert np.unravel_index(found.argmax(), found.shape) == (4, 5, 6)
@@ -135,7 +134,7 @@ def test_an_affine_of_itk_is_read_from_lps_to_ras(tmp_path, name):
     matrix = read_affine(tmp_path / name)
     for point in np.random.default_rng(0).normal(0, 50, (5, 3)):
         lps = np.array(transform.TransformPoint((point * [-1, -1, 1]).tolist()))
-        assert apply_affine(matrix, point) == pytest.approx(lps * [-1, -1, 1])
+        assert apply(matrix, point) == pytest.approx(lps * [-1, -1, 1])
 
 
 def test_files_without_an_affine_are_refused(tmp_path):

@@ -5,11 +5,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Float64, Num
 
 Vector = Sequence[float] | np.ndarray
 
 ALIGNED_TOLERANCE_VOXEL = 1e-6
+
+
+def apply(matrix: Float64[np.ndarray, "4 4"], points: Num[np.ndarray, "*points 3"]) -> Float64[np.ndarray, "*points 3"]:
+    """Points after an affine map, such as voxels in millimetres."""
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,11 @@ class Frame:
 
     def to_volume(self, points: Float[np.ndarray, "*points 3"]) -> Float[np.ndarray, "*points 3"]:
         """View voxels -> volume voxels."""
-        return points @ self.matrix[:3, :3].T + self.matrix[:3, 3]
+        return apply(self.matrix, points)
 
     def to_view(self, points: Float[np.ndarray, "*points 3"]) -> Float[np.ndarray, "*points 3"]:
         """Volume voxels -> view voxels."""
-        return points @ self.inverse[:3, :3].T + self.inverse[:3, 3]
+        return apply(self.inverse, points)
 
     def contains(self, points: Float[np.ndarray, "*points 3"]) -> np.ndarray:
         """Whether volume points lie in the view (up to the outer faces of its voxels)."""

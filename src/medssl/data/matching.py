@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from medssl.data.body_points import draw_body_point
+from medssl.data.geometry import apply
 from medssl.data.placements import ViewSpec
 from medssl.data.scene import Placement, Scene
 from medssl.data.store import Record
@@ -50,7 +51,7 @@ class BodyCoordinateMatcher:
         body = points[points[:, 3] == -1, :3].astype(np.float64)
         distance = np.linalg.norm((body - counterpart) * np.array(second.spacing_mm), axis=1).min()
         to_mm = [r.volume_to_mm for r in (first, second)]
-        in_mm = [m[:3, :3] @ p + m[:3, 3] for m, p in zip(to_mm, (point, counterpart), strict=True)]
+        in_mm = [apply(m, p) for m, p in zip(to_mm, (point, counterpart), strict=True)]
         return in_mm[0], in_mm[1], float(1 / (1 + distance / self.scale_mm))
 
 
@@ -74,7 +75,7 @@ class SelfMatcher:
             raise ValueError("SelfMatcher matches a case with itself; use sampler Pairs with partner=self")
         case, to_mm = scene.request.cases[0], scene.record(0).volume_to_mm
         point = draw_body_point(scene.store, case, rng=rng, low_hu=self.low_hu, margin_voxel=self.margin_voxel)
-        point_mm = to_mm[:3, :3] @ point + to_mm[:3, 3]
+        point_mm = apply(to_mm, point)
         return point_mm, point_mm, 1.0
 
 
@@ -167,7 +168,7 @@ class Matched(ViewSpec):
 
     def _about(self, record: Record, point_mm: np.ndarray, slot: int) -> Placement:
         step, sides = self.step_voxel(record), np.array(self.size)
-        proposed = record.mm_to_volume[:3, :3] @ point_mm + record.mm_to_volume[:3, 3]
+        proposed = apply(record.mm_to_volume, point_mm)
         center = np.clip(proposed, 0, np.array(record.shape) - 1)
         if np.any(np.abs(proposed - center) > step * sides / 2) or not np.isfinite(proposed).all():
             point = ", ".join(f"{value:.1f}" for value in point_mm)
@@ -182,7 +183,7 @@ class Matched(ViewSpec):
 def extent_text(record: Record) -> str:
     """Which millimetres a volume covers, in words."""
     corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * np.array(record.shape) - 0.5
-    in_mm = corners @ record.volume_to_mm[:3, :3].T + record.volume_to_mm[:3, 3]
+    in_mm = apply(record.volume_to_mm, corners)
     ranges = [f"{name} {a:.0f} to {b:.0f}" for name, a, b in zip("xyz", in_mm.min(0), in_mm.max(0), strict=True)]
     return f"which covers {', '.join(ranges)} mm (RAS)"
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from medssl.data.augment.base import Augmentation
-from medssl.data.geometry import Frame
+from medssl.data.geometry import Frame, apply
 from medssl.data.scene import Locations, Placement, Region, Scene
 from medssl.data.store import Record
 from medssl.data.volume import SAME_SPACING, Box
@@ -235,7 +235,7 @@ class GridCrop(ViewSpec):
         table = scene.derived(self.table, self.slot)
         matrix, num = record.mm_to_volume, len(table["centre_mm"])
         return Locations(
-            table["centre_mm"] @ matrix[:3, :3].T + matrix[:3, 3],
+            apply(matrix, table["centre_mm"]),
             np.asarray(table.get("coordinate", np.zeros((num, 3))), dtype=np.float64),
             table.get("neighbours", np.empty((num, 0), int)),
             table.get("valid", np.ones(num, dtype=bool)),

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from medssl.data.formats import Header, ReadError, open_image, reasons_for, size_text
+from medssl.data.geometry import apply
 from medssl.data.volume import Volume
 
 SPACING_LIMITS_MM = (0.005, 100.0)
@@ -225,9 +226,9 @@ def _check_voxels(path: Path, array: Shaped[np.ndarray, "c x y z"]) -> None:
 
 def _check_place(path: Path, affine: Float[np.ndarray, "4 4"], volume: Volume) -> None:
     last = [n - 1 for n in volume.shape]
-    corners = np.array([[x, y, z, 1] for x in (0, last[0]) for y in (0, last[1]) for z in (0, last[2])])
-    in_image = corners @ (np.linalg.inv(volume.affine) @ affine).T
-    apart = np.abs(in_image - corners)[:, :3].max(axis=0)
+    corners = np.array([[x, y, z] for x in (0, last[0]) for y in (0, last[1]) for z in (0, last[2])])
+    in_image = apply(np.linalg.inv(volume.affine) @ affine, corners)
+    apart = np.abs(in_image - corners).max(axis=0)
     if apart.max() > MAX_OFF_PLACE_VOXEL + 1e-3:
         far = f"corners are up to {' x '.join(f'{a:.3g}' for a in apart)} voxels apart"
         raise ReadError(path, f"the label lies elsewhere than its image: {far}; repair one of the headers")

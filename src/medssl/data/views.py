@@ -73,17 +73,17 @@ class View:
     def to_volume(self, points: Float[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
         """View voxels -> volume voxels, displacement included."""
         points = points.double()
-        return _mapped(points + _displaced(points, self._field()), self.matrix)
+        return apply_each(self.matrix, points + _displaced(points, self._field()))
 
     def to_view(self, points: Float[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
         """Volume voxels -> view voxels; not-a-number where the inverse is off by more than 0.25 volume voxel."""
-        straight = _mapped(points.double(), torch.linalg.inv(self.matrix))
+        straight = apply_each(torch.linalg.inv(self.matrix), points.double())
         if self.displacement is None:
             return straight
         found, field = straight, self._field()
         for _ in range(INVERSE_STEPS):
             found = straight - _displaced(found, field)
-        residual = (_mapped(found + _displaced(found, field), self.matrix) - points).norm(dim=-1, keepdim=True)
+        residual = (apply_each(self.matrix, found + _displaced(found, field)) - points).norm(dim=-1, keepdim=True)
         return torch.where(residual <= INVERSE_TOLERANCE_VOXEL, found, torch.nan)
 
     def grid_mm(self) -> Float32[Tensor, "b v 3 x y z"]:
@@ -102,7 +102,7 @@ class View:
     def center_volume(self) -> Float64[Tensor, "b v 3"]:
         """The middle of each view in volume voxels."""
         middle = (torch.tensor(self.image.shape[3:], dtype=torch.float64, device=self.image.device) - 1) / 2
-        return _mapped(middle.expand(*self.case.shape, 1, 3), self.matrix)[..., 0, :]
+        return apply_each(self.matrix, middle.expand(*self.case.shape, 1, 3))[..., 0, :]
 
     def _grid(self, matrix: Float64[Tensor, "b v 4 4"]) -> Float32[Tensor, "b v 3 x y z"]:
         """Every displaced view voxel through a matrix."""
@@ -132,7 +132,8 @@ def _displaced(
     return found[..., 0, 0].mT.unflatten(0, points.shape[:2])
 
 
-def _mapped(points: Float64[Tensor, "b v k 3"], matrix: Float64[Tensor, "b v 4 4"]) -> Float64[Tensor, "b v k 3"]:
+def apply_each(matrix: Float64[Tensor, "*#b 4 4"], points: Float64[Tensor, "*#b k 3"]) -> Float64[Tensor, "... k 3"]:
+    """Points after the affine maps of their samples: `geometry.apply` for batches."""
     return points @ matrix[..., :3, :3].mT + matrix[..., None, :3, 3]
 
 

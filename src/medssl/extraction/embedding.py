@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
+from medssl.data.geometry import apply
 from medssl.data.store import Record
 
 SIMILARITIES = 2**23
@@ -40,7 +41,7 @@ class Embedding:
 
     def cells(self, points_mm: Float[np.ndarray, "n 3"]) -> Int64[np.ndarray, "n 3"]:
         """The cell whose middle is nearest to each point, among those with their middle in the volume."""
-        nearest = np.rint(_mapped(points_mm, np.linalg.inv(self.cell_to_mm))).astype(np.int64)
+        nearest = np.rint(apply(np.linalg.inv(self.cell_to_mm), points_mm)).astype(np.int64)
         first, last = self._inside
         return np.clip(nearest, first, last - 1)
 
@@ -83,8 +84,8 @@ class Embedding:
 
     def to_mm(self, cells: Int64[np.ndarray, "n 3"]) -> Float64[np.ndarray, "n 3"]:
         """The middles of cells, moved into the volume where they lie beyond the middle of its outer voxels."""
-        points = _mapped(_mapped(cells, self.cell_to_mm), np.linalg.inv(self.volume_to_mm))
-        return _mapped(np.clip(points, 0, np.array(self.volume_shape) - 1), self.volume_to_mm)
+        points = apply(np.linalg.inv(self.volume_to_mm), apply(self.cell_to_mm, cells))
+        return apply(self.volume_to_mm, np.clip(points, 0, np.array(self.volume_shape) - 1))
 
     @cached_property
     def _inside(self) -> tuple[Int64[np.ndarray, "3"], Int64[np.ndarray, "3"]]:
@@ -128,13 +129,9 @@ def match_points(
 
 def contains(record: Record, points_mm: Float[np.ndarray, "n 3"]) -> np.ndarray:
     """Whether points lie in the volume of a record, up to the outer faces of its voxels."""
-    voxel = _mapped(points_mm, record.mm_to_volume)
+    voxel = apply(record.mm_to_volume, points_mm)
     return np.all((voxel >= -0.5) & (voxel <= np.array(record.shape) - 0.5), axis=1)
 
 
 def _slabs(total: int, height: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + height, total)) for start in range(0, total, height))
-
-
-def _mapped(points: np.ndarray, matrix: Float64[np.ndarray, "4 4"]) -> Float64[np.ndarray, "n 3"]:
-    return np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]

@@ -21,6 +21,7 @@ from medssl.building import build_network
 from medssl.config import config_dir
 from medssl.data.atomic import alone_in, write_text
 from medssl.data.augment import ByModality
+from medssl.data.geometry import apply
 from medssl.data.placements import GridCrop, Locations
 from medssl.data.sampling import Request
 from medssl.data.scene import Scene
@@ -200,12 +201,11 @@ def _extract(extraction: Extraction, store: VolumeStore, case: int, known: Locat
         raise ValueError("it does not fit into memory; batch_size=1 needs least") from None
     feature = np.full((len(known.valid), shown.shape[1]), np.nan, dtype=np.float32)
     feature[known.valid] = shown
-    matrix = record.volume_to_mm
-    row = {
+    row: dict[str, Any] = {
         "feature": feature,
         "valid": known.valid,
         "coordinate": known.coordinate.astype(np.float32),
-        "centre_mm": (known.center_voxel @ matrix[:3, :3].T + matrix[:3, 3]).astype(np.float32),
+        "centre_mm": apply(record.volume_to_mm, known.center_voxel).astype(np.float32),
         "voxel_hash": np.array(record.voxel_hash),
         "locations_hash": np.array(_digest(known)),
     }

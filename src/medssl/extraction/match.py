@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from medssl.data.geometry import apply
 from medssl.data.matching import extent_text
 from medssl.data.reading import check_channels
 from medssl.data.store import Record
@@ -41,8 +42,7 @@ class Scan:
 
     def voxel_of_file(self, point_mm: Float[np.ndarray, "3"]) -> list[int]:
         """The nearest voxel to a point, as the file counts them."""
-        matrix = np.linalg.inv(self.file.affine)
-        x, y, z = np.rint(matrix[:3, :3] @ point_mm + matrix[:3, 3]).astype(int).tolist()
+        x, y, z = np.rint(apply(np.linalg.inv(self.file.affine), point_mm)).astype(int).tolist()
         return [x, y, z]
 
 
@@ -101,7 +101,7 @@ def grid_points(file: ImageFile, record: Record) -> Float64[np.ndarray, "n 3"]:
     x, y, z = GRID_SHARES
     shares = np.array([(a, b, c) for c in z for b in y for a in x])
     voxels = np.rint(box.to_volume(shares))
-    return voxels @ record.volume_to_mm[:3, :3].T + record.volume_to_mm[:3, 3]
+    return apply(record.volume_to_mm, voxels)
 
 
 def match_figure(
@@ -132,7 +132,7 @@ def match_figure(
 
 def _draw_slice(panel: "Axes", scan: Scan, point_mm: Float[np.ndarray, "3"], axis: int) -> None:
     record = scan.record
-    place = record.mm_to_volume[:3, :3] @ point_mm + record.mm_to_volume[:3, 3]
+    place = apply(record.mm_to_volume, point_mm)
     number = int(np.clip(np.rint(place[axis]), 0, record.shape[axis] - 1))
     values = scan.file.volume.array[0].take(number, axis=axis).astype(np.float32)
     a, b = (other for other in range(3) if other != axis)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medssl.data.augment.base import Pose
 from medssl.data.draw import box_of, draw_image
+from medssl.data.geometry import apply
 from medssl.data.placements import Fixed
 from medssl.data.scene import Placement
 from medssl.data.store import Record, VolumeStore
@@ -137,7 +138,7 @@ class CellGrid:
     def centers_voxel(self) -> Float64[np.ndarray, "cell 3"]:
         """The middles of all cells, z fastest."""
         cells = np.indices(self.shape).reshape(3, -1).T
-        return cells @ self.cell_to_voxel[:3, :3].T + self.cell_to_voxel[:3, 3]
+        return apply(self.cell_to_voxel, cells)
 
 
 def coordinate_at(

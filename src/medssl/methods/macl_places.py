@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from medssl.data.views import View
+from medssl.data.views import View, apply_each
 from medssl.methods.base import Progress
 from medssl.methods.positions import PositionRule, Positions
 from medssl.ops.gather import gather_ranks
@@ -87,8 +87,7 @@ def place_centers(view: View, grid: tuple[int, ...]) -> Float64[Tensor, "b place
         for n, side in zip(cells, sides, strict=True)
     ]
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
-    matrix = view.matrix[:, 0]
-    return points @ matrix[:, :3, :3].mT + matrix[:, None, :3, 3]
+    return apply_each(view.matrix[:, 0], points)
 
 
 def rows_of(maps: Float[Tensor, "b c *spatial"], chosen: Int64[Tensor, " chosen"]) -> Float[Tensor, "row c"]:

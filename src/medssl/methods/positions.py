@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from medssl.data.views import View
+from medssl.data.views import View, apply_each
 from medssl.ops.gather import gather_ranks
 
 AXES = ("x", "y", "z")
@@ -58,7 +58,7 @@ class Positions:
         if frame == "volume":
             return (self.center_voxel + 1) / self.volume_shape
         if frame == "mm":
-            return _to_mm(self.center_voxel[:, None], self.volume_to_mm)[:, 0]
+            return apply_each(self.volume_to_mm, self.center_voxel[:, None])[:, 0]
         if frame == "body":
             return self.body
         if frame == "reachable":
@@ -67,8 +67,10 @@ class Positions:
             raise ValueError(
                 "frame external needs heights: derive what=heights, and state points: heights for the views"
             )
-        table = torch.stack([_to_mm(self.heights[..., :3], self.volume_to_mm)[..., 2], self.heights[..., 3]], dim=-1)
-        score = height_score(table, _to_mm(self.center_voxel[:, None], self.volume_to_mm)[:, 0, 2])
+        table = torch.stack(
+            [apply_each(self.volume_to_mm, self.heights[..., :3])[..., 2], self.heights[..., 3]], dim=-1
+        )
+        score = height_score(table, apply_each(self.volume_to_mm, self.center_voxel[:, None])[:, 0, 2])
         return torch.cat([self.body[:, :2], score[:, None]], dim=1)
 
     def faces(self) -> Float64[Tensor, "b 2 3"]:
@@ -280,7 +282,3 @@ def height_score(table: Float64[Tensor, "b row 2"], z_mm: Float64[Tensor, " b"])
 
 def _numbers(threshold: float | Sequence[float]) -> list[float]:
     return [threshold] if isinstance(threshold, int | float) else list(threshold)
-
-
-def _to_mm(points: Float64[Tensor, "b k 3"], matrix: Float64[Tensor, "b 4 4"]) -> Float64[Tensor, "b k 3"]:
-    return points @ matrix[:, :3, :3].mT + matrix[:, None, :3, 3]

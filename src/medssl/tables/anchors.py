@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, Shaped
 
 from medssl.data.formats import open_image, reasons_for
+from medssl.data.geometry import apply
 
 NORMS = ("minmax", "official_max")
 PATCH_ANCHORS = ("centre", "corner")
@@ -87,7 +88,7 @@ class AnchorTable:
     @property
     def corner_mm(self) -> Float64[np.ndarray, "location 3"]:
         """Middles of the patches' first voxels in the reference, RAS."""
-        return self.index_voxel @ self.grid_to_mm[:3, :3].T + self.grid_to_mm[:3, 3]
+        return apply(self.grid_to_mm, self.index_voxel)
 
     @property
     def centre_mm(self) -> Float64[np.ndarray, "location 3"]:
@@ -107,10 +108,9 @@ class AnchorTable:
         and the rest lies beside it along the axes of the reference.
         """
         check_choice("patch_anchor", patch_anchor, PATCH_ANCHORS)
-        linear, shift = reference_to_subject[:3, :3], reference_to_subject[:3, 3]
         if patch_anchor == "corner":
-            return self.corner_mm @ linear.T + shift + self._half_mm
-        return self.centre_mm @ linear.T + shift
+            return apply(reference_to_subject, self.corner_mm) + self._half_mm
+        return apply(reference_to_subject, self.centre_mm)
 
     def save(self, path: str | Path) -> None:
         """Write the table as an npz file."""

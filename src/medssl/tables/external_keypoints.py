@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from medssl.data.geometry import apply
 from medssl.data.store import VolumeStore
 from medssl.tables.case_numbers import digest, read_case_numbers
 from medssl.tables.derived import Table
@@ -62,8 +63,7 @@ class ExternalKeypoints:
             raise ValueError(f"{self.file} has rows of {shown}, which {store.root} does not hold; leave them out")
         record = store.record(case)
         rows = self.rows.get(record.case, np.empty((0, 5)))
-        matrix = record.mm_to_volume
-        points = rows[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]
+        points = apply(record.mm_to_volume, rows[:, :3])
         is_outside = ((points < -0.5) | (points > np.array(record.shape) - 0.5)).any(axis=1)
         if is_outside.any():
             first = ", ".join(f"{value:g}" for value in rows[is_outside][0, :3])

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 
 from medssl.data.augment.normalise import ByModality
+from medssl.data.geometry import apply
 from medssl.data.randomness import counter_key
 from medssl.data.store import VolumeStore
 from medssl.data.volume import Volume, find_body, resample_volume
@@ -103,7 +104,7 @@ class KeypointTables:
         image = torch.from_numpy(shown)[None, None].to(device)
         found = detect(image, max_points=self.num_points, detector=detector, mask=mask)
         to_voxel = record.mm_to_volume @ volume.affine
-        points = found.points[0].double().cpu().numpy() @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+        points = apply(to_voxel, found.points[0].double().cpu().numpy())
         features = torch.stack([found.scale[0] * spacing_mm, found.response[0]], dim=1).cpu().numpy()
         padding = ~found.valid[0].cpu().numpy()
         points[padding], features[padding] = np.nan, np.nan

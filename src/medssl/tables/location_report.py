@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32
 
+from medssl.data.geometry import apply
 from medssl.data.store import VolumeStore
 from medssl.tables.derived import Table, table_of
 from medssl.tables.references import Reference, coarse_case
-from medssl.tables.registration import Coarse, apply_affine, resampled
+from medssl.tables.registration import Coarse, resampled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def location_figure(reference: Reference, subjects: Sequence[tuple[str, Table, C
         rows.append((title, resampled(moving, fixed, table["reference_to_subject"]), table["valid"]))
     middle = np.rint(np.argwhere(fixed.mask).mean(axis=0)).astype(int)
     to_voxel = np.linalg.inv(fixed.affine)
-    anchors = apply_affine(to_voxel, reference.anchors.centre_mm)
+    anchors = apply(to_voxel, reference.anchors.centre_mm)
     spacing = np.linalg.norm(fixed.affine[:3, :3], axis=0)
     for panels, (title, values, valid) in zip(axes, rows, strict=True):
         for axis, panel in enumerate(panels):

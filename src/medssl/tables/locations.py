@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from medssl.data.formats import IMAGE_SUFFIXES, open_image, reasons_for
+from medssl.data.geometry import apply
 from medssl.data.reading import read_volume
 from medssl.data.store import VolumeStore
 from medssl.data.volume import guess_modality
@@ -39,7 +40,6 @@ from medssl.tables.registration import (
     Affine,
     Coarse,
     Registration,
-    apply_affine,
     body_box_affine,
     coarse_labels,
     coarse_volume,
@@ -210,7 +210,7 @@ class AnatomicalLocations:
             provider, matrix = "body_box", body_box_affine(reference.coarse, moving)
         centre_mm = anchors.moved_mm(matrix, patch_anchor=self.patch_anchor)
         valid = shown(
-            apply_affine(record.mm_to_volume, centre_mm),
+            apply(record.mm_to_volume, centre_mm),
             patch_mm=anchors.patch_mm,
             spacing_mm=record.spacing_mm,
             shape=record.shape,
@@ -339,7 +339,7 @@ def _reference(derivation: AnatomicalLocations, root: Path, number: int | None, 
 def _given_anchors(file: str, whole: Affine, name: str) -> AnchorTable:
     """The anchors of a file; a ValueError where none lies in the reference."""
     anchors = AnchorTable.load(Path(file).expanduser())
-    inside = apply_affine(np.linalg.inv(whole), anchors.centre_mm)
+    inside = apply(np.linalg.inv(whole), anchors.centre_mm)
     if not ((inside > 0) & (inside < 1)).all(axis=1).any():
         raise ValueError(f"{file}: no anchor lies in the reference {name}; they are of another one")
     return anchors

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from medssl.data.body_points import draw_body_points
+from medssl.data.geometry import apply
 from medssl.data.randomness import counter_generator
 from medssl.data.sampling import NUM_LINKS, linked_cases
 from medssl.data.store import VolumeStore
@@ -105,7 +106,7 @@ class PairPoints:
         voxels = draw_body_points(
             store, case, self.num_candidates, rng=rng, low_hu=self.low_hu, margin_voxel=self.margin_voxel
         )
-        points_mm = voxels @ record.volume_to_mm[:3, :3].T + record.volume_to_mm[:3, 3]
+        points_mm = apply(record.volume_to_mm, voxels)
         embedding = self.embedder.of_case(store, case)
         descriptors = embedding.descriptors(embedding.cells(points_mm))
         return {"points_mm": points_mm, "descriptors": descriptors.half().cpu().numpy()}

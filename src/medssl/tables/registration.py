@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int
 
+from medssl.data.geometry import apply
 from medssl.data.volume import Volume, coarse_copy, find_body
 
 Affine = Float64[np.ndarray, "4 4"]
@@ -39,7 +40,7 @@ class Coarse:
     @cached_property
     def body_mm(self) -> Float64[np.ndarray, "n 3"]:
         """Middles of all body voxels."""
-        return apply_affine(self.affine, np.argwhere(self.mask).astype(np.float64))
+        return apply(self.affine, np.argwhere(self.mask).astype(np.float64))
 
     @property
     def cut(self) -> tuple[bool, bool]:
@@ -152,7 +153,7 @@ def register(fixed: Coarse, moving: Coarse) -> Registration:
     error = float("inf")
     if back is not None:
         points = fixed.body_mm
-        returned = apply_affine(back, apply_affine(there, points))
+        returned = apply(back, apply(there, points))
         error = float(np.linalg.norm(returned - points, axis=1).mean())
     return Registration(there, similarity(fixed, moving, there), error)
 
@@ -215,11 +216,6 @@ def resampled(moving: Coarse, fixed: Coarse, matrix: Affine) -> Float32[np.ndarr
 def volume_ratio(matrix: Affine) -> float:
     """The determinant of the linear part."""
     return float(np.linalg.det(matrix[:3, :3]))
-
-
-def apply_affine(matrix: Affine, points: Float[np.ndarray, "*n 3"]) -> Float64[np.ndarray, "*n 3"]:
-    """Points after a 4x4 affine."""
-    return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 def read_affine(path: str | Path) -> Affine:
