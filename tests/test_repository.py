@@ -1,0 +1,97 @@
+"""What holds of the files themselves: which room imports which, and how long a file may be."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "medssl"
+MOST_LINES = 400
+LAYERS = (
+    ("compare", "derive", "features", "finetune", "match", "predict", "prepare", "pretrain", "probe"),  # commands
+    ("segmentation", "tables", "probing"),
+    ("extraction", "training"),
+    ("inference", "run", "evaluation", "methods", "weights"),
+    ("layouts", "models", "losses"),
+    ("ops", "building", "config"),
+    ("checks", "moved", "launcher"),
+)
+"""Rooms and files of `src/medssl`, from the top down. Each imports lower layers, never its own or a higher one."""
+FREE = {"data": ("data",), "phantoms": ("data", "phantoms")}
+"""Rooms that every layer may import, and all that they import themselves."""
+
+
+def imported_rooms(text: str) -> Iterator[tuple[int, str]]:
+    """Yield line and room of every import of medssl, also in functions and under `if TYPE_CHECKING`."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import hides the room; name it in full"
+            whole = node.module or ""
+            names = [f"medssl.{alias.name}" for alias in node.names] if whole == "medssl" else [whole]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "medssl":
+                yield node.lineno, rest.partition(".")[0]
+
+
+def allowed_rooms(room: str) -> set[str]:
+    """Return the rooms that may be imported in `room`."""
+    if room in FREE:
+        return set(FREE[room])
+    layer = next(number for number, rooms in enumerate(LAYERS) if room in rooms)
+    return {room, *FREE, *(lower for rooms in LAYERS[layer + 1 :] for lower in rooms)}
+
+
+def rooms() -> set[str]:
+    """Return all rooms (folders) and single files of the package."""
+    return {path.stem for path in PACKAGE.iterdir() if path.name not in ("__init__.py", "__pycache__", "configs")}
+
+
+def test_every_room_has_a_layer():
+    layers = [room for layer in LAYERS for room in layer]
+    assert len(layers) == len(set(layers))
+    assert not (rooms() - {*layers, *FREE}), "give the new room or file its place in LAYERS"
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_imports_point_one_way(room):
+    files = sorted((PACKAGE / room).rglob("*.py")) or [PACKAGE / f"{room}.py"]
+    allowed = allowed_rooms(room)
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports medssl.{other}"
+        for file in files
+        for line, other in imported_rooms(file.read_text())
+        if other not in allowed
+    ]
+    assert not wrong, f"{wrong}; {room} may import {', '.join(sorted(allowed))}"
+
+
+def test_an_import_counts_wherever_it_stands():
+    text = """
+import medssl.data.store
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from medssl.training.fit import fit
+def late():
+    from medssl import config, load_encoder
+    import medssl
+"""
+    assert list(imported_rooms(text)) == [(2, "data"), (5, "training"), (7, "config"), (7, "load_encoder"), (8, "")]
+    assert "load_encoder" not in allowed_rooms("segmentation")
+    assert "training" in allowed_rooms("segmentation")
+    assert "extraction" not in allowed_rooms("training")
+    assert allowed_rooms("data") == {"data"}
+
+
+@pytest.mark.parametrize("folder", ["src", "scripts"])
+def test_no_file_is_longer_than_400_lines(folder):
+    lengths = {
+        str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")
+    }
+    assert not {file: lines for file, lines in lengths.items() if lines > MOST_LINES}
