@@ -9,39 +9,17 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from volume_files import image, label, names, reasons
 
 from medssl.data.cases import Case
 from medssl.data.formats import ReadError
 from medssl.data.reading import LabelMapError
-from medssl.data.sources import Csv, Decathlon, Folder, NnUnet
+from medssl.data.sources import Decathlon, Folder, NnUnet
 from medssl.phantoms.source import Phantoms
-
-
-def image(path, shape=(10, 11, 12), seed=0, affine=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    array = np.random.default_rng(seed).integers(-500, 500, shape).astype(np.int16)
-    nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
-    return array
-
-
-def label(path, shape=(10, 11, 12), value=1.0, dtype=np.uint8):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    array = np.zeros(shape, dtype)
-    array[2:5, 2:5, 2:5] = value
-    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
-    return array
 
 
 def case_label(scan):
     return {c.case: (c.split, c.label and c.label.parent.name) for c in scan.cases}
-
-
-def names(scan):
-    return [case.case for case in scan.cases]
-
-
-def reasons(scan):
-    return {(Path(p["file"]).name, p["reason"]) for p in scan.problems}
 
 
 def test_a_folder_gives_each_image_its_own_safe_name_and_skips_label_maps(tmp_path):
@@ -189,67 +167,6 @@ def test_nnunet_channels_are_stacked_and_gaps_are_problems(tmp_path):
         scan.cases[1].read(channels="all", min_side_voxel=8)
 
 
-def test_a_table_gives_label_group_split_and_modality(tmp_path):
-    image(tmp_path / "p1" / "ct.nii.gz")
-    image(tmp_path / "p2" / "ct.nii.gz")
-    label(tmp_path / "p1" / "organs.nii.gz")
-    (tmp_path / "cases.csv").write_text(
-        "\ufeffimage;label;group;split;modality;age\n"
-        "p1/ct.nii.gz;p1/organs.nii.gz;copd;train;CT;61\n"
-        "p2/ct.nii.gz;;healthy;val;;58\n"
-        "p2/none.nii.gz;;;;;\n"
-        ";p1/organs.nii.gz;;;;\n"
-        "p2/ct.nii.gz;;;sometimes;;\n"
-        "p2/ct.nii.gz;;;;pet;\n",
-        encoding="utf-8",
-    )
-    scan = Csv(root=tmp_path).scan().checked()
-    found = [(c.case, c.group, c.split, c.modality) for c in scan.cases]
-    assert found == [("p1__ct", "copd", "train", "ct"), ("p2__ct", "healthy", "validation", None)]
-    assert reasons(scan) == {
-        ("none.nii.gz", "the image file does not exist"),
-        ("organs.nii.gz", "line 5: a label without an image"),
-        ("ct.nii.gz", "line 6: split 'sometimes' is not known (train, validation, test)"),
-        ("ct.nii.gz", "line 7: modality 'pet' is not known (ct, mr)"),
-    }
-
-
-def test_faulty_labels_of_a_table_are_named_before_work_starts(real_data, tmp_path):
-    faulty = real_data / "faulty"
-    rows = "".join(
-        f"{faulty / 'good.nii.gz'},{faulty / f'{name}.nii.gz'},{name}\n"
-        for name in ("label_wrong_shape", "label_fractional")
-    )
-    (tmp_path / "t.csv").write_text("image,label,case\n" + rows)
-    scan = Csv(root=tmp_path / "t.csv").scan().checked()
-    assert scan.cases == []
-    assert reasons(scan) == {
-        ("label_wrong_shape.nii.gz", "label of the wrong shape: 24 x 24 x 21, its image is 24 x 24 x 24"),
-        ("label_fractional.nii.gz", "fractional labels: 13,824 voxels are no whole numbers (such as 0.5)"),
-    }
-
-
-def test_mistakes_in_a_table_are_named(tmp_path):
-    table = tmp_path / "t.csv"
-    for text, message in (
-        ("image,lable\na.nii,b.nii\n", "column 'lable' is not known; is 'label' meant"),
-        ("file,label\na.nii,b.nii\n", "needs the column image"),
-        ("", "needs the column image"),
-    ):
-        table.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            Csv(root=table).scan()
-    for name in ("a.nii.gz", "b.nii.gz"):
-        image(tmp_path / name)
-    table.write_text("case,image\none,a.nii.gz\nONE,b.nii.gz\n")
-    scan = Csv(root=table).scan().checked()
-    assert names(scan) == ["one"]
-    assert "the case name is taken by" in scan.problems[0]["reason"]
-    (tmp_path / "u.csv").write_text("image\n")
-    with pytest.raises(ValueError, match=r"holds 2 \.csv files"):
-        Csv(root=tmp_path).scan()
-
-
 def test_phantoms_are_numbered_travel_between_processes_and_their_recipe_is_json(tmp_path):
     source = Phantoms(num_cases=3, size_voxel=[16, 16, 12], spacing_mm=20.0, seed=5)
     scan = source.scan()
@@ -293,30 +210,6 @@ def test_nnunet_cases_of_one_name_in_train_and_test_keep_their_own_labels(tmp_pa
     scan = NnUnet(root=tmp_path).scan().checked()
     assert scan.problems == []
     assert case_label(scan) == {"x": ("train", "labelsTr"), "x-test": ("test", "labelsTs")}
-
-
-def test_a_table_knows_the_home_folder_and_names_a_file_that_is_listed_twice(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    image(tmp_path / "home" / "a.nii.gz")
-    image(tmp_path / "b.nii.gz")
-    (tmp_path / "t.csv").write_text("image\n~/a.nii.gz\nb.nii.gz\nb.nii.gz\n")
-    scan = Csv(root=tmp_path / "t.csv").scan().checked()
-    assert names(scan) == ["home__a", "b"]
-    assert reasons(scan) == {("b.nii.gz", "listed twice; drop one of the entries")}
-
-
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        ("image,group\na.nii,caf\u00e9\n".encode("latin-1"), "line 2: not UTF-8; save the table"),
-        ("image\n".encode("utf-16"), "line 1: not UTF-8"),
-        (b"image\n" + b"a" * 200_000 + b"\n", "is no table"),
-    ],
-)
-def test_a_table_that_cannot_be_read_is_said_so(raw, message, tmp_path):
-    (tmp_path / "t.csv").write_bytes(raw)
-    with pytest.raises(ValueError, match=message):
-        Csv(root=tmp_path / "t.csv").scan()
 
 
 def dicom(path, kind="1.2.840.10008.5.1.4.1.1.481.3"):
@@ -406,11 +299,11 @@ def test_names_of_labels_are_read_in_both_directions_of_dataset_json(tmp_path):
     image(tmp_path / "imagesTr" / "a_0000.nii.gz")
     listed = {"training": [{"image": "imagesTr/a_0000.nii.gz"}]}
     assert NnUnet(root=tmp_path).label_names() == {}
-    for labels, names in (
+    for labels, expected in (
         ({"0": "background", "1": "Anterior", "20": "Posterior"}, {1: "Anterior", 20: "Posterior"}),
         ({"background": 0, "whole": [1, 2], "liver": 1, "tumour": 2}, {1: "liver", 2: "tumour"}),
         (["liver"], {}),
     ):
         (tmp_path / "dataset.json").write_text(json.dumps({**listed, "labels": labels}))
-        assert Decathlon(root=tmp_path).label_names() == NnUnet(root=tmp_path).label_names() == names
+        assert Decathlon(root=tmp_path).label_names() == NnUnet(root=tmp_path).label_names() == expected
     assert Phantoms().label_names()[7] == "liver"
