@@ -1,87 +1,23 @@
 """The command line, from a saved segmenter to NIfTI files."""
 
-import errno
 import json
 import re
-import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from tiny_segmenter import CLASSES, load, predict
 
-from medssl.config import main
 from medssl.data.reading import read_volume
 from medssl.inference.reading import Reading
 from medssl.inference.record import record_of
-from medssl.models.segmenter import build_segmenter
-from medssl.predict import run
 from medssl.segmentation import predict as predicting
 from medssl.segmentation.ensemble import Ensemble
 from medssl.segmentation.segment import Averaged, segment_volume
-from medssl.weights import load_segmenter, read_card, save_weights
-
-CLASSES = [{"value": 0, "name": "background"}, {"value": 5, "name": "liver"}, {"value": 117, "name": "ribs"}]
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Write a tiny segmenter with random weights; what differs from the default may be given."""
-
-    def saved(name="segmenter", *, seed=0, classes=CLASSES, channels=1, **reading):
-        torch.manual_seed(seed)
-        encoder = {"_target_": "medssl.models.unet.UNetEncoder", "widths": [4, 8], "strides": [1, 2]}
-        network, recipe = build_segmenter(encoder, None, num_classes=len(classes), in_channels=channels)
-        normalise = [{"_target_": "medssl.data.augment.ByModality", "window_hu": [-200.0, 300.0]}]
-        card = {
-            "kind": "segmenter",
-            **recipe,
-            "classes": classes,
-            "reading": {
-                "channels": None if channels == 1 else "all",
-                "spacing_mm": [4.0, 4.0, 5.0],
-                "crop_voxel": [16, 16, 16],
-                "outside": "minimum",
-                "normalise": normalise,
-                **reading,
-            },
-        }
-        path = tmp_path / f"{name}.safetensors"
-        save_weights(path, network.parts(), card)
-        return path
-
-    return saved
-
-
-@pytest.fixture
-def scan(tmp_path):
-    """A grey-value image of 20 x 18 x 16 voxels in LPS order."""
-
-    def written(name="scan.nii.gz", *, seed=0, channels=1):
-        array = np.random.default_rng(seed).normal(0, 200, (20, 18, 16, channels)).astype(np.float32)
-        path = tmp_path / "scans" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nibabel.save(nibabel.Nifti1Image(array.squeeze(), np.diag([-3.0, -3.0, 4.0, 1.0])), path)
-        return path
-
-    return written
-
-
-def predict(**keys):
-    """Run the command; its exit code."""
-    try:
-        main("predict", run, arguments=[f"{key.replace('__', '.')}={value}" for key, value in keys.items()])
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def load(path):
-    image = nibabel.load(path)
-    return np.asarray(image.dataobj), image
+from medssl.weights import load_segmenter, read_card
 
 
 def test_the_mri_slab_comes_back_in_lps_with_the_values_of_the_training_set(real_data, tmp_path, save, capsys):
@@ -253,77 +189,6 @@ def test_a_result_never_replaces_its_image(tmp_path, save, scan, capsys):
     assert "would replace the image" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_leaves_finished_results_and_no_half_ones(tmp_path, save, scan, monkeypatch, capsys, number):
-    scan("a.nii.gz")
-    scan("b.nii.gz", seed=1)
-    written, write = [], predicting.write_nifti
-
-    def interrupted(path, planes, **options):
-        def cut():
-            for z, plane in enumerate(planes):
-                if written and z == 3:
-                    signal.raise_signal(number)
-                yield plane
-
-        write(path, cut(), **options)
-        written.append(path.name)
-
-    monkeypatch.setattr(predicting, "write_nifti", interrupted)
-    assert predict(weights=save(), input=tmp_path / "scans", output_dir=tmp_path / "o") == 130
-    assert [p.name for p in (tmp_path / "o").iterdir()] == ["a.nii.gz"]
-    assert "the same command goes on" in capsys.readouterr().err
-
-
-def test_an_image_too_large_for_the_memory_is_reported_and_the_rest_is_done(tmp_path, save, scan, monkeypatch, capsys):
-    scan("a.nii.gz")
-    scan("b.nii.gz", seed=1)
-    segment = predicting.segment
-
-    def limited(members, fetch, record, **options):
-        if record.case == "a":
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-        return segment(members, fetch, record, **options)
-
-    monkeypatch.setattr(predicting, "segment", limited)
-    assert predict(weights=save(), input=tmp_path / "scans", output_dir=tmp_path / "o") == 1
-    assert [p.name for p in (tmp_path / "o").iterdir()] == ["b.nii.gz"]
-    assert "does not fit into the memory of the cpu; window_batch=1 needs less" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("probabilities", ["false", "true"])
-def test_an_image_that_the_network_gives_nan_for_is_reported_and_the_rest_is_done(
-    tmp_path, save, scan, monkeypatch, capsys, probabilities
-):
-    broken = scan("a.nii.gz")
-    scan("b.nii.gz", seed=1)
-    segment = predicting.segment
-
-    def diverged(members, fetch, record, **options):
-        predict = members[0].predict
-        nan = torch.nan if record.case == "a" else 0
-        return segment([replace(members[0], predict=lambda w: predict(w) + nan)], fetch, record, **options)
-
-    monkeypatch.setattr(predicting, "segment", diverged)
-    common = {"weights": save(), "input": broken.parent, "output_dir": tmp_path / "o"}
-    assert predict(**common, probabilities=probabilities) == 1
-    assert {p.name[0] for p in (tmp_path / "o").iterdir()} == {"b"}
-    captured = capsys.readouterr()
-    assert f"error: {broken}: the network's output is not finite" in captured.err
-    assert captured.out.splitlines()[-1] == "1 predicted, 1 failed"
-
-
-def test_weights_that_diverged_are_an_error_for_each_image(tmp_path, save, scan, capsys):
-    weights = save()
-    network, card = load_segmenter(weights)
-    with torch.no_grad():
-        next(network.decoder.parameters()).fill_(torch.nan)
-    save_weights(weights, network.parts(), card)
-    assert predict(weights=weights, input=scan(), output_dir=tmp_path / "o") == 1
-    assert "its training diverged" in capsys.readouterr().err
-    assert not list((tmp_path / "o").iterdir())
-
-
 @pytest.mark.parametrize(
     ("card", "given", "expected", "note"),
     [
@@ -360,43 +225,6 @@ def test_networks_of_two_modalities_share_a_grid_and_say_one_modality_only_where
         ensemble = Ensemble.load(paths, device=torch.device("cpu"))
         assert ensemble.modality == modality
         assert [member.weight for member in ensemble.members] == [2.0]
-
-
-def test_a_result_that_cannot_be_written_is_reported_and_the_rest_is_done(tmp_path, save, scan, monkeypatch, capsys):
-    for seed, name in enumerate(("a.nii.gz", "b.nii.gz", "c.nii.gz")):
-        scan(name, seed=seed)
-    (tmp_path / "o" / "a.nii.gz").mkdir(parents=True)
-    write = predicting.write_nifti
-
-    def refused(path, planes, **options):
-        if path.name == "b.nii.gz":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        write(path, planes, **options)
-
-    monkeypatch.setattr(predicting, "write_nifti", refused)
-    assert predict(weights=save(), input=tmp_path / "scans", output_dir=tmp_path / "o", overwrite="true") == 1
-    captured = capsys.readouterr()
-    assert re.search(r"error: .*scans/a.nii.gz: .*o/a.nii.gz is a folder; remove it", captured.err)
-    assert re.search(r"error: .*scans/b.nii.gz: .*Permission denied: .*o/b.nii.gz\n", captured.err)
-    assert load(tmp_path / "o" / "c.nii.gz")[0].shape == (20, 18, 16)
-    assert captured.out.splitlines()[-1] == "1 predicted, 2 failed"
-
-
-@pytest.mark.parametrize("where", ["write_nifti", "os.posix_fallocate"])
-def test_a_full_disk_ends_it_at_once(tmp_path, save, scan, monkeypatch, capsys, where):
-    scan("a.nii.gz")
-    scan("b.nii.gz", seed=1)
-    tried = []
-
-    def full(*arguments, **options):
-        tried.append(arguments)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(f"medssl.segmentation.predict.{where}", full)
-    keys = {"weights": save(), "input": tmp_path / "scans", "output_dir": tmp_path / "o", "probabilities": "true"}
-    assert predict(**keys) == 2
-    assert len(tried) == 1
-    assert "o: the disk is full at a; finished results are kept; make room" in capsys.readouterr().err
 
 
 def test_probabilities_are_added_to_results_that_are_there_which_are_kept(tmp_path, save, scan, capsys):
