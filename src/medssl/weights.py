@@ -5,7 +5,6 @@ The card (JSON in the header) says how to rebuild the encoder and how its images
 
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from medssl.building import build_network as build_network
 from medssl.building import build_trusted as build_trusted
+from medssl.data.atomic import whole_file
 from medssl.layouts import catalogue
 from medssl.models.reoriented import Reoriented
 from medssl.models.segmenter import Segmenter, build_segmenter
@@ -72,12 +72,11 @@ def save_weights(path: str | Path, parts: Mapping[str, nn.Module], card: Mapping
     }
     header = json.dumps({**card, "format": FORMAT}, sort_keys=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode  # what the user's umask allows; safetensors would close the file to others
-    save_file(tensors, partial, metadata={"card": header})
-    partial.chmod(mode)
-    partial.replace(target)
+    with whole_file(target) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user's umask allows; safetensors would close the file to others
+        save_file(tensors, partial, metadata={"card": header})
+        partial.chmod(mode)
 
 
 def read_card(path: str | Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from medssl.run.folder import RunFolder, checkpoint_to_resume, process_rank, was
 def used(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.claim(overwrite=False, checkpoint=None)
-    written = ("encoder-0000200.safetensors", "figures/global-0000100.png", "checkpoints/.last.ckpt.partial")
+    written = ("encoder-0000200.safetensors", "figures/global-0000100.png", "checkpoints/.last.ckpt.7.partial")
     foreign = ("notes.txt", "encoder-best.safetensors", "figures/mine.png", "checkpoints/kept.ckpt")
     paths = (folder.config, folder.metrics, folder.last_checkpoint, folder.encoder)
     for path in (*paths, *(folder.root / name for name in (*written, *foreign))):
@@ -53,6 +53,7 @@ def test_overwriting_removes_the_files_of_the_run_and_no_others(used):
     used.claim(overwrite=True, checkpoint=None)
     used.clear(checkpoint=used.last_checkpoint)
     assert used.metrics.read_text() == "earlier"
+    assert not list(used.root.rglob(".*.partial")), "what was half written goes in any case"
     used.clear(checkpoint=None)
     left = {path.name for path in used.root.rglob("*") if path.is_file()}
     assert left == {"notes.txt", "encoder-best.safetensors", "mine.png", "kept.ckpt"}

@@ -9,15 +9,42 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".{}.*.partial"
+"""Names of what is being written for a file or folder of that name, as a pattern: NAME and the process."""
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to; the file gets the name `path` once the body is done, and is gone where it fails."""
+    partial = _partial_of(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to write to; it replaces `path` once the body is done, and is gone where it fails."""
+    partial = _partial_of(path)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with this number
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, all or nothing; one that holds the text already is not touched."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.read_text() == text:
             return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(text)
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
@@ -33,13 +60,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def clear_partial(folder: Path) -> None:
-    """Remove what killed processes left half written."""
-    for partial in folder.glob(".*.partial"):
+def clear_partial(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left half written in a folder, of all files and folders or of those of a name."""
+    for partial in folder.glob(PARTIAL.format(name)):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextlib.contextmanager

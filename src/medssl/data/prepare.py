@@ -1,7 +1,6 @@
 """From a source to a store: case by case in parallel, resumable at any moment, bad files set aside with reasons."""
 
 import json
-import os
 import shutil
 import sys
 from collections import Counter
@@ -209,10 +208,9 @@ def prepare_case(job: Job) -> Outcome:
         num_body_points=int(BODY_RECIPE["num_body_points"]),
         num_label_points=int(BODY_RECIPE["num_label_points"]),
     )
-    partial = job.root / f".{case.case}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    targets = case.targets(volume, label)
     write_case(
-        partial,
+        job.root,
         case=case.case,
         volume=volume,
         label=label,
@@ -224,8 +222,8 @@ def prepare_case(job: Job) -> Outcome:
         points=points,
         voxel_hash=digest,
         source=str(case.image),
+        attributes={"fingerprint": job.fingerprint, **({"targets": targets} if targets else {})},
     )
-    _publish(partial / f"{case.case}.zarr", job, case.targets(volume, label))
     return Outcome(case.case, "done")
 
 
@@ -235,19 +233,6 @@ def read_fingerprint(folder: Path) -> str:
         return json.loads((folder / "zarr.json").read_text())["attributes"]["fingerprint"]
     except (OSError, KeyError, TypeError, ValueError):
         return ""
-
-
-def _publish(folder: Path, job: Job, targets: dict[str, float]) -> None:
-    """Put fingerprint and targets into a written case and move it into the store: all are there, or nothing."""
-    description, finished = folder / "zarr.json", job.root / folder.name
-    group = json.loads(description.read_text())
-    group["attributes"]["fingerprint"] = job.fingerprint
-    if targets:
-        group["attributes"]["targets"] = targets
-    description.write_text(json.dumps(group, indent=1, sort_keys=True))
-    shutil.rmtree(finished, ignore_errors=True)
-    folder.rename(finished)
-    folder.parent.rmdir()
 
 
 def _begin(root: Path, recipe: dict[str, Any]) -> None:

@@ -1,9 +1,7 @@
 """Cases of a store and its index, written whole or not at all; `medssl.data.store` has the layout and reads it."""
 
 import json
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import tensorstore
 from jaxtyping import Int, Int32, Shaped
 
+from medssl.data.atomic import whole_folder, write_text
 from medssl.data.resampling import halve
 from medssl.data.store import CONTEXT, Record
 from medssl.data.volume import Box, Volume
@@ -34,6 +33,7 @@ def write_case(
     points: Int32[np.ndarray, "point 4"],
     voxel_hash: str,
     source: str,
+    attributes: Mapping[str, Any] | None = None,
 ) -> Record:
     """Write one case and return its record; it appears only when it is whole. Equal input gives equal bytes.
 
@@ -51,6 +51,7 @@ def write_case(
         points: x, y, z (voxels) and value: -1 for a body voxel, else the label there.
         voxel_hash: of the canonical voxels as read.
         source: where the case came from.
+        attributes: what else its description keeps.
     """
     stored, slope, intercept = _to_int16(volume.array, statistics)
     factors = _level_factors(volume.shape, volume.spacing_mm)
@@ -73,28 +74,30 @@ def write_case(
         level_factors=factors,
         labels=() if label is None else tuple(int(v) for v in np.unique(label) if v != 0),
     )
-    folder = root / f"{case}.zarr"
-    partial = root / f".{case}.zarr.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    level = stored
-    for number, factor in enumerate(factors):
-        if number:
-            step = tuple(a != b for a, b in zip(factor, factors[number - 1], strict=True))
-            level = np.clip(np.rint(halve(level.astype(np.float32), axes=step)), -32768, 32767).astype(np.int16)
-        _write_array(partial / str(number), level)
-    _write_array(partial / "points", points, chunk=points.shape)
-    if label is not None:
-        labels = label.astype(np.uint8 if label.max() < 256 else np.int32)
-        _write_array(partial / "labels" / "segmentation" / "0", labels[None])
-        _write_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
+    with whole_folder(root / f"{case}.zarr") as partial:
+        level = stored
+        for number, factor in enumerate(factors):
+            if number:
+                step = tuple(a != b for a, b in zip(factor, factors[number - 1], strict=True))
+                level = np.clip(np.rint(halve(level.astype(np.float32), axes=step)), -32768, 32767).astype(np.int16)
+            _write_array(partial / str(number), level)
+        _write_array(partial / "points", points, chunk=points.shape)
+        if label is not None:
+            labels = label.astype(np.uint8 if label.max() < 256 else np.int32)
+            _write_array(partial / "labels" / "segmentation" / "0", labels[None])
+            _write_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
+            _write_group(
+                partial / "labels" / "segmentation",
+                {
+                    "ome": {
+                        "image-label": {"source": {"image": "../../"}},
+                        **_multiscales(volume.spacing_mm, factors[:1]),
+                    }
+                },
+            )
         _write_group(
-            partial / "labels" / "segmentation",
-            {"ome": {"image-label": {"source": {"image": "../../"}}, **_multiscales(volume.spacing_mm, factors[:1])}},
+            partial, {"ome": _multiscales(volume.spacing_mm, factors), "medssl": record.to_json(), **(attributes or {})}
         )
-    _write_group(partial, {"ome": _multiscales(volume.spacing_mm, factors), "medssl": record.to_json()})
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
     return record
 
 
@@ -103,9 +106,7 @@ def write_index(root: Path, records: Sequence[Record]) -> None:
     lines = "".join(
         json.dumps(record.to_json(), sort_keys=True) + "\n" for record in sorted(records, key=lambda r: r.case)
     )
-    partial = root / f".index.jsonl.{os.getpid()}.partial"
-    partial.write_text(lines)
-    partial.replace(root / "index.jsonl")
+    write_text(root / "index.jsonl", lines)
 
 
 def _to_int16(

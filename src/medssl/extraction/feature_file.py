@@ -1,10 +1,8 @@
 """The features of the subjects of a store as a file: one a location and a pooled one, with the names of the cases."""
 
-import contextlib
 import json
-import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Shaped
 
-from medssl.data.atomic import write_text
+from medssl.data.atomic import whole_file, write_text
 
 FILE, CARD = "features.npz", "features.json"
 
@@ -84,14 +82,3 @@ def read_feature_card(path: str | Path) -> dict[str, Any]:
     """What the features of a file or folder were made from; nothing where their `features.json` is not at hand."""
     card = (Path(path) if Path(path).is_dir() else Path(path).parent) / CARD
     return json.loads(card.read_text()) if card.is_file() else {}
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; the file gets its name once it is whole, and nothing is left where writing fails."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from medssl.building import build_network
 from medssl.config import config_dir
-from medssl.data.atomic import alone_in, write_text
+from medssl.data.atomic import alone_in, clear_partial, whole_file, write_text
 from medssl.data.augment import ByModality
 from medssl.data.geometry import apply
 from medssl.data.placements import GridCrop, Locations
@@ -28,7 +28,7 @@ from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
 from medssl.data.views import other_size
 from medssl.extraction.embedder import reading_of
-from medssl.extraction.feature_file import CARD, FILE, Features, whole_file
+from medssl.extraction.feature_file import CARD, FILE, Features
 from medssl.extraction.patch_encoder import (
     LARGEST_BATCH,
     CellGrid,
@@ -38,6 +38,7 @@ from medssl.extraction.patch_encoder import (
     reading_recipe,
 )
 from medssl.inference.device import find_device
+from medssl.inference.files import save_image
 from medssl.inference.reading import Reading
 from medssl.weights import encoder_recipe, load_encoder, read_card
 
@@ -155,6 +156,8 @@ def extract_all(extraction: Extraction, store: VolumeStore) -> int:
     if (note := _other_size(extraction, store)) is not None:
         print(f"warning: {note}", file=sys.stderr)
     with alone_in(extraction.folder):
+        for part in ("", "cases", "dense"):
+            clear_partial(extraction.folder / part)
         if extraction.untrained is not None:
             measure_batch_norm(extraction.encoder, _first_patches(extraction, store))
         rows: dict[str, Mapping[str, np.ndarray]] = {}
@@ -245,8 +248,7 @@ def _write_map(extraction: Extraction, store: VolumeStore, case: int, known: Loc
         found.reshape(*grid.shape, -1), record.volume_to_mm @ grid.cell_to_voxel
     )
     image.header.set_xyzt_units("mm")
-    with whole_file(_map_of(extraction, record.case)) as partial:
-        nibabel.save(image, partial)  # type: ignore[attr-defined]
+    save_image(_map_of(extraction, record.case), image)
 
 
 def _locations_of(extraction: Extraction, store: VolumeStore, case: int) -> Locations:

@@ -2,20 +2,23 @@
 
 import contextlib
 import gzip
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from medssl.data.atomic import whole_file
 from medssl.data.cases import Scan, case_names, file_name
 from medssl.data.formats import NIFTI_SUFFIXES, has_image_suffix, is_dicom, open_image, reasons_for, stem
 from medssl.data.reading import read_volume
 from medssl.data.sources import Folder
 from medssl.data.volume import Volume
+
+if TYPE_CHECKING:
+    from nibabel.nifti1 import Nifti1Image
 
 MIN_SIDE_VOXEL = 2
 """Thin slabs are predicted; a single slice is no volume."""
@@ -135,7 +138,7 @@ def write_nifti(
     for field, value in {"scl_slope": 1, "scl_inter": 0, "cal_min": 0, "cal_max": 0, "vox_offset": offset}.items():
         header[field] = value
     stored = np.dtype(dtype).newbyteorder("<")
-    with _whole_or_gone(path) as raw, gzip.GzipFile("", "wb", COMPRESSION, raw, mtime=0) as file:
+    with _zipped(path) as file:
         file.write(header.binaryblock + bytes(4))
         for plane in planes:
             file.write(plane.astype(stored, copy=False).tobytes(order="F"))
@@ -146,13 +149,18 @@ def slices_of(array: Shaped[np.ndarray, "x y z"]) -> Iterator[Shaped[np.ndarray,
     return (array[..., z] for z in range(array.shape[-1]))
 
 
+def save_image(path: Path, image: "Nifti1Image") -> None:
+    """Write an image of nibabel as a compressed NIfTI file, all or nothing; equal input gives equal bytes."""
+    with _zipped(path) as file:
+        image.to_stream(file)
+
+
 @contextlib.contextmanager
-def _whole_or_gone(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name once it is whole; whatever stops the writing leaves nothing behind."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _zipped(path: Path) -> Iterator[gzip.GzipFile]:
+    """A compressed file that appears once it is whole, without a date and a name in it."""
+    with (
+        whole_file(path) as partial,
+        partial.open("wb") as raw,
+        gzip.GzipFile("", "wb", COMPRESSION, raw, mtime=0) as file,
+    ):
+        yield file

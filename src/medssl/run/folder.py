@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from medssl.data.atomic import clear_partial
+
 
 def process_rank() -> int:
     """The rank of this process as its launcher (torchrun, SLURM, Lightning) tells it; 0 for a process on its own."""
@@ -20,8 +22,8 @@ def was_restarted() -> bool:
 HEADER = "# a run of medssl.{command} with all its settings\n"
 DIGITS = "[0-9]" * 7
 WRITTEN = (
-    *("config.yaml", "metrics.csv", ".metrics.csv.partial", "rejected.jsonl", "wandb_id"),
-    *("checkpoints/last.ckpt", "checkpoints/.last.ckpt.partial", f"figures/*-{DIGITS}.png"),
+    *("config.yaml", "metrics.csv", "rejected.jsonl", "wandb_id"),
+    *("checkpoints/last.ckpt", f"figures/*-{DIGITS}.png"),
     *("encoder.safetensors", f"encoder-{DIGITS}.safetensors"),
     *("segmenter.safetensors", "segmenter-best.safetensors", "segmenter-last.safetensors"),
     *("metrics.json", "cases.csv", "split.json"),
@@ -84,7 +86,12 @@ class RunFolder:
         self.figures.mkdir(exist_ok=True)
 
     def clear(self, *, checkpoint: Path | None) -> None:
-        """Remove the files of an earlier run, unless `checkpoint` is its own: the last thing before training."""
+        """Remove the files of an earlier run, unless `checkpoint` is its own, and what a killed one left half written.
+
+        This is the last thing before training.
+        """
+        for path in (self.metrics, self.last_checkpoint, self.encoder, self.segmenter):
+            clear_partial(path.parent, path.name)
         if not self._holds(checkpoint):
             for path in [path for pattern in WRITTEN for path in self.root.glob(pattern)]:
                 path.unlink()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medssl.config import user_message
+from medssl.data.atomic import PARTIAL, whole_file
 from medssl.run.folder import process_rank
 from medssl.run.signals import Stopped
 
@@ -106,9 +107,8 @@ def lost_others(error: BaseException) -> bool:
 
 def _say(word: Path, text: str) -> None:
     if os.environ.keys() & set(LAUNCH):  # else this process is alone, or will start the others itself
-        partial = word.with_name(f"{word.name}.partial")
-        partial.write_text(text)
-        partial.replace(word)
+        with whole_file(word) as partial:
+            partial.write_text(text)
 
 
 def _wait(word: Path, store: Path) -> None:
@@ -123,7 +123,7 @@ def _wait(word: Path, store: Path) -> None:
                     raise RankZeroFailedError(f"rank 0 could not make the store ready: {said}")
                 return
         with contextlib.suppress(OSError):
-            now = max(path.stat().st_mtime_ns for path in (store, *store.glob(".*.partial/.*.partial")))
+            now = max(path.stat().st_mtime_ns for path in (store, *store.glob(PARTIAL.format("*"))))
             if now != state:
                 changed, state = time.monotonic(), now
         if time.monotonic() - changed > STALL_S:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medssl.inference.files import save_image
 from medssl.phantoms.torso import draw_phantom
 
 
@@ -30,6 +31,4 @@ def _write(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 
     image = nibabel.Nifti1Image(array, affine)  # type: ignore[attr-defined]
     image.header.set_xyzt_units("mm")
-    partial = path.with_name(f".partial-{path.name}")
-    nibabel.save(image, partial)  # type: ignore[attr-defined]
-    partial.replace(path)
+    save_image(path, image)

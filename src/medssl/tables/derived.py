@@ -4,7 +4,6 @@ import collections
 import csv
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from medssl.data.atomic import alone_in, clear_partial, write_text
+from medssl.data.atomic import alone_in, clear_partial, whole_file, write_text
 from medssl.data.prepare import read_fingerprint
 from medssl.data.recipes import recipe_hash
 from medssl.data.store import VolumeStore
@@ -129,12 +128,11 @@ def derive_case(job: Job) -> None:
     store = _opened(job.root)
     case = store.record(job.case).case
     table = job.derivation(store, job.case)
-    partial = job.folder / f".{case}.npz.{os.getpid()}.partial"
-    with partial.open("wb") as stream:
-        np.savez(stream, **{name: np.asarray(array) for name, array in table.items()})  # type: ignore[arg-type]
-    with zipfile.ZipFile(partial, "a") as archive:
-        archive.comment = job.origin
-    partial.replace(job.folder / f"{case}.npz")
+    with whole_file(job.folder / f"{case}.npz") as partial:
+        with partial.open("wb") as stream:
+            np.savez(stream, **{name: np.asarray(array) for name, array in table.items()})  # type: ignore[arg-type]
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.comment = job.origin
 
 
 def folder_of(root: Path, derivation: Derivation) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
+from medssl.data.atomic import whole_file
 from medssl.data.augment.normalise import ByModality
 from medssl.data.geometry import apply
 from medssl.data.randomness import counter_key
@@ -130,11 +131,10 @@ class KeypointTables:
         record, table = store.record(case), table_of(store, self, case)
         limits = self.normalisation.limits(record, 0)
         planes = planes_of(store, case, table["points_voxel"], table["features"])
-        partial = folder / f".{PICTURE}.partial"
-        keypoint_figure(
-            planes, low=limits[0], high=limits[1], title=f"{record.case}: {counts[case]} keypoints"
-        ).savefig(partial, format="png", dpi=80)
-        partial.replace(folder / PICTURE)
+        title = f"{record.case}: {counts[case]} keypoints"
+        with whole_file(folder / PICTURE) as partial:
+            figure = keypoint_figure(planes, low=limits[0], high=limits[1], title=title)
+            figure.savefig(partial, format="png", dpi=80)
         full = sum(count == self.num_points for count in counts)
         told = f"; {full} of {len(counts)} tables are full: num_points leaves weaker ones out" if full else ""
         return f"picture of {record.case}: {folder / PICTURE}{told}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32
 
+from medssl.data.atomic import whole_file
 from medssl.data.geometry import apply
 from medssl.data.store import VolumeStore
 from medssl.tables.derived import Table, table_of
@@ -66,9 +67,8 @@ def report(derivation: "AnatomicalLocations", store: VolumeStore, folder: Path, 
     chosen = [n for n in order if n != derivation.reference_case(store)][:NUM_ROWS]
     names = list(tables)
     shown = [(names[n], tables[names[n]], coarse_case(store, n, spacing_mm=reference.spacing_mm)) for n in chosen]
-    partial = folder / f".{PICTURE}.partial"
-    location_figure(reference, shown).savefig(partial, format="png", dpi=80)
-    partial.replace(folder / PICTURE)
+    with whole_file(folder / PICTURE) as partial:
+        location_figure(reference, shown).savefig(partial, format="png", dpi=80)
     return f"{closing_message(derivation, tables, reference)}\npicture of the worst: {folder / PICTURE}"
 
 

@@ -1,10 +1,12 @@
 """last.ckpt, written every so often and when the run is asked to stop."""
 
+import contextlib
 from pathlib import Path
 
 import lightning as L
 import torch
 
+from medssl.data.atomic import whole_file
 from medssl.data.module import Batch
 from medssl.run.signals import StopSignals
 from medssl.training.callback import StepCallback
@@ -50,10 +52,8 @@ class LastCheckpoint(StepCallback):
                 f"step {self.step}: weights are not finite; {self.path} stays as it was before;"
                 " lower optimizer.lr or set optimizer.clip_norm, then resume"
             )
-        partial = self.path.with_name(".last.ckpt.partial")
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            partial.replace(self.path)
+        with whole_file(self.path) if trainer.is_global_zero else contextlib.nullcontext(self.path) as file:
+            trainer.save_checkpoint(file)  # all ranks take part, the first one writes
         self.saved_step = self.step
 
 

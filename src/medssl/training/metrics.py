@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from torch.optim import Optimizer
 
+from medssl.data.atomic import whole_file
 from medssl.data.module import Batch, VolumeDataModule
 from medssl.training.callback import StepCallback
 from medssl.training.method_module import MethodModule
@@ -55,12 +56,10 @@ class MetricsTable:
             csv.DictWriter(file, self.columns).writerow(row)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with partial.open("w", newline="") as file:
+        with whole_file(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        partial.replace(self.path)
 
 
 def float32(value: float) -> float:
