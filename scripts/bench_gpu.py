@@ -42,14 +42,13 @@ def crops_per_second(store: VolumeStore, *, batch_size: int = 16, num_batches: i
 
 def training(store: VolumeStore, folder: Path, overrides: list[str]) -> dict[str, float]:
     """Median step time, shares, and peak device memory of a run through the command's own code."""
-    from medssl.pretrain import train
+    from medssl.pretrain import run
     from medssl.run.folder import RunFolder
-    from medssl.run.start import start
 
-    fixed = ["trainer=gpu", "data=store", f"store={store.root}", "validate_every=0", "figures_every=100000"]
+    fixed = ["trainer=gpu", "data=store", f"store={store.root}", "validate_every=null", "figures_every=100000"]
     config = compose("pretrain", [*fixed, f"output_dir={folder}", "overwrite=true", *overrides])
     torch.cuda.reset_peak_memory_stats()
-    start(config, train, command="pretrain")
+    run(config)
     with RunFolder(folder).metrics.open() as file:
         rows = list(csv.DictReader(file))[5:]
     median = {

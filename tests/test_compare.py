@@ -60,11 +60,11 @@ def test_pages_are_replaced_only_when_that_is_asked_for(two_runs, tmp_path, caps
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["metric=iou"], "metric=iou does not exist"),
+        (["metric=iou"], "metric is 'iou', allowed are dice"),
         (["num_bootstrap=3"], "num_bootstrap=3 must be at least 100"),
-        (["num_bootstrap=many"], "num_bootstrap=many must be a whole number"),
+        (["num_bootstrap=many"], "num_bootstrap must be a whole number from 0 up; got 'many'"),
         (["confidence=95"], "confidence=95 must lie between 0 and 1"),
-        (["gone"], "gone does not exist"),
+        (["gone"], "runs: there is no folder of a run gone"),
         (["metrics=dice"], "did you mean 'metric'"),
     ],
 )

@@ -244,7 +244,7 @@ def test_an_untrained_twin_differs_between_subjects(store, tmp_path):
     ("keys", "message"),
     [
         ({"weights": "nothing.safetensors"}, "there is no weight file"),
-        ({"grid": "[2,0,2]"}, "grid=.* must be three positive whole numbers"),
+        ({"grid": "[2,0,2]"}, "grid=.* must be three whole numbers above 0"),
         ({"grid": "[2,2,2]", "locations": "places"}, "not both"),
         ({"locations": "locations"}, "derive what=locations"),
         ({"locations": "nope"}, r"has no table 'nope' for locations=TABLE; it has none\n$"),

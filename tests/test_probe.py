@@ -115,7 +115,7 @@ def test_one_location_is_probed_in_the_subjects_that_show_it(folder):
         (["target=severity", "location=2"], "there are 2, from 0 on"),
         (["target=severity", "num_folds=1"], "num_folds=1 must be at least 2"),
         (["target=severity", "num_folds=40"], "28 subjects do not fill 40 folds"),
-        (["target=severity", "reference=nowhere"], "there are no features at nowhere"),
+        (["target=severity", "reference=nowhere"], "reference: there is no folder or features.npz nowhere"),
         (["target=severity", "targets=nowhere.csv"], "there is no table"),
         (["target=severity", "case=person"], "two rows of case p0"),
     ],

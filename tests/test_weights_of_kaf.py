@@ -77,7 +77,8 @@ def test_a_segmenter_starts_from_a_file_with_or_without_its_keypoints(tmp_path, 
     chosen = [] if keypoints is None else [f"model.keypoints={keypoints}"]
     config = compose("finetune", [f"weights.path={tmp_path / 'encoder.safetensors'}", *chosen])
     initial = find_initial(config)
-    network, recipes = build_segmenter(config.model.encoder, config.model.decoder, num_classes=3, in_channels=2)
+    model = initial.completed(config).model
+    network, recipes = build_segmenter(model.encoder, model.decoder, num_classes=3, in_channels=2)
     said = "\n".join(load_initial(initial, network))
     assert network.encoder.mode == (keypoints or "use")
     assert len(network.encoder.kaf) == (0 if keypoints in ("duplicate", "zero") else 4)

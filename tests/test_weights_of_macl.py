@@ -125,7 +125,8 @@ def test_a_segmenter_starts_from_encoder_and_decoder_of_a_file(published, model)
     chosen = ["model=macl_unet", "model.encoder.base_channels=4", "+facts.num_channels=2"] if model != "auto" else []
     config = compose("finetune", [f"weights.path={published}", "weights.layout=macl", *chosen])
     initial = find_initial(config)
-    network, recipes = build_segmenter(config.model.encoder, config.model.decoder, num_classes=3, in_channels=2)
+    model = initial.completed(config).model
+    network, recipes = build_segmenter(model.encoder, model.decoder, num_classes=3, in_channels=2)
     said = "\n".join(load_initial(initial, network))
     assert "encoder: 60 tensors matched" in said
     assert "decoder: 64 tensors matched" in said
@@ -138,8 +139,9 @@ def test_a_segmenter_starts_from_encoder_and_decoder_of_a_file(published, model)
 def test_of_a_published_decoder_the_two_trained_blocks_can_be_taken_alone(published, state, tmp_path):
     config = compose("finetune", [f"weights.path={published}", "weights.layout=macl", "weights.decoder=trained"])
     initial = find_initial(config)
+    model = initial.completed(config).model
     assert initial.card["decoder_blocks"] == 2
-    network, _ = build_segmenter(config.model.encoder, config.model.decoder, num_classes=3, in_channels=1)
+    network, _ = build_segmenter(model.encoder, model.decoder, num_classes=3, in_channels=1)
     fresh = {name: tensor.clone() for name, tensor in network.decoder.state_dict().items()}
     said = load_initial(initial, network)
     assert said[-1] == "of the decoder the first 2 blocks; 32 tensors of the others start anew"

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from medssl.moved import refuse_moved
+
 NETWORKS = ("medssl.models", "monai.networks")
 Built = TypeVar("Built")
 
@@ -19,6 +21,7 @@ def trusted_class(
     Raises:
         ValueError: it is not in one of the packages, cannot be imported, or is no subclass of `base`.
     """
+    refuse_moved({"_target_": recipe.get("_target_")}, source="the recipe")
     target = str(recipe.get("_target_"))
     package, _, name = target.rpartition(".")
     if not _inside(package, packages):

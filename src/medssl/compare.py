@@ -9,13 +9,57 @@ Examples:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medssl import checks
 from medssl.config import main
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+PAGES = ("comparison.md", "comparison.html")
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Which runs are compared, by what, and how sure that is; checked.
+
+    Args:
+        runs: Folders of finished runs; the first names the reference.
+        folder: Where the pages go.
+        metric: `dice`, `nsd` or `hd95_mm`.
+        num_bootstrap: Draws behind an interval.
+        confidence: Of the intervals.
+        seed: Of the draws.
+    """
+
+    runs: tuple[Path, ...]
+    folder: Path
+    metric: str
+    num_bootstrap: int
+    confidence: float
+    seed: int
+
+    @classmethod
+    def of(cls, config: DictConfig) -> CompareSettings:
+        """Check a configuration.
+
+        Raises:
+            ValueError: A setting is wrong, a run is not there, or pages would be replaced.
+        """
+        from medssl.evaluation.scores import METRICS
+
+        overwrite = checks.switch("overwrite", config.overwrite)
+        return cls(
+            runs=tuple(checks.existing("runs", run, what="folder of a run", folder=True) for run in config.runs),
+            folder=checks.result_folder(config.output_dir, outputs=PAGES, overwrite=overwrite),
+            metric=checks.choice("metric", config.metric, METRICS),
+            num_bootstrap=checks.whole("num_bootstrap", config.num_bootstrap),
+            confidence=checks.number("confidence", config.confidence),
+            seed=checks.whole("seed", config.seed),
+        )
 
 
 def run(config: DictConfig) -> None:
@@ -26,24 +70,15 @@ def run(config: DictConfig) -> None:
     from medssl.evaluation.report import to_html, to_markdown, to_terminal
     from medssl.evaluation.statistics import Resampling
 
-    folder = Path(config.output_dir).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file; name a folder")
-    pages = {folder / "comparison.md": to_markdown, folder / "comparison.html": to_html}
-    if there := [page for page in pages if page.exists() and not config.overwrite]:
-        raise ValueError(f"{there[0]} already exists; replace it by overwrite=true, or give another output_dir")
-    for name, kind in {"num_bootstrap": int, "seed": int, "confidence": int | float}.items():
-        if not isinstance(config[name], kind):
-            raise ValueError(f"{name}={config[name]} must be a {'whole ' * (kind is int)}number")
-    resampling = Resampling(config.num_bootstrap, config.confidence, config.seed)
-    groups = read_groups([Path(path).expanduser() for path in config.runs])
-    comparison = compare_groups(groups, metric=config.metric, resampling=resampling)
-    texts = {page: write(comparison) for page, write in pages.items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = CompareSettings.of(config)
+    resampling = Resampling(settings.num_bootstrap, settings.confidence, settings.seed)
+    comparison = compare_groups(read_groups(list(settings.runs)), metric=settings.metric, resampling=resampling)
+    texts = {page: write(comparison) for page, write in zip(PAGES, (to_markdown, to_html), strict=True)}
+    settings.folder.mkdir(parents=True, exist_ok=True)
     for page, text in texts.items():
-        write_text(page, text)
+        write_text(settings.folder / page, text)
     print(to_terminal(comparison))
-    print("\n".join(f"wrote {page}" for page in pages))
+    print("\n".join(f"wrote {settings.folder / page}" for page in PAGES))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medssl.moved import refuse_moved
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -37,10 +39,14 @@ def compose(name: str, overrides: Sequence[str] = (), *, extra_dir: Path | None 
     """The configuration `name` with `overrides`; groups are looked up in our configs, then in `extra_dir`.
 
     Interpolations stay unresolved: `facts` are filled in before a method is built.
+
+    Raises:
+        ValueError: A `_target_` names a place that medssl has left.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
 
     _register_resolvers()
     overrides = [re.sub(r"^weights=", "weights.path=", override) for override in overrides]  # a file, with options
@@ -48,7 +54,9 @@ def compose(name: str, overrides: Sequence[str] = (), *, extra_dir: Path | None 
         overrides.append(f"hydra.searchpath=['file://{Path(extra_dir).resolve()}']")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return hydra_compose(name, overrides)
+        config = hydra_compose(name, overrides)
+    refuse_moved(OmegaConf.to_container(config, resolve=False), source="the configuration")
+    return config
 
 
 def _register_resolvers() -> None:
@@ -67,6 +75,16 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver(
         "precision", lambda kind: "32-true" if kind == "cpu" else "bf16-mixed", replace=True
     )
+
+
+def with_values(config: DictConfig, values: Mapping[str, Any]) -> DictConfig:
+    """Return a copy of a configuration that has other values at dotted names; the configuration stays as it is."""
+    from omegaconf import OmegaConf
+
+    copy: DictConfig = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # type: ignore[assignment]
+    for name, value in values.items():
+        OmegaConf.update(copy, name, value, merge=False, force_add=True)
+    return copy
 
 
 def to_yaml(config: DictConfig) -> str:
@@ -125,6 +143,14 @@ class CommandLine:
             else:
                 overrides.append(argument)
         return cls(overrides, extra_dir, **asked, words=words)
+
+
+def freeze(config: DictConfig) -> DictConfig:
+    """Make a configuration read-only, and return it: writing to it raises from here on."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.set_readonly(config, True)
+    return config
 
 
 def help_text(name: str, description: str, *, extra_dir: Path | None = None, positional: str | None = None) -> str:
@@ -188,7 +214,9 @@ def main(
         config = compose(name, line.overrides, extra_dir=line.extra_dir)
         if positional is not None:
             given = config[positional]
-            config[positional] = [*([given] if isinstance(given, str) else given or []), *line.words]
+            words = [*([given] if isinstance(given, str) else given or []), *line.words]
+            config = with_values(config, {positional: words})
+        freeze(config)
         if line.cfg:
             print(to_yaml(config), end="")
         else:

@@ -8,24 +8,60 @@ Examples:
 It may be stopped or killed at any moment and started again; finished tables are not made twice.
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medssl import checks
 from medssl.config import main
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def run(config: "DictConfig") -> None:
+@dataclass(frozen=True)
+class DeriveSettings:
+    """What is derived from which store; checked.
+
+    Args:
+        store: A prepared store.
+        derivation: Makes the table of a case.
+        num_workers: Processes; None for one a core.
+    """
+
+    store: Path
+    derivation: Any
+    num_workers: int | None
+
+    @classmethod
+    def of(cls, config: DictConfig) -> DeriveSettings:
+        """Check a configuration.
+
+        Raises:
+            ValueError: A setting is wrong, or names a file that is not there.
+        """
+        store = checks.existing("store", config.store, what="store", folder=True)
+        for name, what in {"weights.path": "weight file", "file": "table"}.items():
+            checks.existing_setting(config, name, what=what)
+        num_workers = checks.whole("num_workers", config.num_workers, or_null="for one a core")
+
+        from hydra.utils import instantiate  # classes of tables, which may import torch
+
+        derivation = instantiate(config.what, _convert_="all")
+        if hasattr(derivation, "check"):
+            derivation.check()
+        return cls(store, derivation, num_workers)
+
+
+def run(config: DictConfig) -> None:
     """Derive what the configuration says, and say what came of it."""
-    from hydra.utils import instantiate
+    settings = DeriveSettings.of(config)
 
     from medssl.tables.derived import derive
 
-    derivation = instantiate(config.what, _convert_="all")
-    if hasattr(derivation, "check"):
-        derivation.check()
-    print(derive(config.store, derivation, num_workers=config.num_workers))
+    print(derive(settings.store, settings.derivation, num_workers=settings.num_workers))
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 def run(config: DictConfig) -> None:
     """Make the features; exit code 1 where some subjects have none."""
-    from medssl.run.signals import Stopped, StopSignals
+    from medssl.extraction.settings import FeatureSettings
+    from medssl.run.signals import stoppable
+    from medssl.run.store import check_source
 
-    with StopSignals():
-        try:
-            from medssl.extraction.features import Extraction, extract_all  # torch and all that takes seconds
+    settings = FeatureSettings.of(config)
+    check_source(config)
+    with stoppable(lambda: "finished features are kept, the same command goes on"):
+        from medssl.extraction.features import Extraction, extract_all  # torch and all that takes seconds
 
-            extraction = Extraction.of(config)  # before the store: a slip need not cost an hour of preparing
-            num_failed = extract_all(extraction, prepared_store(config))
-        except Stopped as stop:
-            print(f"\nstopped by {stop}; finished features are kept, the same command goes on", file=sys.stderr)
-            sys.exit(130)
+        extraction = Extraction.of(settings)  # before the store: a slip need not cost an hour of preparing
+        num_failed = extract_all(extraction, prepared_store(config))
     if num_failed:
         sys.exit(1)
 

@@ -11,37 +11,41 @@ Examples:
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medssl.config import main
+from medssl.config import main, with_values
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from medssl.run.start import Start
+WEIGHTS = "weight file"
 
 
 def run(config: DictConfig) -> None:
-    """Claim the run folder, then train in it; then the same from scratch, where that is asked for."""
+    """Train in the run folder; then train the same from scratch, where that is asked for."""
     from medssl.run.folder import RunFolder
     from medssl.run.start import start
 
     twin = scratch_twin(config) if config.scratch_twin else None
     if twin is not None:  # refused now, not after an hour of training
         RunFolder(Path(twin.output_dir).expanduser()).claim(overwrite=twin.overwrite, checkpoint=None)
-    start(config, train, command="finetune")
-    if twin is not None and RunFolder(Path(config.output_dir).expanduser()).results.is_file():
+    with start(config, command="finetune", files={"weights.path": WEIGHTS, "model.like": WEIGHTS}) as tuned:
+        from medssl.segmentation.finetune import finetune  # torch and all that takes seconds
+
+        finetune(tuned)
+    if twin is not None and tuned.folder.results.is_file():
         print(f"\nthe same from scratch -> {twin.output_dir}", flush=True)
-        start(twin, train, command="finetune")
-        print(f"\n    python -m medssl.compare {twin.output_dir} {config.output_dir}")
+        with start(twin, command="finetune") as scratch:
+            finetune(scratch)
+        print(f"\n    python -m medssl.compare {scratch.folder.root} {tuned.folder.root}")
 
 
 def scratch_twin(config: DictConfig) -> DictConfig:
-    """The settings of the same run without the weights: same network, plan, budget and seed; OUTPUT_DIR-scratch.
+    """Return the settings of the same run without the weights: same network, plan, budget and seed; OUTPUT_DIR-scratch.
 
-    Raises: ValueError: there are no weights to leave out, several processes train, or a run is to be resumed.
+    Raises:
+        ValueError: There are no weights to leave out, several processes train, or a run is to be resumed.
     """
     if config.resume is not None:
         raise ValueError(
@@ -54,19 +58,9 @@ def scratch_twin(config: DictConfig) -> DictConfig:
             "scratch_twin=true works in one process; with several, start a second run with model.like=FILE instead of"
             " weights=FILE"
         )
-    twin = copy.deepcopy(config)
-    twin.update({"scratch_twin": False, "output_dir": f"{config.output_dir or 'runs/finetune'}-scratch"})
-    if "like" in twin.model:
-        twin.model.like = config.weights.path
-    twin.weights.path = None
-    return twin
-
-
-def train(begin: Start) -> None:
-    """Import torch and all that takes seconds, then fine-tune."""
-    from medssl.segmentation.finetune import finetune
-
-    finetune(begin)
+    changes = {"scratch_twin": False, "output_dir": f"{config.output_dir or 'runs/finetune'}-scratch"}
+    like = {"model.like": config.weights.path} if "like" in config.model else {}
+    return with_values(config, {**changes, **like, "weights.path": None})
 
 
 if __name__ == "__main__":

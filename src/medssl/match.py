@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 def run(config: "DictConfig") -> None:
     """Match the points, print them, and draw both scans with crosses."""
-    from medssl.extraction.match import locate  # torch and all that takes seconds
+    from medssl.extraction.settings import MatchSettings
 
-    locate(config)
+    settings = MatchSettings.of(config)
+    from medssl.extraction.match import match_scans  # torch and all that takes seconds
+
+    match_scans(settings)
 
 
 if __name__ == "__main__":

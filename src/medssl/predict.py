@@ -19,16 +19,14 @@ if TYPE_CHECKING:
 
 def run(config: DictConfig) -> None:
     """Predict all images; exit code 1 where some of them failed."""
-    from medssl.run.signals import Stopped, StopSignals
+    from medssl.run.signals import stoppable
+    from medssl.segmentation.settings import PredictSettings
 
-    with StopSignals():
-        try:
-            from medssl.segmentation.predict import predict_all  # torch and all that takes seconds
+    settings = PredictSettings.of(config)
+    with stoppable(lambda: "finished results are kept, the same command goes on"):
+        from medssl.segmentation.predict import predict_all  # torch and all that takes seconds
 
-            num_failed = predict_all(config)
-        except Stopped as stop:
-            print(f"\nstopped by {stop}; finished results are kept, the same command goes on", file=sys.stderr)
-            sys.exit(130)
+        num_failed = predict_all(settings)
     if num_failed:
         sys.exit(1)
 

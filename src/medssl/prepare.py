@@ -3,33 +3,80 @@
 It may be stopped or killed at any moment and started again; finished cases are not made twice.
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medssl import checks
 from medssl.config import main
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def run(config: "DictConfig") -> None:
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Which images become which store; checked.
+
+    Args:
+        name: Name of the data.
+        source: Finds the images.
+        store: Folder of the store.
+        recipe: What is done to an image: `channels`, `spacing_mm`, `min_side_voxel`.
+        max_rejected_fraction: Share of unreadable files above which the store is not finished.
+        num_workers: Processes; None for one a core.
+    """
+
+    name: str
+    source: Any
+    store: Path
+    recipe: dict[str, Any]
+    max_rejected_fraction: float
+    num_workers: int | None
+
+    @classmethod
+    def of(cls, config: DictConfig) -> PrepareSettings:
+        """Check a configuration.
+
+        Raises:
+            ValueError: A setting is wrong, or there are no images to prepare.
+        """
+        from hydra.utils import instantiate
+        from omegaconf import OmegaConf
+
+        from medssl.data.recipes import locate_store
+        from medssl.run.store import check_source
+
+        data = config.data
+        if data.get("source") is None:
+            raise ValueError(f"data={data.name} is a finished store; prepare takes images, such as data=folder")
+        check_source(config)
+        recipe = {name: data[name] for name in ("channels", "spacing_mm", "min_side_voxel")}
+        return cls(
+            name=data.name,
+            source=instantiate(data.source, _convert_="all"),
+            store=Path(locate_store(data, config.store)),
+            recipe=OmegaConf.to_container(OmegaConf.create(recipe)),  # type: ignore[arg-type]
+            max_rejected_fraction=checks.share("max_rejected_fraction", config.max_rejected_fraction),
+            num_workers=checks.whole("num_workers", config.num_workers, or_null="for one a core"),
+        )
+
+
+def run(config: DictConfig) -> None:
     """Prepare what the configuration says, and say what came of it."""
-    from hydra.utils import instantiate
+    settings = PrepareSettings.of(config)
 
     from medssl.data.prepare import prepare_store
-    from medssl.data.recipes import locate_store
 
-    if config.data.get("source") is None:
-        raise ValueError(f"data={config.data.name} is a finished store; prepare takes images, such as data=folder")
-    store = locate_store(config.data, config.store)
-    print(f"preparing {config.data.name} -> {store}", flush=True)
+    print(f"preparing {settings.name} -> {settings.store}", flush=True)
     summary = prepare_store(
-        instantiate(config.data.source, _convert_="all"),
-        store,
-        channels=config.data.channels,
-        spacing_mm=config.data.spacing_mm,
-        min_side_voxel=config.data.min_side_voxel,
-        max_rejected_fraction=config.max_rejected_fraction,
-        num_workers=config.num_workers,
+        settings.source,
+        settings.store,
+        **settings.recipe,
+        max_rejected_fraction=settings.max_rejected_fraction,
+        num_workers=settings.num_workers,
     )
     print(summary)
 

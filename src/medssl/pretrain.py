@@ -17,21 +17,15 @@ from medssl.config import main
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from medssl.run.start import Start
-
 
 def run(config: DictConfig) -> None:
-    """Claim the run folder, then train in it."""
+    """Claim the run folder, then import torch and all that takes seconds, and train."""
     from medssl.run.start import start
 
-    start(config, train, command="pretrain")
+    with start(config, command="pretrain") as run:
+        from medssl.training.pretraining import pretrain
 
-
-def train(begin: Start) -> None:
-    """Import torch and all that takes seconds, then pre-train."""
-    from medssl.training.pretraining import pretrain
-
-    pretrain(begin)
+        pretrain(run)
 
 
 if __name__ == "__main__":

@@ -10,27 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medssl.config import main
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from pathlib import Path
 
-OUTPUTS = ("probe.json", "predictions.csv", "probe.png")
+    from omegaconf import DictConfig
 
 
 def run(config: DictConfig) -> None:
     """Read, probe, print the table, and write what was found."""
     import numpy as np
-    from omegaconf import OmegaConf
     from tqdm import tqdm
 
     from medssl.data.atomic import write_text
-    from medssl.evaluation.statistics import Resampling
     from medssl.extraction.feature_file import load_features
-    from medssl.probing.cross_validation import CrossValidation, assign_folds, probe
+    from medssl.probing.cross_validation import assign_folds, probe
     from medssl.probing.models import check_extra
     from medssl.probing.report import (
         interval_values,
@@ -39,37 +36,26 @@ def run(config: DictConfig) -> None:
         score_table,
         score_values,
     )
-    from medssl.probing.targets import Columns, build_task, join, read_targets
+    from medssl.probing.settings import OUTPUTS, ProbeSettings
+    from medssl.probing.targets import build_task, join, read_targets
 
     check_extra()
-    folder = _claimed(Path(config.output_dir).expanduser(), overwrite=config.overwrite)
-    counts = ("num_folds", "num_repeats", "num_inner_folds", "seed", "num_bootstrap", "max_components")
-    for name in (*counts, *(["location"] if config.location is not None else [])):
-        if isinstance(config[name], bool) or not isinstance(config[name], int):
-            raise ValueError(f"{name}={config[name]} must be a whole number")
-    if isinstance(config.confidence, bool) or not isinstance(config.confidence, int | float):
-        raise ValueError(f"confidence={config.confidence} must be a number")
-    validation = CrossValidation(config.num_folds, config.num_repeats, config.num_inner_folds, config.seed)
-    resampling = Resampling(config.num_bootstrap, config.confidence, config.seed)
-    columns = Columns(str(config.target), config.case, config.event, config.subject)
-    paths = {"features": Path(config.features).expanduser()}
-    if config.reference is not None:
-        paths["reference"] = Path(config.reference).expanduser()
-    loaded = {name: load_features(path) for name, path in paths.items()}
-    wanted = {name: f.of_location(config.location) for name, f in loaded.items()}
-    targets = Path(config.targets).expanduser()
+    settings = ProbeSettings.of(config)
+    validation, resampling, columns = settings.validation, settings.resampling, settings.columns
+    loaded = {name: load_features(path) for name, path in settings.features.items()}
+    wanted = {name: f.of_location(settings.location) for name, f in loaded.items()}
     valid = [~np.isnan(values).any(1) for values in wanted.values()]
-    joined = join(list(loaded.values()), read_targets(targets, columns), valid=valid)
-    task = build_task(config.task, joined, columns, num_folds=config.num_folds, max_components=config.max_components)
+    joined = join(list(loaded.values()), read_targets(settings.targets, columns), valid=valid)
+    num_folds, num_repeats = validation.num_folds, validation.num_repeats
+    task = build_task(settings.task, joined, columns, num_folds=num_folds, max_components=settings.max_components)
     subject = joined.subject(columns.subject)
     every = np.arange(len(subject))
-    assign_folds(task, subject, every, num_folds=config.num_folds, seed=config.seed)  # too many are told at once
+    assign_folds(task, subject, every, num_folds=num_folds, seed=validation.seed)  # too many are told at once
     for note in joined.notes():
         print(note)
     people = "" if columns.subject is None else f" of {subject.max() + 1} subjects"
-    print(f"{len(joined.cases)} cases{people}, {config.num_repeats} x {config.num_folds} folds", flush=True)
-    total = len(paths) * config.num_repeats * config.num_folds
-    with tqdm(total=total, desc="probing", unit=" folds", leave=False) as bar:
+    print(f"{len(joined.cases)} cases{people}, {num_repeats} x {num_folds} folds", flush=True)
+    with tqdm(total=len(loaded) * num_repeats * num_folds, desc="probing", unit=" folds", leave=False) as bar:
         probes = {}
         for name, features in loaded.items():
             rows = [features.case.tolist().index(case) for case in joined.cases]
@@ -77,9 +63,10 @@ def run(config: DictConfig) -> None:
                 wanted[name][rows], task, subject=subject, validation=validation, on_fold=lambda: bar.update(1)
             )
     intervals = {name: found.intervals(resampling) for name, found in probes.items()}
+    inputs = {**settings.features, "targets": settings.targets}
     values: dict[str, Any] = {
-        "settings": OmegaConf.to_container(config, resolve=True),
-        "inputs": {name: _described(path) for name, path in {**paths, "targets": targets}.items()},
+        "settings": settings.values,
+        "inputs": {name: _described(path) for name, path in inputs.items()},
         "cases": {"used": joined.cases, "left_out": joined.lacking},
         "fold": probes["features"].fold.tolist(),
         **{name: score_values(found, intervals[name]) for name, found in probes.items()},
@@ -88,22 +75,13 @@ def run(config: DictConfig) -> None:
     if "reference" in probes:
         shown["difference"] = probes["features"].intervals(resampling, probes["reference"])
         values["difference"] = interval_values(shown["difference"])
+    folder = settings.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "predictions.csv", predictions_csv(probes, joined))
     probe_figure(probes, intervals, columns.target).savefig(folder / "probe.png", dpi=120)
     write_text(folder / "probe.json", json.dumps(values, indent=1, sort_keys=True))
-    print(score_table(shown, confidence=config.confidence))
+    print(score_table(shown, confidence=resampling.confidence))
     print("\n".join(f"wrote {folder / name}" for name in OUTPUTS))
-
-
-def _claimed(folder: Path, *, overwrite: bool) -> Path:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file; name a folder")
-    if there := [name for name in OUTPUTS if (folder / name).exists() and not overwrite]:
-        raise ValueError(
-            f"{folder / there[0]} already exists; replace it by overwrite=true, or give another output_dir"
-        )
-    return folder
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_what_a_reader_has_to_know_is_in_the_notes(finished_run, change, words):
 
 
 def test_an_unknown_metric_is_refused(finished_run):
-    with pytest.raises(ValueError, match="metric=iou does not exist; it is one of dice, hd95_mm, nsd"):
+    with pytest.raises(ValueError, match="metric is 'iou', allowed are dice, hd95_mm, nsd"):
         compared(finished_run("a"), finished_run("b", seed=1), metric="iou")
 
 

@@ -72,7 +72,7 @@ def rows(folder):
 def finished(where, tmp_path_factory):
     """A run whose automatic threshold is 0.123."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medssl.training.pretraining.automatic_threshold", ONE_THRESHOLD)
+        patch.setattr("medssl.training.positive_rate.automatic_threshold", ONE_THRESHOLD)
         folder = tmp_path_factory.mktemp("finished") / "run"
         return pretrained(where, folder, *NARROW, "method.positions.threshold=auto", "method.positions.norm=l2")
 
@@ -97,16 +97,18 @@ def segmenter(folder, *settings):
     """The network of a fine-tuning run that starts from a run, and what it says."""
     config = compose("finetune", [f"weights.path={folder / 'encoder.safetensors'}", *settings])
     initial = find_initial(config)
+    model = initial.completed(config).model
     torch.manual_seed(1)
-    network, _ = build_segmenter(config.model.encoder, config.model.decoder, num_classes=3, in_channels=1)
+    network, _ = build_segmenter(model.encoder, model.decoder, num_classes=3, in_channels=1)
     return network, "\n".join(load_initial(initial, network))
 
 
 def fresh(folder):
     config = compose("finetune", [f"model.like={folder / 'encoder.safetensors'}"])
-    find_initial(config)
+    initial = find_initial(config)
+    model = initial.completed(config).model
     torch.manual_seed(1)
-    return build_segmenter(config.model.encoder, config.model.decoder, num_classes=3, in_channels=1)[0]
+    return build_segmenter(model.encoder, model.decoder, num_classes=3, in_channels=1)[0]
 
 
 def equal_names(a, b):

@@ -323,7 +323,7 @@ def test_both_norms_and_limited_channels_build_encoder_and_decoder(norm):
 def test_wrong_options_and_images_are_named():
     with pytest.raises(ValueError, match="mode is 'on', allowed are use, duplicate, zero"):
         KAFEncoder(mode="on")
-    with pytest.raises(ValueError, match="spatial_dims is 4, allowed are 2 and 3"):
+    with pytest.raises(ValueError, match="spatial_dims is 4, allowed are 2, 3"):
         KAFEncoder(spatial_dims=4)
     with pytest.raises(ValueError, match="norm is 'group', allowed are batch, instance"):
         KAFEncoder(norm="group")

@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_named():
         encoder(torch.zeros(1, 1, 8, 8, 6))
     with pytest.raises(ValueError, match="does not fit"):
         encoder(torch.zeros(1, 1, 8, 8))
-    with pytest.raises(ValueError, match="spatial_dims is 1, allowed are 2 and 3"):
+    with pytest.raises(ValueError, match="spatial_dims is 1, allowed are 2, 3"):
         MACLUNetEncoder(spatial_dims=1)
     with pytest.raises(ValueError, match="num_levels is 0"):
         MACLUNetEncoder(num_levels=0)

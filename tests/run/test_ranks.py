@@ -5,7 +5,7 @@ import time
 import pytest
 
 from medssl.run import ranks as waiting
-from medssl.run.ranks import RankZeroFailedError, forget, rank_zero_first, word_file
+from medssl.run.ranks import RankZeroFailedError, rank_zero_first, remove_markers, word_file
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_other_ranks_enter_when_rank_zero_has_left_and_hear_when_it_failed(tmp_p
         rank_zero_first(tmp_path, tmp_path / "store"),
     ):
         pytest.fail("entered though rank 0 failed")
-    forget(tmp_path)
+    remove_markers(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

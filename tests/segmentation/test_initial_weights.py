@@ -10,6 +10,8 @@ import medssl
 from medssl.config import compose, main
 from medssl.data.store import VolumeStore
 from medssl.finetune import run
+from medssl.methods.alice import Alice
+from medssl.methods.glmae import GLMAE
 from medssl.models.alice_backbones import build_backbone
 from medssl.models.segmenter import build_segmenter
 from medssl.segmentation.initial_weights import find_initial, load_initial
@@ -41,7 +43,8 @@ def card(**networks):
         "data": {"name": "others"},
         "trainer": {"max_steps": 7},
     }
-    return build_card(settings, object.__new__(VolumeStore), [])
+    method = object.__new__(Alice if "backbone" in networks else GLMAE)  # which says what transfers
+    return build_card(method, settings, object.__new__(VolumeStore), [])
 
 
 @pytest.fixture
@@ -58,7 +61,8 @@ def alice_file(tmp_path):
 def load(path, **settings):
     config = compose("finetune", [f"weights.path={path}", *(f"{key}={value}" for key, value in settings.items())])
     initial = find_initial(config)
-    network, _ = build_segmenter(config.model.encoder, config.model.decoder, num_classes=3, in_channels=1)
+    model = initial.completed(config).model
+    network, _ = build_segmenter(model.encoder, model.decoder, num_classes=3, in_channels=1)
     return network, "\n".join(load_initial(initial, network))
 
 
@@ -92,8 +96,9 @@ def test_a_decoder_of_another_class_starts_anew(alice_file):
 
 def test_the_network_of_a_file_is_built_without_its_weights(alice_file):
     config = compose("finetune", [f"model.like={alice_file[0]}"])
-    assert find_initial(config).name == "scratch"
-    assert config.model.decoder._target_ == "medssl.models.nnformer.NnFormerDecoder"
+    initial = find_initial(config)
+    assert initial.name == "scratch"
+    assert initial.completed(config).model.decoder._target_ == "medssl.models.nnformer.NnFormerDecoder"
 
 
 def test_a_file_that_does_not_say_what_transfers_gives_its_encoder(tmp_path):

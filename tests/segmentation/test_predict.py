@@ -145,15 +145,15 @@ def test_channels_must_be_those_the_network_reads(tmp_path, save, scan, capsys):
     [
         ({"weights": "null"}, "weights is missing"),
         ({"weights": "none.safetensors"}, "there is no weight file none.safetensors"),
-        ({"input": "none"}, "input=none does not exist"),
-        ({"device": "tpu"}, "auto, cpu or cuda"),
+        ({"input": "none"}, "input: there is no image or folder none"),
+        ({"device": "tpu"}, "device is 'tpu', allowed are auto, cpu, cuda"),
         ({"flips": 3}, "flips=3 is not understood"),
         ({"flips": "[0,0]"}, "is not understood"),
         ({"overlap": 1}, r"overlap must lie in \[0, 1\), got 1"),
         ({"overlap": "half"}, "overlap must lie"),
         ({"window_batch": 0}, "window_batch must be a whole number"),
         ({"probabilities": "maybe"}, "probabilities must be true or false"),
-        ({"data__modality": "pet"}, "ct, mr or null"),
+        ({"data__modality": "pet"}, "data.modality is 'pet', allowed are ct, mr, null"),
         ({"data__channels": -1}, "channels takes all, null or the number"),
     ],
 )

@@ -246,7 +246,7 @@ def test_a_card_gives_the_reading():
     [
         ({"outside": None}, "lacks outside"),
         ({"spacing_mm": "coarse"}, "native or three numbers"),
-        ({"modality": "pet"}, "modality='pet'; it takes ct, mr or null"),
+        ({"modality": "pet"}, "modality of the card's reading is 'pet', allowed are ct, mr, null"),
         ({"normalise": [{"_target_": "medssl.data.augment.GaussianNoise"}]}, "GaussianNoise, which is no"),
         ({"normalise": [{"_target_": "os.system", "command": "true"}]}, "outside medssl.data.augment"),
     ],

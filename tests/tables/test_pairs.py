@@ -170,7 +170,10 @@ def test_settings_that_cannot_work_are_refused(tmp_path, build, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("cuda", "device=cuda: PyTorch finds no CUDA device here"), ("tpu", "device=tpu is not known; it takes auto")],
+    [
+        ("cuda", "device=cuda: PyTorch finds no CUDA device here"),
+        ("tpu", "device is 'tpu', allowed are auto, cpu, cuda"),
+    ],
 )
 def test_a_device_that_is_not_there_is_a_mistake_of_one_line(store, embedding_weights, capsys, device, message):
     arguments = ["what=pairs", f"store={store.root}", f"weights={embedding_weights}", f"what.points.device={device}"]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from medssl.checks import choice
 from medssl.evaluation.groups import LEAKED, Group, differing_entries, entry_in_words
 from medssl.evaluation.results import mean_present
 from medssl.evaluation.scores import METRICS
@@ -75,8 +76,7 @@ def compare_groups(groups: Sequence[Group], *, metric: str, resampling: Resampli
 
     Raises: ValueError: there is no such metric.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric={metric} does not exist; it is one of {', '.join(METRICS)}")
+    choice("metric", metric, METRICS)
     summaries = [_summary(group, metric=metric, resampling=resampling) for group in groups]
     paired = []
     for group, reference in partners(groups):

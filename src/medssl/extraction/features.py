@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
-from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 
 from medssl.building import build_network
+from medssl.checks import triple
 from medssl.config import config_dir
 from medssl.data.atomic import alone_in, clear_partial, whole_file, write_text
 from medssl.data.augment import ByModality
@@ -30,13 +29,13 @@ from medssl.data.views import other_size
 from medssl.extraction.embedder import reading_of
 from medssl.extraction.feature_file import CARD, FILE, Features
 from medssl.extraction.patch_encoder import (
-    LARGEST_BATCH,
     CellGrid,
     PatchEncoder,
     coordinate_at,
     measure_batch_norm,
     reading_recipe,
 )
+from medssl.extraction.settings import FeatureSettings
 from medssl.inference.device import find_device
 from medssl.inference.files import save_image
 from medssl.inference.reading import Reading
@@ -70,49 +69,43 @@ class Extraction:
     origin: Mapping[str, Any]
 
     @classmethod
-    def of(cls, config: DictConfig) -> "Extraction":
-        """What a configuration asks for. Raises: ValueError: a setting or the weight file is wrong."""
-        if config.weights.path is None:
-            raise ValueError("weights is missing; give it as weights=RUN/encoder.safetensors")
-        for key in ("overwrite", "dense"):
-            if not isinstance(config[key], bool):
-                raise ValueError(f"{key} must be true or false; got {config[key]!r}")
-        if config.stride_voxel is not None and not config.dense:
-            raise ValueError("stride_voxel belongs to the maps of dense=true; give both or none")
-        path, device = Path(config.weights.path).expanduser(), find_device(config.device)
-        modules, where = list(config.allow_modules), {"layout": config.weights.layout, "branch": config.weights.branch}
-        card = read_card(path) if config.weights.layout is None else {}
-        reading = _reading(config, card, source=str(path))
-        if config.untrained is None:
-            network = load_encoder(path, allow_modules=modules, **where)
+    def of(cls, settings: FeatureSettings) -> "Extraction":
+        """Return what settings ask for.
+
+        Raises:
+            ValueError: The weight file is wrong, or does not go with the settings.
+        """
+        path, device = settings.weights, find_device(settings.device)
+        modules, layout, branch = settings.allow_modules, settings.layout, settings.branch
+        card = read_card(path) if settings.layout is None else {}
+        reading = _reading(settings, card)
+        if settings.untrained is None:
+            network = load_encoder(path, layout=layout, branch=branch, allow_modules=modules)
         else:
-            torch.manual_seed(_whole("untrained", config.untrained, least=0))
-            network = build_network(encoder_recipe(path, **where), allow_modules=modules).eval()
+            torch.manual_seed(settings.untrained)
+            network = build_network(encoder_recipe(path, layout=layout, branch=branch), allow_modules=modules).eval()
         if getattr(network, "spatial_dims", 3) == 2:
             raise ValueError(
                 f"{path} holds an encoder of slices, and features are of volumes; medssl.load_encoder gives it to "
                 "your own code, and fine-tuning makes a network for volumes of it"
             )
-        batch_size = _whole("batch_size", config.batch_size, least=1, most=LARGEST_BATCH)
-        locations = _locations(config, card, reading)
-        stride = None
-        if config.dense:
-            half = [max(1, side // 2) for side in reading.crop_voxel]
-            stride = _three("stride_voxel", half if config.stride_voxel is None else config.stride_voxel)
+        locations = _locations(settings, card, reading)
+        x, y, z = (max(1, side // 2) for side in reading.crop_voxel)
+        stride = (settings.stride_voxel or (x, y, z)) if settings.dense else None
         origin = {
-            "weights": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **where},
-            "untrained": config.untrained,
+            "weights": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "layout": layout, "branch": branch},
+            "untrained": settings.untrained,
             "reading": reading_recipe(reading),
             "locations": {"table": locations.table, "grid": locations.grid, "within": locations.within},
             "stride_voxel": stride,
         }
         return cls(
-            encoder=PatchEncoder(network.to(device), reading, device, batch_size),
+            encoder=PatchEncoder(network.to(device), reading, device, settings.batch_size),
             locations=locations,
-            folder=Path(config.output_dir).expanduser(),
-            overwrite=config.overwrite,
+            folder=settings.output_dir,
+            overwrite=settings.overwrite,
             stride_voxel=stride,
-            untrained=config.untrained,
+            untrained=settings.untrained,
             origin=json.loads(json.dumps(origin)),
         )
 
@@ -292,71 +285,37 @@ def _map_of(extraction: Extraction, case: str) -> Path:
     return extraction.folder / "dense" / f"{case}.nii.gz"
 
 
-def _reading(config: DictConfig, card: Mapping[str, Any], *, source: str) -> Reading:
-    """How patches are read: as the card says, or as is known of the layout, with what the configuration changes."""
-    layout, size = config.weights.layout, config.size_voxel
+def _reading(settings: FeatureSettings, card: Mapping[str, Any]) -> Reading:
+    """How patches are read: as the card says, or as is known of the layout, with what the settings change."""
+    layout, size, spacing_mm, window_hu = settings.layout, settings.size_voxel, settings.spacing_mm, settings.window_hu
     if layout is None and card.get("kind") == "segmenter":
-        reading = Reading.from_card(card["reading"], allow_modules=list(config.allow_modules))
+        reading = Reading.from_card(card["reading"], allow_modules=settings.allow_modules)
     elif layout is None:
-        reading = reading_of(card, source=source, allow_modules=list(config.allow_modules))
+        reading = reading_of(card, source=str(settings.weights), allow_modules=settings.allow_modules)
     elif (published := Reading.from_layout(layout)) is not None:
         reading = published
-    elif size is None or config.spacing_mm is None or config.window_hu is None:
+    elif size is None or spacing_mm is None or window_hu is None:
         raise ValueError(
             f"weights.layout={layout} does not say how images are read; give size_voxel, spacing_mm and window_hu"
         )
     else:
         reading = Reading(spacing_mm="native", crop_voxel=(1, 1, 1))
     if size is not None:
-        reading = replace(reading, crop_voxel=_three("size_voxel", size))
-    if config.spacing_mm is not None:
-        reading = replace(reading, spacing_mm=_spacing(config.spacing_mm))
-    if config.window_hu is not None:
-        window = config.window_hu
-        is_pair = isinstance(window, ListConfig) and len(window) == 2
-        if not is_pair or not all(_is_number(value) for value in window) or not window[0] < window[1]:
-            raise ValueError(f"window_hu={window} must be two numbers [low,high], low below high")
-        reading = replace(reading, normalise=(ByModality(window_hu=tuple(map(float, window))),))
+        reading = replace(reading, crop_voxel=size)
+    if spacing_mm is not None:
+        reading = replace(reading, spacing_mm=spacing_mm)
+    if window_hu is not None:
+        reading = replace(reading, normalise=(ByModality(window_hu=window_hu),))
     return reading
 
 
-def _locations(config: DictConfig, card: Mapping[str, Any], reading: Reading) -> GridCrop:
+def _locations(settings: FeatureSettings, card: Mapping[str, Any], reading: Reading) -> GridCrop:
     """The locations that are asked for, else those of the first group of the card's views that has any."""
-    table, grid = config.locations, config.grid
-    within = "body"
-    if table is not None and grid is not None:
-        raise ValueError("give locations=TABLE or grid=[x,y,z], not both")
+    table, grid, within = settings.table, settings.grid, "body"
     if table is None and grid is None:
         views = card.get("reading", {}).get("views", {}).get("groups", {})
         stated = [view for view in views.values() if view.get("grid") or view.get("table")]
         group: Mapping[str, Any] = stated[0] if stated else {"grid": DEFAULT_GRID}
         table, grid, within = group.get("table"), group.get("grid"), group.get("within", within)
-    cells = None if grid is None else list(_three("grid", grid))
+    cells = None if grid is None else list(triple("grid", grid))
     return GridCrop(size=reading.crop_voxel, spacing_mm=reading.spacing_mm, grid=cells, table=table, within=within)
-
-
-def _spacing(given: Any) -> Any:
-    values = list(given) if isinstance(given, ListConfig) else [given] * 3
-    if values == ["native"] * 3:
-        return "native"
-    if len(values) != 3 or not all(_is_number(v) and v > 0 for v in values):
-        raise ValueError(f"spacing_mm={given} must be one or three positive numbers, or native")
-    return tuple(map(float, values))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _three(name: str, values: Any) -> tuple[int, int, int]:
-    given = [values] * 3 if isinstance(values, int) else list(values) if not isinstance(values, str) else []
-    if len(given) != 3 or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in given):
-        raise ValueError(f"{name}={values} must be three positive whole numbers [x,y,z]")
-    return given[0], given[1], given[2]
-
-
-def _whole(name: str, value: Any, *, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        allowed = f"from {least} up" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name}={value} must be a whole number {allowed}")
-    return value

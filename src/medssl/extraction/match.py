@@ -1,6 +1,5 @@
 """The match command: read two scans, embed them, say and draw where points of one lie in the other."""
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Float64
-from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from medssl.data.geometry import apply
 from medssl.data.matching import extent_text
-from medssl.data.reading import check_channels
 from medssl.data.store import Record
 from medssl.data.volume import find_body
 from medssl.extraction.embedder import Embedder
 from medssl.extraction.embedding import Embedding, contains, match_points
+from medssl.extraction.settings import MatchSettings
 from medssl.inference.device import find_device
 from medssl.inference.files import ImageFile, read_image
-from medssl.inference.reading import MODALITIES
 from medssl.inference.record import record_of
 
 if TYPE_CHECKING:
@@ -46,40 +43,30 @@ class Scan:
         return [x, y, z]
 
 
-def locate(config: DictConfig) -> None:
-    """Match what the configuration says, print a line a point, and write the picture.
+def match_scans(settings: MatchSettings) -> None:
+    """Match the points, print a line a point, and write the picture.
 
-    Raises: ValueError: a setting, a file or the weights are wrong, or a point lies outside of its scan.
+    Raises:
+        ValueError: A file or the weights are wrong, or a point lies outside of its scan.
     """
-    points_mm = _points(config.point_mm)
-    if not isinstance(config.grid, bool) or (points_mm is None) != config.grid:
-        raise ValueError("say which points: either point_mm=[x,y,z] in RAS millimetres, or grid=true")
-    if config.weights.path is None:
-        raise ValueError("weights is missing; give it as weights=RUN/encoder.safetensors of method=sam_embed")
-    if config.data.modality not in MODALITIES:
-        raise ValueError(f"data.modality={config.data.modality} is not known; it takes ct, mr or null")
-    check_channels(config.data.channels)
-    output = Path(config.output).expanduser()
-    if output.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"output={output} is no picture; give a name that ends in .png, .pdf or .svg")
-    _check_output(output)
+    points_mm = settings.points_mm
     embedder = Embedder.load(
-        Path(config.weights.path).expanduser(),
-        layout=config.weights.layout,
-        device=find_device(config.device),
-        tile_voxel=config.tile_voxel,
-        allow_modules=list(config.allow_modules),
+        settings.weights,
+        layout=settings.layout,
+        device=find_device(settings.device),
+        tile_voxel=settings.tile_voxel,
+        allow_modules=settings.allow_modules,
     )
-    query_file, query_record = _read(config.query, config, embedder)
+    query_file, query_record = _read(settings.query, settings, embedder)
     if points_mm is None:
         points_mm = grid_points(query_file, query_record)
     inside = contains(query_record, points_mm)
     if not inside.all():
         outside = _text(points_mm[~inside][0])
-        raise ValueError(f"point_mm={outside} lies outside of {config.query}, {extent_text(query_record)}")
+        raise ValueError(f"point_mm={outside} lies outside of {settings.query}, {extent_text(query_record)}")
     start = time.monotonic()
     query = Scan(query_file, query_record, embedder.of_array(query_file.volume.array, query_record))
-    reference_file, reference_record = _read(config.reference, config, embedder)
+    reference_file, reference_record = _read(settings.reference, settings, embedder)
     found = embedder.of_array(reference_file.volume.array, reference_record)
     reference = Scan(reference_file, reference_record, found)
     matches_mm, scores = match_points(query.embedding, points_mm, reference.embedding)
@@ -87,9 +74,9 @@ def locate(config: DictConfig) -> None:
     for point_mm, match_mm, score in zip(points_mm, matches_mm, scores, strict=True):
         voxel = reference.voxel_of_file(match_mm)
         print(f"{_text(point_mm)} mm -> {_text(match_mm)} mm, voxel {voxel}, score {score:.3f}")
-    match_figure(query, reference, points_mm, matches_mm, scores).savefig(output, dpi=100)
+    match_figure(query, reference, points_mm, matches_mm, scores).savefig(settings.output, dpi=100)
     number = f"{len(points_mm)} point{'s' * (len(points_mm) != 1)}"
-    print(f"{number} of {config.query} in {config.reference}, {seconds:.1f} s -> {output}")
+    print(f"{number} of {settings.query} in {settings.reference}, {seconds:.1f} s -> {settings.output}")
     print(
         "scores compare places under this network alone; they are no probabilities, nor comparable with 0.7 of others"
     )
@@ -143,39 +130,10 @@ def _draw_slice(panel: "Axes", scan: Scan, point_mm: Float[np.ndarray, "3"], axi
     panel.plot(place[a], record.shape[b] - 1 - place[b], "+", color="red", markersize=14, markeredgewidth=1.5)
 
 
-def _check_output(output: Path) -> None:
-    """Make the folder of the picture. Raises: ValueError: it cannot be written there."""
-    folder = output.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output={output} cannot be written: {error.strerror or error}, {error.filename}") from None
-    if output.is_dir() or not os.access(output if output.exists() else folder, os.W_OK):
-        what = "it is a folder" if output.is_dir() else "there is no permission to write"
-        raise ValueError(f"output={output} cannot be written: {what}; give another file")
-
-
-def _read(path: str, config: DictConfig, embedder: Embedder) -> tuple[ImageFile, Record]:
-    given = config.data.channels
-    source = Path(path).expanduser()
-    if not source.exists():
-        raise ValueError(f"there is no image {source}")
-    file = read_image(source, channels=embedder.reading.channels if given is None else given)
-    return file, record_of(file.volume, source.name, modality=config.data.modality)
-
-
-def _points(given: object) -> Float64[np.ndarray, "n 3"] | None:
-    if given is None:
-        return None
-    values = OmegaConf.to_container(given) if isinstance(given, ListConfig) else given
-    try:
-        points = np.array(values, dtype=np.float64)
-    except (ValueError, TypeError):
-        points = np.empty(0)
-    points = points[None] if points.ndim == 1 else points
-    if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
-        raise ValueError(f"point_mm={values}: give [x,y,z] in RAS millimetres, or several as [[x,y,z],[x,y,z]]")
-    return points
+def _read(source: Path, settings: MatchSettings, embedder: Embedder) -> tuple[ImageFile, Record]:
+    channels = embedder.reading.channels if settings.channels is None else settings.channels
+    file = read_image(source, channels=channels)
+    return file, record_of(file.volume, source.name, modality=settings.modality)
 
 
 def _text(point_mm: Float[np.ndarray, "3"]) -> str:

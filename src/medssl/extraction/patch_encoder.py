@@ -18,7 +18,6 @@ from medssl.data.store import Record, VolumeStore
 from medssl.data.views import PlacedView
 from medssl.inference.reading import Reading
 
-LARGEST_BATCH = 64
 """Patches a call: a conditioned encoder makes a kernel for each, of 4 MB."""
 NOT_FINITE = "the network's features are not finite; its training diverged: take other weights"
 

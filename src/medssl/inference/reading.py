@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from medssl.building import build_trusted
+from medssl.checks import MODALITIES, choice
 from medssl.data.augment.base import IntensityAugmentation
 from medssl.data.augment.normalise import LinearNormalisation, MinMax, Standardise
 from medssl.data.store import Record
@@ -16,7 +17,6 @@ from medssl.layouts import catalogue
 
 Normalise = Callable[[Tensor], Tensor]
 NORMALISATIONS = (LinearNormalisation, MinMax, Standardise)
-MODALITIES = (None, "ct", "mr")
 AUGMENTATIONS = ("medssl.data.augment",)
 
 
@@ -59,8 +59,7 @@ class Reading:
         spacing = card["spacing_mm"]
         if isinstance(spacing, str) and spacing != "native":
             raise ValueError(f"the card's reading has spacing_mm={spacing!r}; it takes native or three numbers")
-        if card.get("modality") not in MODALITIES:
-            raise ValueError(f"the card's reading has modality={card['modality']!r}; it takes ct, mr or null")
+        choice("the modality of the card's reading", card.get("modality"), MODALITIES)
         return cls(
             spacing_mm=spacing if isinstance(spacing, str) else _three(spacing, float),
             crop_voxel=_three(card["crop_voxel"], int),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medssl.checks import choice
 from medssl.layouts.base import Layout
 
 ALICE_NAMES = {  # start of a name there: start of ours
@@ -31,8 +32,7 @@ def alice(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no such branch, or no encoder and decoder.
     """
-    if branch not in ("student", "teacher"):
-        raise ValueError(f"branch is {branch!r}, allowed are student, teacher")
+    choice("branch", branch, ("student", "teacher"))
     held = checkpoint if isinstance(checkpoint, Mapping) else {}
     state = held.get(branch)
     if state is None and branch == "student" and "teacher" not in held:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from medssl.checks import choice
 from medssl.layouts.base import Layout
 
 DRASCLR_BRANCHES = {"student": "encoder_q.", "teacher": "encoder_k."}
@@ -20,8 +21,7 @@ def drasclr(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no such branch or no location-conditioned encoder.
     """
-    if branch not in DRASCLR_BRANCHES:
-        raise ValueError(f"branch is {branch!r}, allowed are student, teacher")
+    choice("branch", branch, DRASCLR_BRANCHES)
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
     state = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
     wanted, others = DRASCLR_BRANCHES[branch], tuple(DRASCLR_BRANCHES.values())

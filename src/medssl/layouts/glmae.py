@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from medssl.checks import choice
 from medssl.layouts.base import Layout
 
 WRAPPERS = ("module.backbone.", "backbone.", "module.")
@@ -35,8 +36,7 @@ def glmae(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no such branch or no encoder.
     """
-    if branch not in ("student", "teacher"):
-        raise ValueError(f"branch is {branch!r}, allowed are student, teacher")
+    choice("branch", branch, ("student", "teacher"))
     entries = [branch] if branch == "teacher" else ["student", "state_dict", "model"]
     state = next((checkpoint[key] for key in entries if isinstance(checkpoint, Mapping) and key in checkpoint), None)
     if state is None and branch == "student":

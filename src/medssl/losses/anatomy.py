@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from medssl.checks import choice
+
 MASK_VALUES = ("neginf", "zero")
 BLOCK = 256
 """Queries that are compared with all voxels at a time: no matrix has more rows."""
@@ -308,8 +310,7 @@ def _mine_coarse(
 
 def _check(mining: FineMining | CoarseMining) -> None:
     name = type(mining).__name__
-    if mining.mask_value not in MASK_VALUES:
-        raise ValueError(f"{name}: mask_value is {mining.mask_value!r}, allowed are {', '.join(MASK_VALUES)}")
+    choice(f"{name}: mask_value", mining.mask_value, MASK_VALUES)
     for key in ("temperature", "positive_mm"):
         if getattr(mining, key) <= 0:
             raise ValueError(f"{name}: {key} must be positive, got {getattr(mining, key)}")

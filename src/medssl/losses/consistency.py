@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from medssl.checks import choice
+
 PAIRS = ("all", "same", "cross")
 
 
@@ -85,8 +87,7 @@ def num_pairs(num_student: int, num_teacher: int, *, pairs: str) -> int:
     Raises:
         ValueError: the set is not known.
     """
-    if pairs not in PAIRS:
-        raise ValueError(f"pairs is {pairs!r}, allowed are {', '.join(PAIRS)}")
+    choice("pairs", pairs, PAIRS)
     same = min(num_student, num_teacher)
     return {"all": num_student * num_teacher, "same": same, "cross": num_student * num_teacher - same}[pairs]
 

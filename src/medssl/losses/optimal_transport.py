@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from medssl.checks import choice
+
 Reduction = Literal["weighted_mean", "sum"]
 REDUCTIONS = ("weighted_mean", "sum")
 NEVER = -1e9
@@ -83,8 +85,7 @@ def matching_loss(
 
     Source: arXiv:2310.01680, eq. 2; repository zshyang/kaf, network/superglue.py.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, allowed are {', '.join(REDUCTIONS)}")
+    choice("reduction", reduction, REDUCTIONS)
     sample, first, second = pairs.unbind(1)
     terms = -log_plan[sample, first, second].clamp(LEAST_LOG, 0.0)
     if reduction == "sum":

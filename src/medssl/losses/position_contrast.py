@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from medssl.checks import choice
+
 Missing = Literal["drop", "raise"]
 MISSING = ("drop", "raise")
 EPSILON = 1e-8
@@ -55,8 +57,7 @@ def masks(
     other = ~torch.eye(len(positive), dtype=torch.bool, device=positive.device)
     compared = other if compared is None else compared & other
     counted = positive & compared
-    if missing not in MISSING:
-        raise ValueError(f"missing is {missing!r}, allowed are {', '.join(MISSING)}")
+    choice("missing", missing, MISSING)
     if missing == "raise" and len(alone := (~counted.any(1)).nonzero().flatten().tolist()):
         raise ValueError(f"rows {alone} have no positive; raise the threshold of positions above 0")
     return counted, compared

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.data.views import View
 from medssl.losses.alignment import halved_mse, inter_volume_loss, intra_volume_loss
 from medssl.losses.consistency import centred_softmax, direction_spread, mean_entropy
-from medssl.methods.base import Method, Progress, StepOutput
+from medssl.methods.base import Method, Progress, StepOutput, Transfer
 from medssl.models.alice_backbones import Backbone
 from medssl.models.alice_head import AliceHead
 from medssl.models.cafa import CAFA
@@ -101,8 +102,7 @@ class Alice(Method):
         super().__init__()
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie in [0, 1), got {mask_ratio}: something has to stay visible")
-        if teacher_tokens not in TEACHER_TOKENS:
-            raise ValueError(f"teacher_tokens is {teacher_tokens!r}, allowed are {', '.join(TEACHER_TOKENS)}")
+        choice("teacher_tokens", teacher_tokens, TEACHER_TOKENS)
         if min(student_temperature, teacher_temperature, teacher_temperature_start) <= 0:
             raise ValueError("student_temperature, teacher_temperature and teacher_temperature_start must be positive")
         momenta = {"centre_momentum": centre_momentum, "ema_momentum": ema_momentum}
@@ -219,6 +219,10 @@ class Alice(Method):
         }
 
     @torch.no_grad()
+    def transfers(self) -> Transfer:
+        """Return that encoder and decoder of the backbone are what segmenters are made of."""
+        return Transfer({"encoder": "backbone.encoder", "decoder": "backbone.decoder"})
+
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
         """The first pair: query and key whole, as the student sees them, and as it reconstructs them."""
         from medssl.ops.panels import orthogonal_slices

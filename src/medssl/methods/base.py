@@ -54,6 +54,19 @@ class Progress:
             print(f"warning: {why}", file=sys.stderr, flush=True)
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """What a segmenter starts from, of the networks that leave pre-training.
+
+    Args:
+        recipes: For each such part, where the method's settings hold its recipe: `encoder`, or `backbone.encoder`.
+        facts: Further entries of the card, such as how many blocks of the decoder were trained.
+    """
+
+    recipes: Mapping[str, str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Method(nn.Module, ABC):
     """A pretext task. Networks are injected; nothing here knows files, configs or the trainer.
 
@@ -85,6 +98,10 @@ class Method(nn.Module, ABC):
     def parts(self) -> dict[str, nn.Module]:
         """The named networks that leave pre-training."""
         return {"encoder": self.encoder}
+
+    def transfers(self) -> Transfer:
+        """Return which of `parts` fine-tuning starts from: the encoder, where the method does not say otherwise."""
+        return Transfer({"encoder": "encoder"})
 
     def compile_regions(self) -> Iterable[nn.Module]:
         """The modules that `torch.compile` should take one by one: transformer blocks, else the encoder."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.data.views import View
 from medssl.losses.consistency import direction_spread
 from medssl.losses.instance import Negatives, discriminate, queue_logits
@@ -82,10 +83,8 @@ class DrasCLR(Method):
         super().__init__()
         if not hasattr(encoder, "represent"):
             raise ValueError("DrasCLR needs an encoder with `represent`, such as models.conditioned.ConditionedEncoder")
-        if neighbour_reduce not in REDUCTIONS:
-            raise ValueError(f"neighbour_reduce is {neighbour_reduce!r}, allowed are {', '.join(REDUCTIONS)}")
-        if key_norm not in KEY_NORMS:
-            raise ValueError(f"key_norm is {key_norm!r}, allowed are {', '.join(KEY_NORMS)}")
+        choice("neighbour_reduce", neighbour_reduce, REDUCTIONS)
+        choice("key_norm", key_norm, KEY_NORMS)
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if not 0 <= ema_momentum <= 1:

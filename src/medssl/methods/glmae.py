@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.data.views import View
 from medssl.losses.consistency import (
     PAIRS,
@@ -251,5 +252,4 @@ def view_major(image: Float[Tensor, "batch view channel x y z"]) -> Float[Tensor
 
 
 def _check(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option} is {value!r}, allowed are {', '.join(allowed)}")
+    choice(option, value, allowed)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from medssl.checks import choice
 from medssl.data.views import View
 from medssl.losses.consistency import direction_spread
 from medssl.losses.optimal_transport import REDUCTIONS, log_transport, matching_accuracy, matching_loss
@@ -95,8 +96,7 @@ class KAF(Method):
             ("metric", metric, METRICS),
             ("reduction", reduction, REDUCTIONS),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+            choice(name, value, allowed)
         if min(temperature, base_temperature) <= 0 or transport_iterations < 1:
             raise ValueError("temperature, base_temperature and transport_iterations must be positive")
         if negative_threshold is not None and positives != "position":

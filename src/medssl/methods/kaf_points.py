@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from medssl import checks
 from medssl.data.views import View
 from medssl.methods.base import Progress
 from medssl.models.keypoints import DifferenceOfGaussians, Foerstner, detect
@@ -72,8 +73,7 @@ class PointRule:
         gate_share: float = 20 / 512,
         detector: Any = None,
     ) -> None:
-        if match not in MATCHES:
-            raise ValueError(f"match is {match!r}, allowed are {', '.join(MATCHES)}")
+        checks.choice("match", match, MATCHES)
         if match == "shared" and table is None:
             raise ValueError(
                 "method.points.match=shared takes points of a table: set views.groups.first.points=keypoints, or "
@@ -83,8 +83,7 @@ class PointRule:
             ("choice", choice, CHOICES),
             ("validation_choice", validation_choice, CHOICES[1:]),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+            checks.choice(name, value, allowed)
         if not 0 <= min_points <= max_points or max_points < 1:
             raise ValueError(f"0 <= min_points <= max_points is wanted, got {min_points} and {max_points}")
         if not 0 < max_matched_fraction <= 1 or not 0 <= dropout < 1:

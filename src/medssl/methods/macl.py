@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.data.views import View
 from medssl.losses.consistency import direction_spread
 from medssl.losses.dense_contrast import dense_contrast, equivariance_loss, segment_contrast
 from medssl.losses.position_contrast import contrast_of_positives
-from medssl.methods.base import Method, Progress, StepOutput
+from medssl.methods.base import Method, Progress, StepOutput, Transfer
 from medssl.methods.macl_places import PlaceRule, rows_of, segments_of
 from medssl.methods.positions import PositionRule, is_gathered
 from medssl.methods.watch import WATCHED_STEPS, Watch
@@ -89,8 +90,7 @@ class MACL(Method):
     ) -> None:
         super().__init__()
         for name, value, allowed in (("coupling", coupling, COUPLINGS), ("downsample", downsample, SHRINKINGS)):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+            choice(name, value, allowed)
         if min(temperature, base_temperature) <= 0:
             raise ValueError("temperature and base_temperature must be positive")
         if not 0 <= momentum <= 1:
@@ -172,6 +172,11 @@ class MACL(Method):
         return parts if self.auxiliary_encoder is None else {**parts, "auxiliary_encoder": self.auxiliary_encoder}
 
     @torch.no_grad()
+    def transfers(self) -> Transfer:
+        """Return that encoder and decoder of the backbone leave, and how many blocks of the decoder were trained."""
+        places = {"encoder": "backbone.encoder", "decoder": "backbone.decoder"}
+        return Transfer(places, {"decoder_blocks": self.backbone.num_blocks})
+
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
         """What the branches see of the first sample, and the crop of another sample that is its positive, if any."""
         from medssl.ops.panels import orthogonal_slices

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
+from medssl.checks import choice
 from medssl.data.views import View, apply_each
 from medssl.ops.gather import gather_ranks
 
@@ -123,8 +124,7 @@ class PositionRule:
             ("norm", self.norm, NORMS),
             ("cross_group", self.cross_group, CROSS_GROUP),
         ):
-            if value not in allowed:
-                raise ValueError(f"positions: {name} is {value!r}, allowed are {', '.join(allowed)}")
+            choice(f"positions: {name}", value, allowed)
         if not self.axes or not set(self.axes) <= set(AXES) or len(set(self.axes)) < len(self.axes):
             raise ValueError(f"positions: axes must be some of x, y, z, got {list(self.axes)}")
         if self.norm == "overlap" and self.frame != "body":
@@ -235,8 +235,7 @@ def near_positions(
             f"position has the shape {tuple(position.shape)}, wanted are rows of coordinates, (row, axis); give "
             "position[:, None] where there is one axis"
         )
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm is {norm!r}, allowed are linf, l2")
+    choice("norm", norm, ("linf", "l2"))
     limit = torch.as_tensor(threshold, dtype=torch.float64, device=position.device)
     apart = (position[:, None] - position[None]).abs()
     return (apart < limit).all(-1) if norm == "linf" else (apart / limit).square().sum(-1) < 1

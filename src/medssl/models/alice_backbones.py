@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.models.segmenter import build_networks, levels, output_layer
 
 MASK_MODES = ("zero", "token")
@@ -38,8 +39,7 @@ class Backbone(nn.Module):
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, *, mask_mode: str = "zero") -> None:
         super().__init__()
-        if mask_mode not in MASK_MODES:
-            raise ValueError(f"mask_mode is {mask_mode!r}, allowed are {', '.join(MASK_MODES)}")
+        choice("mask_mode", mask_mode, MASK_MODES)
         if mask_mode == "token" and "masked" not in inspect.signature(encoder.forward).parameters:
             raise ValueError(f"{type(encoder).__name__} has no mask token; use mask_mode=zero or nnFormer")
         self.encoder, self.decoder, self.mask_mode = encoder, decoder, mask_mode

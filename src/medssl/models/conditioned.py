@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.models.stem import fit_stem
 from medssl.ops.expert_convolution import IMPLEMENTATIONS, convolve, convolve_voxelwise, gate
 
@@ -126,10 +127,8 @@ class ConditionedEncoder(nn.Module):
             raise ValueError(f"widths must be six positive numbers, got {list(widths)}")
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, got {num_experts}")
-        if init not in INITS:
-            raise ValueError(f"init is {init!r}, allowed are {', '.join(INITS)}")
-        if impl not in ("auto", *IMPLEMENTATIONS):
-            raise ValueError(f"impl is {impl!r}, allowed are auto, {', '.join(IMPLEMENTATIONS)}")
+        choice("init", init, INITS)
+        choice("impl", impl, ("auto", *IMPLEMENTATIONS))
         if num_maps not in (5, 6):
             raise ValueError(f"num_maps is {num_maps}; it is 6, or 5 without the last convolution")
         self.in_channels, self.impl = in_channels, impl

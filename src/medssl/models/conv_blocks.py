@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from medssl.checks import choice
 from medssl.models.unet import SLOPE, InstanceNorm
 
 NORMS = ("batch", "instance", "group")
@@ -25,8 +26,7 @@ def norm_layer(channels: int, *, spatial_dims: int, norm: str) -> nn.Module:
     Raises:
         ValueError: there is no such norm.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}, allowed are {', '.join(NORMS)}")
+    choice("norm", norm, NORMS)
     if norm == "batch":
         return BATCH_NORMS[spatial_dims](channels)
     if norm == "group":

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.models.conv_blocks import BATCH_NORMS, CONVOLUTIONS
 from medssl.models.keypoint_attention import MessageLayer, Packing, PositionCode
 from medssl.ops.sparse_convolution import SCATTERS, convolve_points, place, voxel_number, voxel_share
@@ -87,8 +88,7 @@ class KAFLayer(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, allowed in (("gather", gather, GATHERS), ("scatter", scatter, SCATTERS)):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
+            choice(name, value, allowed)
         self.dim, self.gather, self.scatter, self.sparse_first_conv = dim, gather, scatter, sparse_first_conv
         self.embed = nn.Linear(channels, dim)
         self.position = PositionCode(spatial_dims, dim, widths=position_widths, norm=token_norm, axis_swap=axis_swap)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.models.conv_blocks import (
     CONVOLUTIONS,
     check_image,
@@ -97,12 +98,9 @@ class KAFEncoder(nn.Module):
         max_channels: int | None = None,
     ) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims is {spatial_dims}, allowed are 2 and 3")
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}, allowed are {', '.join(MODES)}")
-        if norm not in NORMS:
-            raise ValueError(f"norm is {norm!r}, allowed are {', '.join(NORMS)}")
+        choice("spatial_dims", spatial_dims, (2, 3))
+        choice("mode", mode, MODES)
+        choice("norm", norm, NORMS)
         self.spatial_dims, self.in_channels, self.mode = spatial_dims, in_channels, mode
         self.detector, self.max_points = detector or DifferenceOfGaussians(), max_points
         self.usual_decoder = {"_target_": "medssl.models.kaf_unet.KAFDecoder", "norm": norm}

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from medssl.checks import choice
+
 NORMS = ("batch", "layer")
 SPAN = 0.7
 """Coordinates are divided by this share of the longest side."""
@@ -157,8 +159,7 @@ class MessageLayer(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim={dim} is no multiple of num_heads={num_heads}")
-        if norm not in NORMS:
-            raise ValueError(f"token_norm is {norm!r}, allowed are {', '.join(NORMS)}")
+        choice("token_norm", norm, NORMS)
         self.num_heads = num_heads
         self.merge = nn.Linear(dim, dim)
         self.query, self.key, self.value = (copy.deepcopy(self.merge) for _ in range(3))

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from medssl.checks import choice
 from medssl.models.keypoints_filters import (
     DERIVATIVE,
     blurred,
@@ -161,9 +162,7 @@ class DifferenceOfGaussians:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.neighbourhood not in NEIGHBOURHOODS:
-            allowed = ", ".join(NEIGHBOURHOODS)
-            raise ValueError(f"neighbourhood is {self.neighbourhood!r}, allowed are {allowed}")
+        choice("neighbourhood", self.neighbourhood, NEIGHBOURHOODS)
         if self.sigma0 <= INPUT_SIGMA:
             raise ValueError(f"sigma0 must exceed {INPUT_SIGMA}, the blur of the image itself; got {self.sigma0}")
         if self.levels_per_octave < 1 or self.border < 1 or (self.num_octaves is not None and self.num_octaves < 1):

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.models.conv_blocks import conv_block, initialise
 from medssl.models.heads import MLPHead
 
@@ -38,8 +39,7 @@ class MACLHeads(nn.Module):
         global_from: str = "decoder",
     ) -> None:
         super().__init__()
-        if global_from not in ("decoder", "encoder"):
-            raise ValueError(f"global_from is {global_from!r}, allowed are decoder, encoder")
+        choice("global_from", global_from, ("decoder", "encoder"))
         self.global_from = global_from
         pooled = decoded_channels if global_from == "decoder" else bottleneck_channels
         self.auxiliary = MLPHead(in_dim=bottleneck_channels, hidden_dim=hidden_dim, out_dim=proj_dim)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from medssl.checks import choice
 from medssl.models.conv_blocks import (
     CONVOLUTIONS,
     check_image,
@@ -55,8 +56,7 @@ class MACLUNetEncoder(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        if spatial_dims not in CONVOLUTIONS:
-            raise ValueError(f"spatial_dims is {spatial_dims}, allowed are 2 and 3")
+        choice("spatial_dims", spatial_dims, (2, 3))
         if num_levels < 1:
             raise ValueError(f"num_levels is {num_levels}; a U-Net needs one level or more")
         self.spatial_dims, self.in_channels = spatial_dims, in_channels

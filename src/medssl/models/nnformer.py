@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.models.alice_backbones import Backbone
 from medssl.models.nnformer_blocks import Block, SelfAttention, SkipAttention, SkipBlock, initialise
 from medssl.models.stem import fit_stem
@@ -146,8 +147,7 @@ class NnFormerEncoder(nn.Module):
                 f"depths, num_heads and window_tokens need four entries, got {list(depths)}, {list(num_heads)} and "
                 f"{list(window_tokens)}"
             )
-        if ape not in POSITIONS:
-            raise ValueError(f"ape is {ape!r}, allowed are {', '.join(POSITIONS)}")
+        choice("ape", ape, POSITIONS)
         self.in_channels, self.checkpoint_activations = in_channels, checkpoint_activations
         self.channels = tuple(feature_size << level for level in range(4))
         self.strides = STRIDES

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from medssl.checks import choice
 from medssl.models.vit import Mlp
 from medssl.ops.patches import Triple
 from medssl.ops.window_attention import WindowMask, window_attention
@@ -25,8 +26,7 @@ def relative_index(window: Triple, *, rule: str = "published") -> Int64[Tensor, 
     Raises:
         ValueError: another rule.
     """
-    if rule not in RELATIVE_INDICES:
-        raise ValueError(f"relative_index is {rule!r}, allowed are {', '.join(RELATIVE_INDICES)}")
+    choice("relative_index", rule, RELATIVE_INDICES)
     places = torch.cartesian_prod(*(torch.arange(side) for side in window)).reshape(-1, 3)
     offset = places[:, None] - places[None] + torch.tensor(window) - 1  # from 0 to 2 * side - 2
     _, b, c = (2 * side - 1 for side in window)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medssl.checks import choice
 from medssl.models.stem import fit_stem
 from medssl.ops.patches import Triple, patch_grid, patchify, triple
 
@@ -125,8 +126,7 @@ class PositionedTransformer(nn.Module):
         class_token: bool = True,
     ) -> None:
         super().__init__()
-        if position not in POSITIONS:
-            raise ValueError(f"position is {position!r}, allowed are {', '.join(POSITIONS)}")
+        choice("position", position, POSITIONS)
         self.grid, self.dim, self.position = grid, dim, position
         self.checkpoint_activations, self.num_class_rows = checkpoint_activations, int(class_token)
         rows = torch.cat([torch.zeros(self.num_class_rows, dim), sincos_positions(grid, dim).float()])

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from medssl.checks import choice
+
 SHRINKINGS = ("linear", "area")
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -20,10 +22,8 @@ def shrunk(image: Tensor, size: Sequence[int], *, how: str = "linear") -> Tensor
 
     Source: repository stevezs315/MACL, pretrain_MACL.py (`align_corners=True`).
     """
-    if how == "linear":
+    if choice("how", how, SHRINKINGS) == "linear":
         for axis, side in enumerate(size, start=2):
             image = image.mean(axis, keepdim=True) if side == 1 else image
         return F.interpolate(image, size=tuple(size), mode=LINEAR[image.ndim - 2], align_corners=True)
-    if how == "area":
-        return F.interpolate(image, size=tuple(size), mode="area")
-    raise ValueError(f"how is {how!r}, allowed are {', '.join(SHRINKINGS)}")
+    return F.interpolate(image, size=tuple(size), mode="area")

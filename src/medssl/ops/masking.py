@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from medssl.checks import choice
 from medssl.ops.patches import Triple
 
 BLOCK_SHAPES = ("column", "cube")
@@ -58,8 +59,7 @@ def num_blocks(grid: Triple, *, shape: str) -> int:
     Raises:
         ValueError: the shape is not known.
     """
-    if shape not in BLOCK_SHAPES:
-        raise ValueError(f"the shape of a mask is {shape!r}, allowed are {', '.join(BLOCK_SHAPES)}")
+    choice("the shape of a mask", shape, BLOCK_SHAPES)
     return grid[0] * grid[1] * (grid[2] if shape == "cube" else 1)
 
 

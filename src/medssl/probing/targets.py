@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from medssl.checks import choice
 from medssl.extraction.feature_file import Features
 from medssl.probing.models import Classification, Regression, Survival, Task
 
@@ -120,8 +121,7 @@ def build_task(kind: str, joined: Joined, columns: Columns, *, num_folds: int = 
 
     Raises: ValueError: an unknown task, a value that is no number, or one that nothing can be learnt from.
     """
-    if kind not in TASKS:
-        raise ValueError(f"task={kind} does not exist; it is one of {', '.join(TASKS)}")
+    choice("task", kind, TASKS)
     if (kind == "survival") != (columns.event is not None):
         raise ValueError("task=survival needs event=COLUMN (1 where the event happened), other tasks have none")
     if kind == "classification":

@@ -53,7 +53,7 @@ class RunFolder:
         """Whether an earlier run trained here; one that stopped before its first step left nothing to lose."""
         return any(path.exists() for path in (self.metrics, self.last_checkpoint, self.encoder, self.segmenter))
 
-    def way_on(self) -> str:
+    def resume_hint(self) -> str:
         """How to go on with what lies here."""
         if self.last_checkpoint.is_file():
             return f"saved {self.last_checkpoint}; go on with the same command and resume={self.root}"

@@ -42,7 +42,7 @@ class RankZeroFailedError(ValueError):
 def rank_zero_first(folder: Path, store: Path) -> Iterator[bool]:
     """Run the body on rank 0 (True); let the other ranks (False) enter it when rank 0 has left it.
 
-    Rank 0 leaves its word, `ready` or its error, in a file of the run folder; `forget` removes it.
+    Rank 0 leaves its word, `ready` or its error, in a file of the run folder; `remove_markers` removes it.
 
     Raises: RankZeroFailedError: rank 0 failed, or nothing has changed in `store` for half an hour.
     """
@@ -51,7 +51,7 @@ def rank_zero_first(folder: Path, store: Path) -> Iterator[bool]:
         _wait(word, store)
         yield False
         return
-    forget(folder)
+    remove_markers(folder)
     try:
         yield True
     except BaseException as error:
@@ -68,7 +68,7 @@ def word_file(folder: Path) -> Path:
     return folder / f".store-{hashlib.sha256('|'.join(launch).encode()).hexdigest()[:12]}"
 
 
-def forget(folder: Path) -> None:
+def remove_markers(folder: Path) -> None:
     """Remove the words of rank 0."""
     for word in folder.glob(".store-*"):
         word.unlink(missing_ok=True)

@@ -1,70 +1,150 @@
-"""Checks of a run's settings that need no data, and the comparison of a resumed run with its beginning."""
+"""The settings of a training run: checked before the data are known, resolved once afterwards, and never changed."""
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from medssl.config import to_yaml
+from medssl import checks
+from medssl.config import to_yaml, with_values
+from medssl.moved import refuse_moved
 
-LEAST = {"seed": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1, "trainer.max_steps": 1}
-LEAST |= {"data.fold": 0, "data.labelled_seed": 0, "deep_supervision": 0, "window_batch": 1}
-RATES = tuple(f"optimizer.{name}" for name in ("lr", "weight_decay", "warmup_steps", "final_fraction", "clip_norm"))
-RATES += ("optimizer.least_fraction", "decoder_lr", "layer_decay", "label_share", "tolerance_mm")
-SHARES = ("optimizer.least_fraction", "label_share")
-MAY_BE_NULL = ("optimizer.clip_norm", "decoder_lr")
-SWITCHES = ("overwrite", "compile", "checkpoint_activations", "logger.offline", "allow_leakage", "scratch_twin")
-INTERVALS = ("export_every", "figures_every", "validate_every")
+_EVERY = partial(checks.whole, least=1, or_null="for never")
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("seed", "data.fold", "data.labelled_seed", "deep_supervision"), checks.whole),
+    **dict.fromkeys(
+        ("batch_size", "accumulate", "checkpoint_every", "trainer.max_steps", "window_batch"),
+        partial(checks.whole, least=1),
+    ),
+    **dict.fromkeys(("export_every", "figures_every", "validate_every"), _EVERY),
+    **dict.fromkeys(
+        ("overwrite", "compile", "checkpoint_activations", "logger.offline", "allow_leakage", "scratch_twin"),
+        checks.switch,
+    ),
+    **dict.fromkeys(
+        ("optimizer.lr", "optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.final_fraction"), checks.number
+    ),
+    **dict.fromkeys(("layer_decay", "tolerance_mm"), checks.number),
+    **dict.fromkeys(
+        ("optimizer.clip_norm", "decoder_lr"),
+        lambda name, value: value if value is None else checks.number(name, value),
+    ),
+    **dict.fromkeys(("optimizer.least_fraction", "label_share"), checks.share),
+}
+"""What is asked of a setting, by its name; settings that a command does not have are not asked for."""
 MAY_CHANGE = {"output_dir", "overwrite", "resume", "store", "data", "logger", "max_rejected_fraction"}
 MAY_CHANGE |= {"checkpoint_every", "export_every", "figures_every"}
 """Settings that the course of a run does not depend on; of the data, `facts` tell."""
 
 
 def check_settings(config: DictConfig) -> None:
-    """Raises: ValueError: a count of the run is no whole number, or too small; a switch is neither true nor false.
+    """Check the settings that need no data; what follows from other values is looked at once it is resolved.
 
-    What follows from other values is looked at once it is resolved.
+    Raises:
+        ValueError: A count is no whole number or too small, a rate is no number, a switch is neither true nor false.
     """
-    for key, value in _given(config, SWITCHES).items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{key} must be true or false; got {value!r}")
-    for key, value in _given(config, (*LEAST, *INTERVALS)).items():
-        least = LEAST.get(key, 1)
-        if key in INTERVALS and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            never = ", or null for never" if key in INTERVALS else ""
-            raise ValueError(f"{key} must be a whole number from {least} up{never}; got {value!r}")
-    for key, value in _given(config, RATES).items():
-        if value is None and key in MAY_BE_NULL:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"{key} must be a number from 0 up; got {value!r}")
-        if key in SHARES and value > 1:
-            raise ValueError(f"{key} is a share, from 0 to 1; got {value!r}")
+    for name, check in CHECKS.items():
+        above, _, key = name.rpartition(".")
+        parent = OmegaConf.select(config, above) if above else config
+        if parent is not None and key in parent and not OmegaConf.is_interpolation(parent, key):
+            check(name, parent[key])
 
 
-def _given(config: DictConfig, keys: Iterable[str]) -> dict[str, Any]:
-    """The values of those `keys` that exist and do not follow from others."""
-    parents = {key: OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config for key in keys}
-    names = {key: key.rpartition(".")[2] for key in keys}
-    return {
-        key: parent[names[key]]
-        for key, parent in parents.items()
-        if parent is not None and names[key] in parent and not OmegaConf.is_interpolation(parent, names[key])
-    }
+@dataclass(frozen=True)
+class RunSettings:
+    """What every training run is told, resolved and checked.
+
+    Args:
+        seed: Everything random follows from it.
+        batch_size: Samples of an optimiser step, over all processes and micro-batches.
+        accumulate: Micro-batches of an optimiser step.
+        max_steps: Optimiser steps of the whole run.
+        steps_per_epoch: Optimiser steps in which every volume comes once.
+        checkpoint_every: Steps between two checkpoints.
+        validate_every: Steps between two validations; None for never.
+        compile: Whether `torch.compile` takes the networks.
+        optimizer: The `optimizer` part of the configuration.
+        trainer: Arguments of the trainer.
+        logger: The logger, as a recipe; None for none.
+        values: All settings as plain values, for files and cards.
+    """
+
+    seed: int
+    batch_size: int
+    accumulate: int
+    max_steps: int
+    steps_per_epoch: float
+    checkpoint_every: int
+    validate_every: int | None
+    compile: bool
+    optimizer: dict[str, Any]
+    trainer: dict[str, Any]
+    logger: dict[str, Any] | None
+    values: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: DictConfig, facts: Mapping[str, Any]) -> "RunSettings":
+        """Resolve a configuration, now that the `facts` of the data are known.
+
+        Raises:
+            ValueError: A setting is missing or wrong.
+        """
+        values = resolved(config, facts)
+        names = ("seed", "batch_size", "accumulate", "checkpoint_every", "validate_every", "compile")
+        return cls(
+            **{name: values[name] for name in names},
+            max_steps=values["trainer"]["max_steps"],
+            steps_per_epoch=values["facts"]["steps_per_epoch"],
+            optimizer=values["optimizer"],
+            trainer=values["trainer"],
+            logger=values["logger"],
+            values=values,
+        )
 
 
-def changes(earlier: Path, config: DictConfig) -> list[str]:
-    """What `config` does otherwise than the run whose `config.yaml` is `earlier`, a line each."""
+def resolved(config: DictConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings as plain values; the configuration stays as it is.
+
+    A setting `auto` of the method that `facts_from` computes gets its number.
+
+    Raises:
+        ValueError: One is missing or wrong.
+    """
+    found = {place: facts[name] for name in config.get("facts_from") or () for place in awaiting(config, name)}
+    known = with_values(with_facts(config, facts), found)
+    values: dict[str, Any] = OmegaConf.to_container(known, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    check_settings(OmegaConf.create(values))
+    return values
+
+
+def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
+    """Return a copy of a configuration that knows these facts of the data."""
+    return with_values(config, {"facts": {**config.facts, **facts}})
+
+
+def awaiting(config: DictConfig, fact: str) -> list[str]:
+    """Return the dotted names of the method's settings that are called `fact` and are `auto`."""
+    settings = flat(OmegaConf.to_container(config.method, resolve=False), "method")
+    return [name for name, value in settings.items() if name.rpartition(".")[2] == fact and value == "auto"]
+
+
+def changes(earlier: Path, now: dict[str, Any] | DictConfig) -> list[str]:
+    """Return what settings do otherwise than the run whose `config.yaml` is `earlier`, a line each.
+
+    Raises:
+        ValueError: That file names a class at a place that it has left.
+    """
     if not earlier.is_file():
         return []
-    old, new = flat(yaml.safe_load(earlier.read_text())), flat(yaml.safe_load(to_yaml(config)))
+    before = yaml.safe_load(earlier.read_text())
+    refuse_moved(before, source=str(earlier))
+    old, new = flat(before), flat(yaml.safe_load(to_yaml(OmegaConf.create(now) if isinstance(now, dict) else now)))
     return [
         f"{key} was {old.get(key)}, is now {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -73,7 +153,7 @@ def changes(earlier: Path, config: DictConfig) -> list[str]:
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings under dotted names."""
+    """Return the values of nested mappings under dotted names."""
     if not isinstance(values, dict):
         return {prefix: values}
     parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]
@@ -81,5 +161,5 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def short_hash(values: Any) -> str:
-    """Six hexadecimal digits that stand for plain values."""
+    """Return six hexadecimal digits that stand for plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:6]

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -45,3 +48,14 @@ class StopSignals:
         if not self.requested and not int(os.environ.get("LOCAL_RANK") or 0):
             os.write(2, f"\n{name}: finishing the step under way, then saving (Ctrl-C again stops at once)\n".encode())
         self.requested = name
+
+
+@contextmanager
+def stoppable(resume_hint: Callable[[], str]) -> Iterator[StopSignals]:
+    """Mind the signals inside the `with`: a stop prints `resume_hint()`, how to go on, and exits with code 130."""
+    with StopSignals() as signals:
+        try:
+            yield signals
+        except Stopped as stop:
+            print(f"\nstopped by {stop}; {resume_hint()}", file=sys.stderr)
+            sys.exit(130)

@@ -1,20 +1,31 @@
 """How every training command starts and stops: claim the run folder, find the checkpoint, mind the signals."""
 
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from medssl.checks import existing_setting
+from medssl.config import freeze, with_values
 from medssl.run.folder import RunFolder, checkpoint_to_resume, process_rank, run_of, was_restarted
 from medssl.run.settings import check_settings
-from medssl.run.signals import Stopped, StopSignals
+from medssl.run.signals import StopSignals, stoppable
+from medssl.run.store import check_source
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run begins with: its command and settings, its folder, a checkpoint to go on from, the stop signals."""
+class Run:
+    """What a run begins with.
+
+    Args:
+        command: The name of its command.
+        config: Its settings, read-only.
+        folder: Where its files lie.
+        checkpoint: The file that it continues from; None at a first start.
+        signals: The stop signals.
+    """
 
     command: str
     config: DictConfig
@@ -23,26 +34,34 @@ class Start:
     signals: StopSignals
 
 
-def start(config: DictConfig, train: Callable[[Start], None], *, command: str) -> None:
-    """Claim the run folder, `runs/COMMAND` where none is given, then train.
+@contextmanager
+def start(config: DictConfig, *, command: str, files: Mapping[str, str] | None = None) -> Iterator[Run]:
+    """Claim the run folder, `runs/COMMAND` where none is given, for what is done inside the `with`.
 
-    A stop outside of training leaves what is done and says how to go on.
+    The configuration is read-only from here on. A stop outside of training leaves what is done and says how to go on.
 
-    Raises: ValueError: a setting is wrong, or the folder holds another run.
+    Args:
+        config: The composed configuration.
+        command: The name of the command.
+        files: Settings that name files, and what kind of file each is.
+
+    Raises:
+        ValueError: A setting is wrong, a file is not there, or the folder holds another run.
     """
     check_settings(config)
+    for name, what in (files or {}).items():
+        existing_setting(config, name, what=what)
     checkpoint = None if config.resume is None else checkpoint_to_resume(Path(config.resume).expanduser())
+    check_source(config)
     if config.output_dir is None:
-        config.output_dir = f"runs/{command}" if checkpoint is None else str(run_of(checkpoint))
+        earlier = f"runs/{command}" if checkpoint is None else str(run_of(checkpoint))
+        freeze(config)
+        config = with_values(config, {"output_dir": earlier})
     folder = RunFolder(Path(config.output_dir).expanduser())
     restarted = checkpoint is None and was_restarted()
     if restarted and folder.last_checkpoint.is_file():
         checkpoint = folder.last_checkpoint
-    with StopSignals() as signals:
-        try:
-            if process_rank() == 0:
-                folder.claim(overwrite=config.overwrite or restarted, checkpoint=checkpoint)
-            train(Start(command, config, folder, checkpoint, signals))
-        except Stopped as stop:
-            print(f"\nstopped by {stop}; {folder.way_on()}", file=sys.stderr)
-            sys.exit(130)
+    with stoppable(folder.resume_hint) as signals:
+        if process_rank() == 0:
+            folder.claim(overwrite=config.overwrite or restarted, checkpoint=checkpoint)
+        yield Run(command, freeze(config), folder, checkpoint, signals)

@@ -21,9 +21,22 @@ def open_store(config: DictConfig, *, is_resumed: bool = False) -> VolumeStore:
     root = Path(locate_store(config.data, config.store))
     if config.data.get("source") is not None:
         with rank_zero_first(Path(config.output_dir).expanduser(), root) as is_first:
-            if is_first and not (is_resumed and (root / "index.jsonl").is_file()):
+            if is_first and not (is_resumed and is_prepared(config)):
                 update_store(config, root)
     return VolumeStore(root)
+
+
+def check_source(config: DictConfig) -> None:
+    """Check that the images are there, or else the finished store that was made of them.
+
+    Raises:
+        ValueError: Neither is.
+    """
+    root, images = Path(locate_store(config.data, config.store)), config.data.get("root")
+    if config.data.get("source") is None:
+        VolumeStore(root)
+    elif images is not None and not Path(str(images)).expanduser().exists() and not is_prepared(config):
+        raise SourceMissingError(f"data.root={images} does not exist")
 
 
 def is_prepared(config: DictConfig) -> bool:

@@ -26,6 +26,7 @@ class Ensemble:
         channels: which channels of a file are read.
         num_channels: of the images that the networks read.
         modality: "ct" or "mr" where networks were trained on that alone; None where they say nothing, or disagree.
+        device: where the networks are.
     """
 
     members: tuple[Member, ...]
@@ -33,6 +34,7 @@ class Ensemble:
     channels: str | int | None
     num_channels: int
     modality: str | None
+    device: torch.device
 
     @classmethod
     def load(
@@ -76,7 +78,7 @@ class Ensemble:
         )
         said = modalities - {None}
         classes, channels, num_channels = first
-        return cls(members, classes, channels, num_channels, said.pop() if len(said) == 1 else None)
+        return cls(members, classes, channels, num_channels, said.pop() if len(said) == 1 else None, device)
 
     @property
     def takes_coordinate(self) -> bool:

@@ -7,31 +7,36 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from medssl.config import config_dir
+from medssl.checks import choice
+from medssl.config import config_dir, with_values
 from medssl.models.partial_unet import names_of_blocks
 from medssl.models.segmenter import Segmenter
 from medssl.weights import card_of, describe_loading, encoder_recipe, load_parts
 
 BRANCHES = ("student", "teacher")
 DECODERS = ("all", "trained", "none")
+PRESET = "unet"
+"""The network of a run that neither states one nor starts from a file."""
 
 
 @dataclass(frozen=True)
 class Initial:
-    """The file that a run starts from.
+    """The file that a run starts from, and the network that it builds.
 
     Args:
-        path: the file; None from scratch.
-        card: its card.
-        layout: of a published file.
-        branch: student or teacher.
-        decoder: what of the file's decoder is taken: `all`, the blocks that pre-training `trained`, or `none`.
+        path: The file; None from scratch.
+        card: Its card.
+        layout: The layout of a published file.
+        branch: `student` or `teacher`.
+        model: Recipes of the network, as in the group `model`; what follows from the data is not resolved.
+        decoder: What of the file's decoder is taken: `all`, the blocks that pre-training `trained`, or `none`.
     """
 
     path: Path | None
     card: dict[str, Any] | None
     layout: str | None
     branch: str
+    model: Mapping[str, Any]
     decoder: str = "all"
 
     @property
@@ -48,38 +53,44 @@ class Initial:
         mark = f" [{self.card['training']}]" if "training" in self.card else ""
         return (f"{method} ({', '.join(details)})" if details else method) + mark
 
+    def completed(self, config: DictConfig) -> DictConfig:
+        """Return a copy of a configuration in which `model` is the network that is built."""
+        return with_values(config, {"model": self.model})
+
 
 def find_initial(config: DictConfig) -> Initial:
-    """Read the cards that the settings name, and write the network they describe into `config.model`.
+    """Read the cards that the settings name, and find the network that they describe.
 
     A network that is neither stated nor described by a file is the preset `unet`.
 
-    Raises: ValueError: a file cannot be read, or a choice does not exist.
+    Raises:
+        ValueError: A file cannot be read, or a choice does not exist.
     """
-    if config.weights.branch not in BRANCHES:
-        raise ValueError(f"weights.branch={config.weights.branch}: give one of {', '.join(BRANCHES)}")
-    if (decoder := config.weights.decoder) not in DECODERS:
-        raise ValueError(f"weights.decoder={decoder}: give one of {', '.join(DECODERS)}")
-    layout, branch = config.weights.layout, config.weights.branch
+    branch = choice("weights.branch", config.weights.branch, BRANCHES)
+    decoder = choice("weights.decoder", config.weights.decoder, DECODERS)
+    layout = config.weights.layout
     path = None if config.weights.path is None else Path(config.weights.path).expanduser()
     card = None if path is None else card_of(path, layout=layout, branch=branch)
     if card is not None and decoder == "trained" and "decoder_blocks" not in card:
         raise ValueError(
             f"weights.decoder=trained: {path} does not say which blocks of a decoder were trained; give all or none"
         )
-    if config.model.get("encoder") is None:
-        if config.model.get("like") is None:
-            if config.model.get("keypoints") is not None:
-                raise ValueError("model.keypoints needs a network that has them; give weights=FILE or model=kaf too")
-            config.model = OmegaConf.load(config_dir() / "model" / "unet.yaml")
-        else:
-            _take_network(config, Path(config.model.like).expanduser(), layout=layout, branch=branch)
-    return Initial(path, card, layout, branch, decoder)
+    model: dict[str, Any] = OmegaConf.to_container(config.model, resolve=False)  # type: ignore[assignment]
+    like = config.model.get("like")
+    if model.get("encoder") is None and like is not None:
+        model = _network_of(Path(like).expanduser(), model, layout=layout, branch=branch)
+    elif model.get("encoder") is None:
+        if model.get("keypoints") is not None:
+            raise ValueError("model.keypoints needs a network that has them; give weights=FILE or model=kaf too")
+        preset = OmegaConf.load(config_dir() / "model" / f"{PRESET}.yaml")
+        model = OmegaConf.to_container(preset, resolve=False)  # type: ignore[assignment]
+    return Initial(path, card, layout, branch, model, decoder)
 
 
-def _take_network(config: DictConfig, like: Path, *, layout: str | None, branch: str) -> None:
+def _network_of(like: Path, model: Mapping[str, Any], *, layout: str | None, branch: str) -> dict[str, Any]:
+    """Return the recipes of a file's network; what `model` states besides wins."""
     encoder = encoder_recipe(like, layout=layout, branch=branch)
-    if (keypoints := config.model.get("keypoints")) is not None:
+    if (keypoints := model.get("keypoints")) is not None:
         net = encoder.get("net", encoder)
         if not str(net["_target_"]).endswith(".KAFEncoder"):
             raise ValueError(f"model.keypoints={keypoints}: the network of {like} knows no keypoints; leave it out")
@@ -87,10 +98,9 @@ def _take_network(config: DictConfig, like: Path, *, layout: str | None, branch:
     if encoder.get("spatial_dims") == 2:  # of slices; volumes are segmented, and the network knows how to become 3D
         steps = [step if isinstance(step, int) else [*step, max(step)] for step in encoder.get("strides") or ()]
         encoder = {**encoder, "spatial_dims": 3, **({"strides": steps} if steps else {})}
-    config.model.encoder = encoder
     card = card_of(like, layout=layout, branch=branch)
-    if config.model.get("decoder") is None and "decoder" in transferred(card):
-        config.model.decoder = card["decoder"]
+    takes_decoder = model.get("decoder") is None and "decoder" in transferred(card)
+    return {**model, "encoder": encoder, **({"decoder": card["decoder"]} if takes_decoder else {})}
 
 
 def transferred(card: Mapping[str, Any]) -> list[str]:

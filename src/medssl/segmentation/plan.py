@@ -1,18 +1,198 @@
-"""What a segmentation run takes from its data: classes, spacing, crop size, overlap with pre-training."""
+"""What a segmentation run is going to do, found from its settings, its data and its file before anything is trained."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig, OmegaConf
 
-from medssl.data.splits import CaseSplit
+from medssl.checks import choice, triple
+from medssl.data.splits import CaseSplit, LabelledSubset, few_labels, resolve_split
 from medssl.data.store import VolumeStore
+from medssl.run.settings import RunSettings
+from medssl.segmentation.initial_weights import Initial
+
+REPORTS = ("auto", "best", "last")
 
 LARGEST_CROP_VOXEL = 96
 CROP_STEP_VOXEL = 16
 """Fitted crops are multiples of it: what four halvings or patches of 16 voxels need."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a segmentation run does.
+
+    Args:
+        settings: Of the run, resolved.
+        initial: The file that it starts from.
+        split: Its cases.
+        subset: The training cases whose labels are used.
+        classes: Label values and their names, the background first.
+        spacing_mm: Of the grid that crops are drawn on; `native` for each image's own.
+        crop_voxel: Sides of a crop, and of a window of predictions.
+        modality: That of all training cases; None where they differ.
+        leakage: The comparison of the evaluation cases with those of pre-training.
+        choice: The weights that are evaluated, `best` or `last`.
+        unlearnable: Classes that no training label holds.
+        other_reading: How images were read otherwise in pre-training, a line each.
+    """
+
+    settings: RunSettings
+    initial: Initial
+    split: CaseSplit
+    subset: LabelledSubset
+    classes: Mapping[int, str]
+    spacing_mm: str | list[float]
+    crop_voxel: list[int]
+    modality: str | None
+    leakage: Mapping[str, Any]
+    choice: str
+    unlearnable: Sequence[str]
+    other_reading: Sequence[str]
+
+    @classmethod
+    def of(cls, config: DictConfig, store: VolumeStore, initial: Initial, *, earlier: Path | None = None) -> "Plan":
+        """Make the plan of a run, or of the rest of one whose `split.json` is `earlier`.
+
+        Raises:
+            ValueError: The settings, the data and the file do not go together.
+        """
+        check_grid(store)
+        split = resolve_split(store, split=config.data.split, fold=config.data.fold)
+        subset = few_labels(store, split.training, labelled=config.data.labelled, seed=config.data.labelled_seed)
+        leakage = find_overlap(initial.card, store, split, path=initial.path, allowed=config.allow_leakage)
+        classes = find_classes(store, split, wanted=_plain(config.data.classes))
+        if earlier is not None:
+            check_resumed(earlier, split, subset.hash, classes)
+        spacing_mm = find_spacing(store, split.training, _plain(config.working_spacing_mm))
+        crop_voxel = find_crop(store, split.training, crop_voxel=_plain(config.crop_voxel), spacing_mm=spacing_mm)
+        facts = {
+            "num_cases": len(subset.cases),
+            "num_channels": store.record(split.training[0]).channels,
+            "num_classes": len(classes),
+            "num_locations": 0,
+            "steps_per_epoch": len(subset.cases) / config.batch_size,
+            "spacing_mm": spacing_mm,
+            "crop_voxel": crop_voxel,
+        }
+        settings = RunSettings.of(initial.completed(config), facts)
+        plan = cls(
+            settings=settings,
+            initial=initial,
+            split=split,
+            subset=subset,
+            classes=classes,
+            spacing_mm=spacing_mm,
+            crop_voxel=crop_voxel,
+            modality=modality(store, subset.cases),
+            leakage=leakage,
+            choice=weights_to_report(settings.values["report"], split, validates=bool(settings.validate_every)),
+            unlearnable=unlearnable(store, subset.cases, classes),
+            other_reading=(),
+        )
+        return replace(plan, other_reading=other_reading(initial.card, plan.reading))
+
+    def fitted(self, multiple_voxel: Sequence[int]) -> "Plan":
+        """Return the plan for a network whose crops are multiples of `multiple_voxel`; a crop that is not given grows.
+
+        Raises:
+            ValueError: A crop that is given does not fit.
+        """
+        sides, values = self.crop_voxel, self.settings.values
+        fitting = [-(-side // step) * step for side, step in zip(sides, multiple_voxel, strict=True)]
+        if values["crop_voxel"] is not None and fitting != sides:
+            raise ValueError(
+                f"crop_voxel={sides} does not fit the network, whose crops are multiples of {list(multiple_voxel)};"
+                f" give {fitting}, or null"
+            )
+        values = {**values, "facts": {**values["facts"], "crop_voxel": fitting}}
+        return replace(self, crop_voxel=fitting, settings=replace(self.settings, values=values))
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation cases are predicted while training."""
+        return bool(self.settings.validate_every and self.split.validation)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the foreground classes."""
+        return list(self.classes.values())[1:]
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How images are read, as the card of the network says it."""
+        values = self.settings.values
+        return {
+            "channels": values["data"].get("channels"),
+            "spacing_mm": self.spacing_mm,
+            "crop_voxel": self.crop_voxel,
+            "outside": values["outside"],
+            "normalise": values["normalise"],
+            "modality": self.modality,
+        }
+
+
+def weights_to_report(report: str, split: CaseSplit, *, validates: bool) -> str:
+    """Return `best` or `last`: which weights are evaluated.
+
+    `auto` takes the best on validation cases where these are not the ones that are evaluated.
+
+    Raises:
+        ValueError: There is no such choice, or nothing to select the best by.
+    """
+    validates = validates and bool(split.validation)
+    if choice("report", report, REPORTS) == "best" and not validates:
+        raise ValueError("report=best needs validation cases in the split and validate_every; give report=last")
+    if report == "auto":
+        return "best" if validates and split.evaluation[0] == "test" else "last"
+    return report
+
+
+def modality(store: VolumeStore, cases: Sequence[int]) -> str | None:
+    """Return the modality of all cases; None where they differ."""
+    found = {store.record(case).modality for case in cases}
+    return found.pop() if len(found) == 1 else None
+
+
+def format_plan(plan: Plan, store: VolumeStore, *, model: str) -> list[str]:
+    """Return what the run is about to do, a line each: cases, classes, crops, and what to beware of.
+
+    Args:
+        plan: Of the run.
+        store: Its cases.
+        model: The network in words.
+    """
+    split, subset, names = plan.split, plan.subset, plan.class_names
+    where, cases = split.evaluation
+    spacing = plan.spacing_mm
+    lines = [
+        f"split: {split.name} [{split.hash}], {len(split.training)} training, {len(split.validation)} validation,"
+        f" {len(split.test)} test cases; numbers come from the {len(cases)} {where} cases",
+        f"labelled: {len(subset.cases)} cases [{subset.hash}]"
+        + (f": {', '.join(store.record(case).case for case in subset.cases)}" if len(subset.cases) <= 10 else ""),
+        f"classes: {len(names)} ({', '.join(names[:15])}{', ...' if names[15:] else ''})",
+        f"crops: {' x '.join(map(str, plan.crop_voxel))} voxels at "
+        + (spacing if isinstance(spacing, str) else f"{' x '.join(f'{s:g}' for s in spacing)} mm"),
+        f"model: {model}",
+    ]
+    lines += [f"reading: {line}" for line in plan.other_reading]
+    if plan.unlearnable:
+        lines.append(f"classes: {', '.join(plan.unlearnable)}: in no label that is trained on, cannot be learnt")
+    if not plan.leakage["checked"]:
+        lines.append("leakage: the file does not say which volumes it was trained on; overlap cannot be checked")
+    if plan.leakage["overlap"]:
+        lines.append(f"leakage: {plan.leakage['overlap']} of the {where} cases were seen in pre-training (allowed)")
+    if plan.settings.values["freeze"] == "all_but_head" and plan.initial.path is not None:
+        lines.append("freeze: decoder layers that no file filled stay as they were drawn")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def find_classes(store: VolumeStore, split: CaseSplit, *, wanted: Any) -> dict[int, str]:
@@ -45,13 +225,12 @@ def find_spacing(store: VolumeStore, cases: Sequence[int], working_spacing_mm: A
     if working_spacing_mm == "median":
         spacings = np.array([store.record(case).spacing_mm for case in cases])
         return [round(float(value), 4) for value in np.median(spacings, axis=0)]
-    values = working_spacing_mm if isinstance(working_spacing_mm, Sequence) else [working_spacing_mm] * 3
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
-    if isinstance(values, str) or len(values) != 3 or len(numbers) != 3:
+    try:
+        return list(triple("working_spacing_mm", working_spacing_mm, kind=float))
+    except ValueError:
         raise ValueError(
             f"working_spacing_mm={working_spacing_mm}: give native, median, or one or three numbers above 0"
-        )
-    return [float(value) for value in numbers]
+        ) from None
 
 
 def find_crop(
@@ -62,10 +241,7 @@ def find_crop(
     Raises: ValueError: what is given are not three whole numbers above 0.
     """
     if crop_voxel is not None:
-        sides = list(crop_voxel) if isinstance(crop_voxel, Sequence) else [crop_voxel]
-        if len(sides) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
-            raise ValueError(f"crop_voxel={sides}: give three whole numbers above 0, [x, y, z]")
-        return sides
+        return list(triple("crop_voxel", crop_voxel if isinstance(crop_voxel, Sequence) else [crop_voxel]))
     records = [store.record(case) for case in cases]
     shapes = np.array([record.shape for record in records], dtype=float)
     if not isinstance(spacing_mm, str):

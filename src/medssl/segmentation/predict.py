@@ -7,52 +7,46 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float16
-from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 
 from medssl.data.atomic import write_text
 from medssl.data.formats import ReadError, size_text
-from medssl.data.reading import LabelMapError, check_channels
+from medssl.data.reading import LabelMapError
 from medssl.data.volume import guess_modality
 from medssl.inference.device import find_device
 from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti
-from medssl.inference.reading import MODALITIES
 from medssl.inference.record import fetch_from, record_of
 from medssl.segmentation.ensemble import Ensemble
 from medssl.segmentation.phantom_input import drawn_phantom
 from medssl.segmentation.segment import Classes, NotFiniteError, segment
-from medssl.segmentation.sliding_window import check_windows
+from medssl.segmentation.settings import PredictSettings
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def predict_all(config: DictConfig) -> int:
-    """Predict what `input` names into `output_dir`; the number of images that failed.
+def predict_all(settings: PredictSettings) -> int:
+    """Predict what `input` names into `output_dir`, and return the number of images that failed.
 
     Raises:
-        ValueError: a setting is wrong, or there is nothing to predict.
+        ValueError: There is nothing to predict, or the networks do not go together.
     """
-    settings = Settings.of(config)
     source = drawn_phantom(settings.input, settings.output_dir)
-    inputs, scan = find_inputs(source, settings.output_dir, include_labels=config.data.include_labels)
+    inputs, scan = find_inputs(source, settings.output_dir, include_labels=settings.include_labels)
     if not inputs and not scan.problems:
-        raise ValueError(f"input={config.input}: none of its files is an image to predict")
+        raise ValueError(f"input={settings.input}: none of its files is an image to predict")
     check_outputs(inputs, settings)
+    device = find_device(settings.device)
     ensemble = Ensemble.load(
-        settings.weights,
-        flips=settings.flips,
-        device=settings.device,
-        allow_modules=list(config.allow_modules),
+        settings.weights, flips=settings.flips, device=device, allow_modules=settings.allow_modules
     )
     number = f"{len(inputs)} image{'s' * (len(inputs) != 1)}"
-    print(f"{ensemble}, on {settings.device.type}; {number} -> {settings.output_dir}", flush=True)
+    print(f"{ensemble}, on {device.type}; {number} -> {settings.output_dir}", flush=True)
     for row in scan.skipped:
         print(f"{row['file']}: skipped, {row['reason']}", flush=True)
     for row in scan.problems:
@@ -65,62 +59,13 @@ def predict_all(config: DictConfig) -> int:
     return counts["failed"]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a run, checked.
-
-    `channels` None takes those of the card; `modality` None takes that of the card, or else judges by the voxels.
-    """
-
-    weights: tuple[Path, ...]
-    input: Path
-    output_dir: Path
-    device: torch.device
-    flips: tuple[int, ...]
-    overlap: float
-    window_batch: int
-    probabilities: bool
-    overwrite: bool
-    channels: str | int | None
-    modality: str | None
-
-    @classmethod
-    def of(cls, config: DictConfig) -> "Settings":
-        """Raises: ValueError: one is missing or wrong."""
-        given = config.weights.path
-        paths = [] if given is None else list(given) if isinstance(given, ListConfig) else [given]
-        if not paths:
-            raise ValueError("weights is missing; give it as weights=RUN/segmenter.safetensors, several as [A,B]")
-        switches = {"overwrite": config.overwrite, "probabilities": config.probabilities}
-        for key, value in {**switches, "data.include_labels": config.data.include_labels}.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"{key} must be true or false; got {value!r}")
-        if config.data.modality not in MODALITIES:
-            raise ValueError(f"data.modality={config.data.modality} is not known; it takes ct, mr or null")
-        check_channels(config.data.channels)
-        check_windows(config.overlap, config.window_batch)
-        return cls(
-            weights=tuple(Path(path).expanduser() for path in paths),
-            input=Path(config.input).expanduser(),
-            output_dir=Path(config.output_dir).expanduser(),
-            device=find_device(config.device),
-            flips=_axes(config.flips),
-            overlap=config.overlap,
-            window_batch=config.window_batch,
-            probabilities=config.probabilities,
-            overwrite=config.overwrite,
-            channels=config.data.channels,
-            modality=config.data.modality,
-        )
-
-
-def outputs_of(name: str, settings: Settings) -> list[Path]:
+def outputs_of(name: str, settings: PredictSettings) -> list[Path]:
     """The files that an image becomes: its segmentation and, where wanted, its probabilities and their classes."""
     endings = [".nii.gz", *(["_probabilities.nii.gz", "_probabilities.json"] if settings.probabilities else [])]
     return [settings.output_dir / f"{name}{ending}" for ending in endings]
 
 
-def check_outputs(inputs: Sequence[Input], settings: Settings) -> None:
+def check_outputs(inputs: Sequence[Input], settings: PredictSettings) -> None:
     """Raise a ValueError where two images would be written to one file, also on disks that ignore case."""
     writer: dict[str, Input] = {}
     for image in inputs:
@@ -133,7 +78,7 @@ def check_outputs(inputs: Sequence[Input], settings: Settings) -> None:
                 )
 
 
-def predict_one(image: Input, ensemble: Ensemble, settings: Settings) -> str:
+def predict_one(image: Input, ensemble: Ensemble, settings: PredictSettings) -> str:
     """Predict one image and say in a line what came of it: "predicted", "skipped" or "failed".
 
     Raises: OSError: the disk is full, so that the next image could not be written either.
@@ -172,14 +117,14 @@ def predict_one(image: Input, ensemble: Ensemble, settings: Settings) -> str:
         if not _is_out_of_memory(error):
             raise
         way = "window_batch=1 needs less" if settings.window_batch > 1 else "a machine with more of it is needed"
-        _complain(image.path, f"it does not fit into the memory of the {settings.device.type}; {way}")
+        _complain(image.path, f"it does not fit into the memory of the {ensemble.device.type}; {way}")
     else:
         print(f"{image.name}: {line}", flush=True)
         return "predicted"
     return "failed"
 
 
-def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings: Settings) -> str:
+def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings: PredictSettings) -> str:
     """Write those files of an image that are wanted; what there is to say of it."""
     start = time.monotonic()
     target, *others = outputs_of(image.name, settings)
@@ -205,7 +150,7 @@ def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings:
     return f"{size_text(file.shape)} voxels{note}, {labels}, {time.monotonic() - start:.1f} s -> {written}"
 
 
-def _modality(file: ImageFile, ensemble: Ensemble, settings: Settings) -> tuple[str, str]:
+def _modality(file: ImageFile, ensemble: Ensemble, settings: PredictSettings) -> tuple[str, str]:
     """Which modality an image is read as, and what its line says of that: nothing where there is no doubt."""
     if settings.modality is not None:
         return settings.modality, ""
@@ -216,7 +161,7 @@ def _modality(file: ImageFile, ensemble: Ensemble, settings: Settings) -> tuple[
     return ensemble.modality, "" if guess == ensemble.modality else doubt
 
 
-def _read(image: Input, ensemble: Ensemble, settings: Settings) -> ImageFile:
+def _read(image: Input, ensemble: Ensemble, settings: PredictSettings) -> ImageFile:
     chosen = ensemble.channels if settings.channels is None else settings.channels
     file = read_image(image.path, channels=chosen, skip_label_maps=image.skip_label_maps)
     if file.volume.num_channels != ensemble.num_channels:
@@ -227,7 +172,7 @@ def _read(image: Input, ensemble: Ensemble, settings: Settings) -> ImageFile:
 
 
 def _segmented(
-    file: ImageFile, name: str, ensemble: Ensemble, settings: Settings, *, modality: str, probable: bool
+    file: ImageFile, name: str, ensemble: Ensemble, settings: PredictSettings, *, modality: str, probable: bool
 ) -> Classes:
     """The class numbers of an image, with a progress bar; with `probable` its probabilities are written on the way."""
     with _Bar(name) as on_window, tempfile.TemporaryFile(dir=settings.output_dir) as scratch:
@@ -242,7 +187,7 @@ def _segmented(
             fetch_from(file.volume.array),
             record_of(file.volume, name, modality=modality, with_body=ensemble.takes_coordinate),
             num_classes=len(ensemble.classes),
-            device=settings.device,
+            device=ensemble.device,
             overlap=settings.overlap,
             window_batch=settings.window_batch,
             on_window=on_window,
@@ -297,14 +242,6 @@ class _Bar:
 
 def _complain(path: object, reason: str) -> None:
     print(f"error: {path}: {reason}", file=sys.stderr, flush=True)
-
-
-def _axes(flips: Any) -> tuple[int, ...]:
-    if isinstance(flips, bool):
-        return (0, 1, 2) if flips else ()
-    if isinstance(flips, ListConfig) and set(flips) <= {0, 1, 2} and len(set(flips)) == len(flips):
-        return tuple(flips)
-    raise ValueError(f"flips={flips} is not understood; it takes true, false or axes such as [0,1] (x and y)")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,40 +16,15 @@ from typing import Any
 import lightning as L
 import torch
 
-from medssl.data.splits import CaseSplit, LabelledSubset
 from medssl.evaluation.results import summarise, write_results
 from medssl.run.folder import RunFolder
 from medssl.segmentation.evaluator import Evaluator
 from medssl.segmentation.method import Segmentation
+from medssl.segmentation.plan import Plan
 from medssl.segmentation.validation import write_pictures
 from medssl.weights import load_parts, save_weights
 
 PACKAGES = ("medssl", "torch", "monai", "numpy", "scipy")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What a number is to be read with.
-
-    Args:
-        split: the cases.
-        subset: the training cases whose labels were used.
-        leakage: the comparison of the evaluation cases with those of pre-training.
-        class_names: of the foreground.
-        setting: what tells this run from others, but for its seed.
-        choice: `best` or `last`: the weights that are evaluated.
-        unlearnable: classes that no training label holds.
-        other_reading: how images were read otherwise in pre-training.
-    """
-
-    split: CaseSplit
-    subset: LabelledSubset
-    leakage: dict[str, Any]
-    class_names: Sequence[str]
-    setting: dict[str, Any]
-    choice: str
-    unlearnable: Sequence[str]
-    other_reading: Sequence[str]
 
 
 def report_run(
@@ -59,37 +33,47 @@ def report_run(
     evaluator: Evaluator,
     folder: RunFolder,
     *,
-    protocol: Protocol,
+    plan: Plan,
     card: dict[str, Any],
-    values: dict[str, Any],
+    setting: dict[str, Any],
 ) -> None:
-    """Write `segmenter.safetensors` and the numbers of its predictions on the evaluation cases; rank 0 prints them."""
+    """Write `segmenter.safetensors` and the numbers of its predictions on the evaluation cases; rank 0 prints them.
+
+    Args:
+        trainer: The trainer, at the end of training.
+        method: What was trained.
+        evaluator: Predicts and scores cases.
+        folder: Where everything is written.
+        plan: What the numbers are to be read with.
+        card: That of the network.
+        setting: What tells this run from others, but for its seed.
+    """
     device, step = trainer.strategy.root_device, trainer.global_step
     if trainer.is_global_zero:
         save_weights(folder.last_segmenter, method.parts(), {**card, "step": step})
-        chosen = folder.best_segmenter if protocol.choice == "best" else folder.last_segmenter
+        chosen = folder.best_segmenter if plan.choice == "best" else folder.last_segmenter
         shutil.copyfile(chosen, folder.segmenter)
         load_parts(chosen, method.parts())
     method.to(device)
     if trainer.world_size > 1:
         for tensor in method.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
-    where, cases = protocol.split.evaluation
+    where, cases = plan.split.evaluation
     begin = time.perf_counter()
     with trainer.precision_plugin.forward_context():
         found = evaluator.run(method.segmenter, cases, device=device, full=True, title="evaluating")
     assert found is not None
     if not trainer.is_global_zero:
         return
-    results = summarise(sorted(found.scores.items()), list(protocol.class_names))
-    seconds = {"training": round(training_seconds(folder.metrics, values["batch_size"]), 1)}
+    results = summarise(sorted(found.scores.items()), list(plan.class_names))
+    seconds = {"training": round(training_seconds(folder.metrics, plan.settings.batch_size), 1)}
     seconds["evaluation"] = round(time.perf_counter() - begin, 1)
-    subset = protocol.subset
+    subset = plan.subset
     results |= {
-        "data": {"name": values["data"]["name"], "store": str(evaluator.store.root)},
+        "data": {"name": plan.settings.values["data"]["name"], "store": str(evaluator.store.root)},
         "split": {
-            "name": protocol.split.name,
-            "hash": protocol.split.hash,
+            "name": plan.split.name,
+            "hash": plan.split.hash,
             "evaluated_on": where,
             "num_cases": len(cases),
             "content": hashlib.sha256(json.dumps(sorted(found.contents.items())).encode()).hexdigest()[:12],
@@ -101,13 +85,13 @@ def report_run(
             "hash": subset.hash,
             "cases": [evaluator.store.record(case).case for case in subset.cases],
         },
-        "leakage": protocol.leakage,
-        "classes_without_training_label": list(protocol.unlearnable),
-        "reading_differs": list(protocol.other_reading),
-        "report": protocol.choice,
-        "selected_on_evaluation": protocol.choice == "best" and where == "validation",
-        "setting": protocol.setting,
-        "seed": values["seed"],
+        "leakage": dict(plan.leakage),
+        "classes_without_training_label": list(plan.unlearnable),
+        "reading_differs": list(plan.other_reading),
+        "report": plan.choice,
+        "selected_on_evaluation": plan.choice == "best" and where == "validation",
+        "setting": setting,
+        "seed": plan.settings.seed,
         "step": step,
         "versions": {package: version(package) for package in PACKAGES},
         "wall_s": sum(seconds.values()),

@@ -9,6 +9,7 @@ import lightning as L
 
 from medssl.data.module import Batch
 from medssl.data.store import VolumeStore
+from medssl.methods.base import Method
 from medssl.run.settings import short_hash
 from medssl.training.callback import StepCallback
 from medssl.training.method_module import MethodModule
@@ -18,21 +19,27 @@ COURSE = ("method", "views", "sampler", "optimizer", "batch_size", "accumulate")
 """Settings that tell one training from another, besides data, length and seed; the card holds their hash."""
 
 
-def build_card(config: Mapping[str, Any], store: VolumeStore, cases: Sequence[int]) -> dict[str, Any]:
-    """The card of a run from its resolved configuration: architecture, reading recipe, data, versions.
+def build_card(method: Method, config: Mapping[str, Any], store: VolumeStore, cases: Sequence[int]) -> dict[str, Any]:
+    """Return the card of a run: architecture, reading recipe, data, versions.
 
-    `transfers` names the parts that a segmenter starts from: the encoder, and the decoder of a `backbone`, which is one
-    that segmenters can use; `decoder_blocks` says how many of its blocks were trained, where not all were. The
-    fingerprint of the data holds the volumes that are trained on, `cases`, and no held-out ones.
+    `transfers` names the parts that a segmenter starts from, as the method says. The fingerprint of the data holds the
+    volumes that are trained on, `cases`, and no held-out ones.
+
+    Args:
+        method: What is trained.
+        config: The resolved settings of the run.
+        store: The data.
+        cases: Numbers of the cases that are trained on.
     """
-    method, data = config["method"], config["data"]
-    stated = method.get("backbone", method)  # where the recipes of encoder and decoder lie
-    networks = {part: stated[part] for part in ("encoder", "decoder") if isinstance(stated.get(part), Mapping)}
+    settings, data, transfer = config["method"], config["data"], method.transfers()
+    places = {"encoder": "encoder", "decoder": "decoder", **transfer.recipes}
+    recipes = {part: _recipe_at(settings, place) for part, place in places.items()}
+    networks = {part: recipe for part, recipe in recipes.items() if isinstance(recipe, Mapping)}
     return {
         **networks,
-        "transfers": [part for part in networks if part == "encoder" or "backbone" in method],
-        **({"decoder_blocks": stated["num_blocks"]} if "num_blocks" in stated else {}),
-        "method": method["_target_"],
+        "transfers": [part for part in transfer.recipes if part in networks],
+        **transfer.facts,
+        "method": settings["_target_"],
         "training": short_hash({key: config[key] for key in COURSE} | {"steps": config["trainer"]["max_steps"]}),
         "reading": {"channels": data.get("channels"), "spacing_mm": data.get("spacing_mm"), "views": config["views"]},
         "data": {
@@ -42,6 +49,13 @@ def build_card(config: Mapping[str, Any], store: VolumeStore, cases: Sequence[in
         },
         "versions": {package: version(package) for package in ("medssl", "torch", "monai", "numpy")},
     }
+
+
+def _recipe_at(settings: Any, place: str) -> Any:
+    """What nested settings hold at a dotted place; None where there is nothing."""
+    for key in place.split("."):
+        settings = settings.get(key) if isinstance(settings, Mapping) else None
+    return settings
 
 
 class Export(StepCallback):

@@ -3,7 +3,8 @@
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -14,13 +15,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from medssl.config import to_yaml
 from medssl.data.module import VolumeDataModule
 from medssl.methods.base import Method
 from medssl.run.folder import process_rank, run_of
-from medssl.run.ranks import end_together, forget
-from medssl.run.settings import changes, check_settings
-from medssl.run.start import Start
+from medssl.run.ranks import end_together, remove_markers
+from medssl.run.settings import RunSettings, changes
+from medssl.run.start import Run
 from medssl.training.checkpoints import check_checkpoint
 from medssl.training.method_module import MethodModule
 from medssl.training.metrics import Metrics
@@ -39,83 +39,42 @@ def check_trainer(config: DictConfig) -> int:
         raise ValueError(f"trainer: {error}") from error
 
 
-def resolved(config: DictConfig) -> dict[str, Any]:
-    """All settings as plain values, now that `facts` are known. Raises: ValueError: one is missing or wrong."""
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    check_settings(OmegaConf.create(values))
-    return values
-
-
-def build_module(begin: Start, method: Method, values: Mapping[str, Any], *, may_be_done: bool = False) -> MethodModule:
-    """The module that trains `method`, checked against the checkpoint that the run goes on from.
-
-    `may_be_done` accepts a checkpoint of the last step, where something is left to do after training.
-
-    Raises: ValueError: the optimiser refuses a setting, or the checkpoint is of another network or run.
-    """
-    if values["compile"]:
-        for region in method.compile_regions():
-            region.compile()
-    module = MethodModule(
-        method,
-        optimizer=values["optimizer"],
-        total_steps=values["trainer"]["max_steps"],
-        steps_per_epoch=values["facts"]["steps_per_epoch"],
-        seed=values["seed"],
-    )
-    module.new_optimizer()  # a setting that it refuses is refused here
-    if begin.checkpoint is not None:
-        check_checkpoint(begin.checkpoint, module, may_be_done=may_be_done)
-        earlier = run_of(begin.checkpoint) / "config.yaml"
-        for change in changes(earlier, begin.config) if process_rank() == 0 else []:
-            print(f"resume: {change}; the run will not be the one it would have been")
-    return module
-
-
 def fit(
-    begin: Start,
-    module: MethodModule,
+    run: Run,
+    method: Method,
     data: VolumeDataModule,
     *,
-    values: dict[str, Any],
+    settings: RunSettings,
     metrics: Metrics,
     callbacks: Sequence[L.Callback],
     validates: bool,
+    may_be_done: bool = False,
 ) -> L.Trainer:
     """Train to the end or to a stop signal, and write the run folder. The trainer tells how far it came.
 
     Args:
-        begin: the start of the run.
-        module: what is trained.
-        data: the batches.
-        values: the resolved settings; their `trainer` part holds further arguments of the trainer.
-        metrics: the table of the run.
-        callbacks: what the run does besides, in order; `LastCheckpoint` behind all that must be in the checkpoint.
-        validates: whether the trainer runs its validation loop every `validate_every` steps.
+        run: The start of the run.
+        method: What is trained.
+        data: The batches.
+        settings: Those of the run.
+        metrics: The table of the run.
+        callbacks: What the run does besides, in order; `LastCheckpoint` behind all that must be in the checkpoint.
+        validates: Whether the trainer runs its validation loop every `validate_every` steps.
+        may_be_done: Whether a checkpoint of the last step will do, where something is left to do after training.
+
+    Raises:
+        ValueError: The optimiser refuses a setting, or the checkpoint is of another network or run.
     """
-    folder, checkpoint = begin.folder, begin.checkpoint
-    if checkpoint is not None and folder.wandb_id.is_file() and values["logger"].get("id", "") is None:
-        values["logger"]["id"] = folder.wandb_id.read_text()
-
-    def describe(trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            folder.write_config(to_yaml(begin.config), command=begin.command)
-            if (data.store.root / "rejected.jsonl").is_file():
-                shutil.copyfile(data.store.root / "rejected.jsonl", folder.rejected)
-            for logger in trainer.loggers:
-                logger.log_hyperparams(values)
-                if isinstance(logger, WandbLogger):
-                    folder.wandb_id.write_text(str(logger.version))
-
-    every = values["validate_every"] if validates else None
+    module = build_module(run, method, settings, may_be_done=may_be_done)
+    every = settings.validate_every if validates else None
     # a job that SLURM starts again goes on from last.ckpt; the trainer's own requeueing would leave another checkpoint
     environment = {"plugins": SLURMEnvironment(auto_requeue=False)} if SLURMEnvironment.detect() else {}
     trainer = L.Trainer(
-        **{**environment, **instantiate(values["trainer"], _convert_="all")},
+        **{**environment, **instantiate(settings.trainer, _convert_="all")},
         max_epochs=-1,
-        accumulate_grad_batches=values["accumulate"],
-        gradient_clip_val=values["optimizer"].get("clip_norm"),
-        val_check_interval=every * values["accumulate"] if every else None,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.optimizer.get("clip_norm"),
+        val_check_interval=every * settings.accumulate if every else None,
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if every else 0,
         num_sanity_val_steps=0,
@@ -124,23 +83,73 @@ def fit(
             metrics,
             ProgressBar(),
             *callbacks,
-            LambdaCallback(on_train_start=describe, on_exception=end_together),
+            LambdaCallback(on_train_start=partial(describe, run, settings, data), on_exception=end_together),
         ],
-        logger=instantiate(values["logger"]) if values["logger"] else False,
-        default_root_dir=folder.root,
+        logger=build_logger(run, settings),
+        default_root_dir=run.folder.root,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     if process_rank() == 0:
-        folder.clear(checkpoint=checkpoint)  # not before: what is wrong with the new run must not cost the old one
+        run.folder.clear(checkpoint=run.checkpoint)  # not before: a slip in the new run must not cost the old one
         weights = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         size = f"{len(data.training_cases)} volumes, {weights / 1e6:.1f} M weights to train"
-        print(f"{size}, {trainer.max_steps} steps -> {folder.root}", flush=True)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        print(f"{size}, {trainer.max_steps} steps -> {run.folder.root}", flush=True)
+    trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     if trainer.is_global_zero:
-        forget(folder.root)
+        remove_markers(run.folder.root)
     return trainer
+
+
+def build_module(run: Run, method: Method, settings: RunSettings, *, may_be_done: bool) -> MethodModule:
+    """Return the module that trains `method`, checked against the checkpoint that the run continues from.
+
+    Raises:
+        ValueError: The optimiser refuses a setting, or the checkpoint is of another network or run.
+    """
+    if settings.compile:
+        for region in method.compile_regions():
+            region.compile()
+    module = MethodModule(
+        method,
+        optimizer=settings.optimizer,
+        total_steps=settings.max_steps,
+        steps_per_epoch=settings.steps_per_epoch,
+        seed=settings.seed,
+    )
+    module.new_optimizer()  # a setting that it refuses is refused here
+    if run.checkpoint is not None:
+        check_checkpoint(run.checkpoint, module, may_be_done=may_be_done)
+        earlier = run_of(run.checkpoint) / run.folder.config.name
+        for change in changes(earlier, settings.values) if process_rank() == 0 else []:
+            print(f"resume: {change}; the run will not be the one it would have been")
+    return module
+
+
+def build_logger(run: Run, settings: RunSettings) -> Any:
+    """Return the logger that the settings name, with the id of the run that is continued; False for none."""
+    if not settings.logger:
+        return False
+    recipe = dict(settings.logger)
+    if run.checkpoint is not None and run.folder.wandb_id.is_file() and recipe.get("id", "") is None:
+        recipe["id"] = run.folder.wandb_id.read_text()
+    return instantiate(recipe)
+
+
+def describe(
+    run: Run, settings: RunSettings, data: VolumeDataModule, trainer: L.Trainer, module: L.LightningModule
+) -> None:
+    """Write what the run is made of, on rank 0: config.yaml, the rejected files, the parameters of loggers."""
+    if not trainer.is_global_zero:
+        return
+    run.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(settings.values)), command=run.command)
+    if (data.store.root / "rejected.jsonl").is_file():
+        shutil.copyfile(data.store.root / "rejected.jsonl", run.folder.rejected)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(dict(settings.values))
+        if isinstance(logger, WandbLogger):
+            run.folder.wandb_id.write_text(str(logger.version))
 
 
 def quiet() -> None:

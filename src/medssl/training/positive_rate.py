@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 
+from medssl.data.module import VolumeDataModule
 from medssl.data.placements import Placement, ViewSpec
 from medssl.data.randomness import counter_generator
 from medssl.data.sampling import CaseSampler, Request
@@ -18,6 +21,51 @@ from medssl.methods.positions import PositionRule, Positions, is_gathered
 TARGET_RATE = 0.19
 """What one axis with the threshold 0.1 has, where positions are uniform: 2 t - t^2."""
 NUM_PAIRS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositiveRate:
+    """The threshold of positions that a run with `threshold: auto` takes; for `facts_from` of a method's YAML.
+
+    Args:
+        axes: As those of `PositionRule`.
+        frame: Likewise.
+        norm: Likewise.
+        cross_group: Likewise.
+        gather: Compare the samples of all processes, see `is_gathered`.
+        rate: Wanted share of positives among the compared pairs.
+    """
+
+    axes: Sequence[str]
+    frame: str
+    norm: str
+    cross_group: str
+    gather: bool | None = None
+    rate: float = TARGET_RATE
+
+    stand_in: ClassVar[float] = 0.01
+    """A threshold to try the method with before the data are known."""
+
+    def __call__(self, data: VolumeDataModule, *, world: int) -> float:
+        """Return the threshold for `world` processes that train on `data`.
+
+        Raises:
+            ValueError: There is none.
+        """
+        rule = PositionRule(axes=self.axes, frame=self.frame, norm=self.norm, cross_group=self.cross_group)
+        return automatic_threshold(
+            data.store,
+            data.plan,
+            data.sampler,
+            rule=rule,
+            cases=data.training_cases,
+            batch_size=data.batch_size,
+            world=world,
+            accumulate=data.accumulate,
+            gather=self.gather,
+            rate=self.rate,
+            seed=data.seed,
+        )
 
 
 def automatic_threshold(
