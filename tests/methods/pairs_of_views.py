@@ -41,3 +41,25 @@ def pair_of(volumes, starts, *, size=(32, 32, 16), to_mm=None):
             valid=torch.stack(valid).reshape(b, 2, 1, *size),
         )
     }
+
+
+def global_and_local(*, b=2, p=2, q=3, seed=0, sides=(24, 16)):
+    """A batch of smooth pictures; `sides` of the p global and the q local views."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def group(count, side):
+        coarse = torch.rand(b * count, 1, 5, 5, 5, generator=generator)
+        fine = F.interpolate(coarse, size=(side,) * 3, mode="trilinear")
+        return view_of(fine.unflatten(0, (b, count)))
+
+    return {"global": group(p, sides[0])} | ({"local": group(q, sides[1])} if q else {})
+
+
+def view_of(image):
+    """A `View` with these images, of the volumes 0, 1, ... themselves."""
+    b, v = image.shape[:2]
+    eye = torch.eye(4, dtype=torch.float64).expand(b, v, 4, 4)
+    case = torch.arange(b)[:, None].expand(b, v)
+    shape = torch.tensor(image.shape[3:]).expand(b, v, 3)
+    location = torch.full((b, v, 3), 0.5, dtype=torch.float64)
+    return View(image, eye, eye, shape, case, torch.zeros_like(case), location)

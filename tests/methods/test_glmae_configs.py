@@ -1,16 +1,12 @@
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pairs_of_views import global_and_local
+from recorded_steps import TenSteps, assert_recorded
 
 from medssl.config import compose
 from medssl.data.views import ViewPlan
-from medssl.methods.base import Progress
-
-RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "glmae_tiny_ten_steps.json").read_text())
 
 
 def resolved(*overrides):
@@ -93,21 +89,15 @@ def test_checkpointed_activations_and_channels_reach_both_networks():
     assert method["decoder"]["out_channels"] == 4
 
 
-def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses(views):
-    values = resolved("method=glmae_tiny")
-    torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
-    optimizer = torch.optim.AdamW(method.param_groups(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    losses = []
-    for step in range(10):
-        progress = Progress(step, 10, step / 2, 5.0, 0)
-        output = method(views(seed=step % 4, sides=(48, 32)), progress)
-        losses.append([output.logs[name].item() for name in RECORDED["terms"]])
-        output.loss.backward()
-        method.after_backward(progress)
-        torch.nn.utils.clip_grad_norm_(method.parameters(), 3.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_step(progress)
-    for found, recorded in zip(losses, RECORDED["losses"], strict=True):
-        assert found == pytest.approx(recorded, rel=2e-3)
+TEN_STEPS = TenSteps(
+    name="glmae_tiny",
+    values=lambda: resolved("method=glmae_tiny"),
+    batch=lambda step: global_and_local(seed=step % 4, sides=(48, 32)),
+    optimizer={"warmup_steps": 0, "final_fraction": 1.0},
+    clip_norm=3.0,
+    rel=2e-3,
+)
+
+
+def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
+    assert_recorded(TEN_STEPS)

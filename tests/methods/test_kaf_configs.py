@@ -5,7 +5,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from recorded_steps import assert_recorded
+from recorded_steps import TenSteps, assert_recorded
 from test_kaf import at, batch
 
 import medssl
@@ -56,8 +56,13 @@ def resolved(*overrides):
     return OmegaConf.to_container(config, resolve=True)
 
 
+TEN_STEPS = TenSteps(
+    name="kaf_tiny", values=lambda: resolved("method=kaf_tiny"), batch=lambda step: batch(seed=step % 4)
+)
+
+
 def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
-    assert_recorded("kaf_tiny", resolved("method=kaf_tiny"), lambda seed: batch(seed=seed), rel=5e-3)
+    assert_recorded(TEN_STEPS)
 
 
 @pytest.mark.gpu

@@ -1,22 +1,18 @@
 import csv
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from pairs_of_views import pair_of, volume
+from recorded_steps import TenSteps, assert_recorded
 
 import medssl
 from medssl.config import compose, main
 from medssl.data.placements import Containing
-from medssl.methods.base import Progress
 from medssl.methods.sam_embed import SamEmbed
 from medssl.pretrain import run
 from medssl.training.optim import build_optimizer
-
-RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "sam_embed_tiny_ten_steps.json").read_text())
 
 
 def resolved(*overrides):
@@ -93,19 +89,23 @@ def test_the_learning_rate_rises_for_500_steps_and_stays():
     assert rates == pytest.approx([0, 0.01, 0.02, 0.02, 0.02])
 
 
+def two_crops(step):
+    """Two crops of each of two volumes, in other places at each step."""
+    starts = [[(4 + step, 2, 8), (12, 10 - step, 10)], [(20, 8, 4 + step), (12, 14, 2)]]
+    return pair_of([volume(seed) for seed in (0, 1)], starts, size=(32, 32, 16))
+
+
+TEN_STEPS = TenSteps(
+    name="sam_embed_tiny",
+    values=lambda: resolved("method=sam_embed_tiny"),
+    batch=two_crops,
+    optimizer={"warmup_steps": 0},
+    rel=2e-3,
+)
+
+
 def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
-    values = resolved("method=sam_embed_tiny")
-    torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
-    optimizer = torch.optim.SGD(method.param_groups(), lr=0.02, momentum=0.9, weight_decay=1e-4)
-    volumes = [volume(seed) for seed in (0, 1)]
-    for step, recorded in enumerate(RECORDED["losses"]):
-        starts = [[(4 + step, 2, 8), (12, 10 - step, 10)], [(20, 8, 4 + step), (12, 14, 2)]]
-        output = method(pair_of(volumes, starts, size=(32, 32, 16)), Progress(step, 10, step / 30, 1 / 3, 0))
-        assert [output.logs[name].item() for name in RECORDED["terms"]] == pytest.approx(recorded, rel=2e-3)
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    assert_recorded(TEN_STEPS)
 
 
 def test_the_command_trains_logs_draws_and_exports_an_encoder_that_loads(tmp_path, make_store):
