@@ -1,14 +1,19 @@
-"""What holds of the files themselves: which room imports which, and how long a file may be."""
+"""What holds of the files themselves: which room imports which, how long a file is, what it calls other modules."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from medssl.moved import MODULES, NAMES
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "medssl"
 MOST_LINES = 400
+TEXTS = ("src", "configs", "tests", "scripts", "docs", ".ci", "*.md", "pyproject.toml", "Makefile")
+"""Folders and files that name modules."""
 LAYERS = (
     ("compare", "derive", "features", "finetune", "match", "predict", "prepare", "pretrain", "probe"),  # commands
     ("segmentation", "tables", "probing"),
@@ -95,3 +100,52 @@ def test_no_file_is_longer_than_400_lines(folder):
         str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")
     }
     assert not {file: lines for file, lines in lengths.items() if lines > MOST_LINES}
+
+
+def old_paths() -> re.Pattern[str]:
+    """Match a place that a module or class has left: dotted, as an import or as a file.
+
+    A bare `data/NAME` may be a configuration of `configs/data`, so a file counts with its ending or its package.
+    """
+    moved = [((room, file), "") for room, files in MODULES.items() for file in files]
+    moved += [((room, file), name) for (room, file), names in NAMES.items() for name in names]
+    places = [r"medssl/layouts\.py"]  # a folder now
+    for (room, file), name in moved:
+        *parents, last = [part for part in ("medssl", room, file, name) if part]
+        package = r"\.".join(parents)
+        places += [rf"{package}\.{last}\b", rf"from {package} import [^\n]*\b{last}\b"]
+        if not name:
+            places += [rf"{'/'.join(parents)}/{last}\b", rf"\b{room}/{file}\.py\b"]
+    return re.compile("|".join(places))
+
+
+def test_no_text_names_a_place_that_a_module_has_left():
+    pattern, texts = old_paths(), [path for name in TEXTS for path in ROOT.glob(name)]
+    files = [file for text in texts for file in (text.rglob("*") if text.is_dir() else [text]) if file.is_file()]
+    wrong = [
+        f"{file.relative_to(ROOT)}:{number} {found[0]}"
+        for file in files
+        if file.suffix not in (".png", ".pyc")
+        for number, line in enumerate(file.read_text().splitlines(), start=1)
+        if "medssl" in line or ".py" in line
+        for found in pattern.finditer(line)
+    ]
+    assert len(files) > 300
+    assert not wrong
+
+
+def test_a_place_that_was_left_is_found_in_every_spelling():
+    room, file = next((room, file) for room, files in MODULES.items() for file in files if room)
+    (home, module), names = next(iter(NAMES.items()))
+    pattern, name = old_paths(), next(iter(names))
+    for old in (
+        ".".join(("medssl", room, file)),
+        f"from medssl.{room} import other, {file}",
+        f"{room}/{file}" + ".py",
+        "/".join(("src", "medssl", room, file)),
+        "/".join(("medssl", "layouts")) + ".py",
+        f"from medssl.{home}.{module} import Case, {name}",
+    ):
+        assert pattern.search(old), old
+    for now in (f"medssl.{MODULES[room][file]}", f"medssl.{home}.{module}.Case", "configs/data/phantoms.yaml"):
+        assert not pattern.search(now), now
