@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """The public object `name`, imported now."""
+    """Return the public object `name`, imported now."""
     if name not in _HOME:
         raise AttributeError(f"module 'medssl' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""Objects from recipes: a mapping whose `_target_` names a class and whose other entries are its keywords."""
+"""Objects from recipes: a recipe is a mapping with a class under `_target_` and its keywords beside it."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,12 @@ Built = TypeVar("Built")
 def trusted_class(
     recipe: Mapping[str, Any], packages: Sequence[str], *, base: type[Built], dataclasses: bool = False
 ) -> type[Built]:
-    """The class that a recipe names; with `dataclasses` one of these will do, of the packages themselves.
+    """Return the class that a recipe names; it is a subclass of `base`.
+
+    With `dataclasses` a dataclass that is defined in one of the packages is accepted too.
 
     Raises:
-        ValueError: it is not in one of the packages, cannot be imported, or is no subclass of `base`.
+        ValueError: The class is not in one of the packages, cannot be imported, or is no subclass of `base`.
     """
     refuse_moved({"_target_": recipe.get("_target_")}, source="the recipe")
     target = str(recipe.get("_target_"))
@@ -43,12 +45,12 @@ def trusted_class(
 def build_trusted(
     recipe: Mapping[str, Any], packages: Sequence[str], base: type[Built], *, dataclasses: bool = False
 ) -> Built:
-    """Build what a recipe describes, recipes among its keywords first; only classes of `packages` are built.
+    """Build the object that a recipe describes, recipes among its keywords first; only classes of `packages` are built.
 
-    Those among the keywords may be dataclasses instead, such as the settings of a detector.
+    Recipes among the keywords may name dataclasses instead, such as the settings of a detector.
 
     Raises:
-        ValueError: as `trusted_class`, or the class refuses its keywords.
+        ValueError: `trusted_class` refuses a class, or a class refuses its keywords.
     """
     keywords = {
         key: build_trusted(value, packages, base, dataclasses=True)
@@ -68,7 +70,7 @@ def build_network(recipe: Mapping[str, Any], *, allow_modules: Sequence[str] = (
     """Build the network that a recipe describes out of `medssl.models`, `monai.networks` or an allowed package.
 
     Raises:
-        ValueError: the class is not in a trusted or allowed package, is no network, or refuses its keywords.
+        ValueError: The class is not in a trusted or allowed package, is no network, or refuses its keywords.
     """
     return build_trusted(recipe, (*NETWORKS, *allow_modules), nn.Module)
 

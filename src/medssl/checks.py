@@ -1,7 +1,7 @@
 """Checks of settings: each returns what it was given, or says what was got, what is allowed and what to do.
 
 Names are those of the configuration (`weights.branch`), so that a user finds the setting. Neither torch nor lightning
-is imported here: a slip is told at once.
+is imported here, so that a wrong setting is reported at once.
 """
 
 import math
@@ -18,7 +18,7 @@ def choice(name: str, value: Value, allowed: Collection[Any]) -> Value:
     """Return `value`, which is one of `allowed`.
 
     Raises:
-        ValueError: It is not.
+        ValueError: `value` is not one of `allowed`.
     """
     if isinstance(value, bool) != any(isinstance(one, bool) for one in allowed) or value not in allowed:
         words = ", ".join("null" if one is None else str(one) for one in allowed)
@@ -30,7 +30,7 @@ def switch(name: str, value: Any) -> bool:
     """Return `value`, which is true or false.
 
     Raises:
-        ValueError: It is neither, such as the text "no".
+        ValueError: `value` is neither, such as the text "no".
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false; got {value!r}")
@@ -45,10 +45,10 @@ def whole(name: str, value: Any, *, least: int = 0, most: int | None = None, or_
         value: What was given.
         least: The smallest number that is allowed.
         most: The largest number that is allowed; None for no bound.
-        or_null: What null means here, such as "for never"; where it is empty null is refused.
+        or_null: What null means here, such as "for never"; an empty text refuses null.
 
     Raises:
-        ValueError: It is none.
+        ValueError: `value` is no such number.
     """
     if value is None and or_null:
         return value
@@ -63,7 +63,7 @@ def number(name: str, value: Any, *, above: float | None = None) -> float:
     """Return `value`, a finite number from 0 up, or `above` a bound.
 
     Raises:
-        ValueError: It is none.
+        ValueError: `value` is no such number.
     """
     bounds = "from 0 up" if above is None else f"above {above:g}"
     if not is_number(value) or value < 0 or (above is not None and value <= above):
@@ -75,7 +75,7 @@ def share(name: str, value: Any) -> float:
     """Return `value`, a number from 0 to 1.
 
     Raises:
-        ValueError: It is none.
+        ValueError: `value` is no such number.
     """
     if number(name, value) > 1:
         raise ValueError(f"{name} is a share, from 0 to 1; got {value!r}")
@@ -91,7 +91,7 @@ def triple(name: str, values: Any, *, kind: type = int) -> tuple[Any, Any, Any]:
         kind: `int` for whole numbers, `float` for any.
 
     Raises:
-        ValueError: They are something else.
+        ValueError: `values` are not three such numbers.
     """
     given = [values] * 3 if is_number(values) else list(values) if _is_list(values) else []
     fits = [is_number(one) and one > 0 and (kind is float or isinstance(one, int)) for one in given]
@@ -107,16 +107,16 @@ def is_number(value: Any) -> bool:
 
 
 def existing(name: str, path: Any, *, what: str, folder: bool | None = False) -> Path:
-    """Return the path that a setting gives, `~` expanded; something lies there.
+    """Return the path that a setting gives, with `~` expanded; it exists.
 
     Args:
         name: The setting.
         path: What was given.
         what: What lies there, for the message: "weight file".
-        folder: Whether that is a folder; None where both will do.
+        folder: Whether it is a folder rather than a file; None if both are allowed.
 
     Raises:
-        ValueError: There is none, or it is of the other kind.
+        ValueError: Nothing lies there, or a file in place of a folder, or the reverse.
     """
     found = Path(str(path)).expanduser()
     if not (found.exists() if folder is None else found.is_dir() if folder else found.is_file()):
@@ -126,10 +126,10 @@ def existing(name: str, path: Any, *, what: str, folder: bool | None = False) ->
 
 
 def existing_setting(config: Any, name: str, *, what: str, folder: bool | None = False) -> Path | None:
-    """Return the path that the configuration has at a dotted name, see `existing`; None where it is null.
+    """Return the path that the configuration has at a dotted name, checked by `existing`; None where it is null.
 
     Raises:
-        ValueError: It is not there.
+        ValueError: The path does not exist.
     """
     node = config
     for key in name.split("."):
@@ -143,11 +143,11 @@ def result_folder(path: Any, *, outputs: Sequence[str] = (), overwrite: bool = T
     Args:
         path: What was given.
         outputs: Names of the files that will be written there.
-        overwrite: Replace such files.
+        overwrite: Whether such files may be replaced.
         name: The setting.
 
     Raises:
-        ValueError: It is a file, or holds one of `outputs` that must not be replaced.
+        ValueError: The path is a file, or the folder holds one of `outputs` that must not be replaced.
     """
     folder = Path(str(path)).expanduser()
     if folder.exists() and not folder.is_dir():

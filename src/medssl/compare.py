@@ -24,15 +24,15 @@ PAGES = ("comparison.md", "comparison.html")
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Which runs are compared, by what, and how sure that is; checked.
+    """The checked settings of a comparison: which runs, by which metric, with which intervals.
 
     Args:
         runs: Folders of finished runs; the first names the reference.
         folder: Where the pages go.
         metric: `dice`, `nsd` or `hd95_mm`.
         num_bootstrap: Draws behind an interval.
-        confidence: Of the intervals.
-        seed: Of the draws.
+        confidence: Confidence level of the intervals.
+        seed: Seed of the draws.
     """
 
     runs: tuple[Path, ...]
@@ -44,7 +44,7 @@ class CompareSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> CompareSettings:
-        """Check a configuration.
+        """Return the settings of a configuration, checked.
 
         Raises:
             ValueError: A setting is wrong, a run is not there, or pages would be replaced.

@@ -28,7 +28,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def config_dir() -> Path:
-    """The folder of the YAML files: inside an installed package, else beside `src` in a checkout."""
+    """Return the folder of the YAML files: inside an installed package, else beside `src` in a checkout."""
     for folder in (_PACKAGE / "configs", _PACKAGE.parent.parent / "configs"):
         if (folder / "pretrain.yaml").is_file():
             return folder
@@ -36,7 +36,7 @@ def config_dir() -> Path:
 
 
 def compose(name: str, overrides: Sequence[str] = (), *, extra_dir: Path | None = None) -> DictConfig:
-    """The configuration `name` with `overrides`; groups are looked up in our configs, then in `extra_dir`.
+    """Return the configuration `name` with `overrides`; groups are looked up in our configs, then in `extra_dir`.
 
     Interpolations stay unresolved: `facts` are filled in before a method is built.
 
@@ -88,7 +88,7 @@ def with_values(config: DictConfig, values: Mapping[str, Any]) -> DictConfig:
 
 
 def to_yaml(config: DictConfig) -> str:
-    """The configuration as YAML, resolved as far as its values are known."""
+    """Return the configuration as YAML, resolved as far as its values are known."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -110,7 +110,7 @@ def to_yaml(config: DictConfig) -> str:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What stands after `python -m medssl.NAME`."""
+    """The words after `python -m medssl.NAME`, sorted by their kind."""
 
     overrides: list[str] = field(default_factory=list)
     extra_dir: Path | None = None
@@ -122,7 +122,8 @@ class CommandLine:
     def parse(cls, arguments: Sequence[str], *, positional: bool = False) -> CommandLine:
         """Split `arguments` into options, overrides and (where `positional`) words without an equals sign.
 
-        Raises: ValueError: an argument that is none of these.
+        Raises:
+            ValueError: An argument is none of these.
         """
         overrides, words, extra_dir, asked = [], [], None, {"help": False, "cfg": False}
         rest = iter(arguments)
@@ -146,7 +147,7 @@ class CommandLine:
 
 
 def freeze(config: DictConfig) -> DictConfig:
-    """Make a configuration read-only, and return it: writing to it raises from here on."""
+    """Make a configuration read-only, and return it: writing to it raises afterwards."""
     from omegaconf import OmegaConf
 
     OmegaConf.set_readonly(config, True)
@@ -154,9 +155,9 @@ def freeze(config: DictConfig) -> DictConfig:
 
 
 def help_text(name: str, description: str, *, extra_dir: Path | None = None, positional: str | None = None) -> str:
-    """The page that `--help` prints: description, groups with their choices, keys with their comments.
+    """Return the page that `--help` prints: description, groups with their choices, keys with their comments.
 
-    A key is explained by the comment behind it in `NAME.yaml`; one that lives in a group by a line `# group.key: text`.
+    The comment behind a key in `NAME.yaml` explains it. A line `# group.key: text` explains a key of a group.
     """
     text = (config_dir() / f"{name}.yaml").read_text()
     words = f"{positional.upper()} ... " if positional else ""
@@ -196,11 +197,11 @@ def main(
     arguments: Sequence[str] | None = None,
     positional: str | None = None,
 ) -> None:
-    """Compose the configuration `name` from the command line and give it to `run`; exits the process.
+    """Compose the configuration `name` from the command line, and run a command with it.
 
-    Words without an equals sign are added to the list `positional` of the configuration, where one is named.
+    Words without an equals sign are added to the list `positional` of the configuration, if that is named.
     The docstring of `run`'s module is the description in `--help`. A mistake of the user becomes one message on stderr
-    and exit code 2; a fault of the program keeps its traceback.
+    and exit code 2; a fault of the program keeps its traceback. Ctrl-C exits with code 130.
     """
     config = None
     try:
@@ -238,10 +239,11 @@ def _rank() -> int:
 
 
 def user_message(error: BaseException) -> str | None:
-    """What to tell a user about `error`; None where it is a fault of the program.
+    """Return the message that a user gets for `error`; None where it is a fault of the program.
 
-    The user's: a configuration that cannot be composed or instantiated, a file system that refuses, and every
-    ValueError that our own code (or a method from `--config-dir`) raised. One out of another library is a fault.
+    Mistakes of the user are a configuration that cannot be composed or instantiated, a file system that refuses, and
+    every ValueError that our own code (or a method from `--config-dir`) raised. A ValueError from another library is a
+    fault of the program.
     """
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
@@ -267,10 +269,10 @@ def user_message(error: BaseException) -> str | None:
 
 
 def mistyped(config: DictConfig | None) -> str | None:
-    """The first setting of a class of ours that is of another type than the class says, in words; None without any.
+    """Return a message about the first setting that has another type than our class declares; None if there is none.
 
-    It is asked once something has failed for no reason that the user was told: a text where a number is wanted fails
-    anywhere, in a comparison or steps later.
+    This is called after a failure without a message for the user: a text in place of a number can fail anywhere, in a
+    comparison or steps later.
     """
     from omegaconf import OmegaConf
 
@@ -289,7 +291,7 @@ def mistyped(config: DictConfig | None) -> str | None:
 
 
 def _hints(target: object) -> dict[str, Any]:
-    """Types of the arguments of a class or function of ours that has been imported."""
+    """Return the types of the arguments of a class or function of ours that has been imported."""
     module, _, name = str(target).rpartition(".")
     found: Any = getattr(sys.modules.get(module), name, None) if module.startswith("medssl.") else None
     try:
@@ -299,7 +301,7 @@ def _hints(target: object) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value may be of a type; what YAML cannot state, and what follows from other values, may be."""
+    """Return whether a plain value fits a type; types that YAML cannot state and interpolations always fit."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, str) and ("${" in value or value == "???"):
         return True

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeriveSettings:
-    """What is derived from which store; checked.
+    """The checked settings of a derivation: which table, from which store.
 
     Args:
         store: A prepared store.
-        derivation: Makes the table of a case.
-        num_workers: Processes; None for one a core.
+        derivation: The derivation that makes the table of a case.
+        num_workers: Number of processes; None for one per core.
     """
 
     store: Path
@@ -37,7 +37,7 @@ class DeriveSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> DeriveSettings:
-        """Check a configuration.
+        """Return the settings of a configuration, checked.
 
         Raises:
             ValueError: A setting is wrong, or names a file that is not there.
@@ -56,7 +56,7 @@ class DeriveSettings:
 
 
 def run(config: DictConfig) -> None:
-    """Derive what the configuration says, and say what came of it."""
+    """Derive the table that the configuration names, and print a summary."""
     settings = DeriveSettings.of(config)
 
     from medssl.tables.derived import derive

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def run(config: DictConfig) -> None:
-    """Make the features; exit code 1 where some subjects have none."""
+    """Make the features; exit with code 1 if some subjects have none."""
     from medssl.extraction.settings import FeatureSettings
     from medssl.run.signals import stoppable
     from medssl.run.store import check_source
@@ -37,7 +37,7 @@ def run(config: DictConfig) -> None:
 
 
 def prepared_store(config: DictConfig) -> VolumeStore:
-    """The store that the configuration names, up to date with its source."""
+    """Return the store that the configuration names, up to date with its source."""
     from pathlib import Path
 
     from medssl.data.recipes import locate_store

@@ -23,7 +23,7 @@ WEIGHTS = "weight file"
 
 
 def run(config: DictConfig) -> None:
-    """Train in the run folder; then train the same from scratch, where that is asked for."""
+    """Train in the run folder; with `scratch_twin`, train the same network from scratch afterwards."""
     from medssl.run.folder import RunFolder
     from medssl.run.start import start
 
@@ -42,7 +42,9 @@ def run(config: DictConfig) -> None:
 
 
 def scratch_twin(config: DictConfig) -> DictConfig:
-    """Return the settings of the same run without the weights: same network, plan, budget and seed; OUTPUT_DIR-scratch.
+    """Return the settings of the same run without the weights: same network, plan, budget and seed.
+
+    Its folder is OUTPUT_DIR-scratch.
 
     Raises:
         ValueError: There are no weights to leave out, several processes train, or a run is to be resumed.

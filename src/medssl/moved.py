@@ -80,7 +80,7 @@ NAMES: dict[tuple[str, str], dict[str, str]] = {  # (room, file that stayed): {n
 
 
 def new_path(path: str) -> str | None:
-    """The path that a module, class or function of medssl has now; None where it did not move."""
+    """Return the path that a module, class or function of medssl has now; None where it did not move."""
     package, *parts = path.split(".")
     if package != "medssl" or not parts:
         return None
@@ -98,7 +98,8 @@ def new_path(path: str) -> str | None:
 def refuse_moved(values: Any, *, source: str) -> None:
     """Check that no `_target_` in nested plain values names a place that medssl has left.
 
-    Raises: ValueError: one does; the message names the new path.
+    Raises:
+        ValueError: A `_target_` names such a place; the message says the new path.
     """
     pending = [values]
     while pending:

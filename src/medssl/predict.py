@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(config: DictConfig) -> None:
-    """Predict all images; exit code 1 where some of them failed."""
+    """Predict all images; exit with code 1 if some of them failed."""
     from medssl.run.signals import stoppable
     from medssl.segmentation.settings import PredictSettings
 

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """Which images become which store; checked.
+    """The checked settings of a preparation: which images, into which store.
 
     Args:
         name: Name of the data.
-        source: Finds the images.
+        source: The source that finds the images.
         store: Folder of the store.
-        recipe: What is done to an image: `channels`, `spacing_mm`, `min_side_voxel`.
+        recipe: How an image is prepared: `channels`, `spacing_mm`, `min_side_voxel`.
         max_rejected_fraction: Share of unreadable files above which the store is not finished.
-        num_workers: Processes; None for one a core.
+        num_workers: Number of processes; None for one per core.
     """
 
     name: str
@@ -38,7 +38,7 @@ class PrepareSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> PrepareSettings:
-        """Check a configuration.
+        """Return the settings of a configuration, checked.
 
         Raises:
             ValueError: A setting is wrong, or there are no images to prepare.
@@ -65,7 +65,7 @@ class PrepareSettings:
 
 
 def run(config: DictConfig) -> None:
-    """Prepare what the configuration says, and say what came of it."""
+    """Prepare the store that the configuration names, and print a summary."""
     settings = PrepareSettings.of(config)
 
     from medssl.data.prepare import prepare_store

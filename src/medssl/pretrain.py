@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run(config: DictConfig) -> None:
-    """Claim the run folder, then import torch and all that takes seconds, and train."""
+    """Claim the run folder, then import torch and other slow packages, and train."""
     from medssl.run.start import start
 
     with start(config, command="pretrain") as run:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run(config: DictConfig) -> None:
-    """Read, probe, print the table, and write what was found."""
+    """Read the features, probe them, print the table, and write the results."""
     import numpy as np
     from tqdm import tqdm
 
@@ -50,7 +50,7 @@ def run(config: DictConfig) -> None:
     task = build_task(settings.task, joined, columns, num_folds=num_folds, max_components=settings.max_components)
     subject = joined.subject(columns.subject)
     every = np.arange(len(subject))
-    assign_folds(task, subject, every, num_folds=num_folds, seed=validation.seed)  # too many are told at once
+    assign_folds(task, subject, every, num_folds=num_folds, seed=validation.seed)  # too many folds are refused now
     for note in joined.notes():
         print(note)
     people = "" if columns.subject is None else f" of {subject.max() + 1} subjects"
@@ -85,7 +85,7 @@ def run(config: DictConfig) -> None:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """The hash of an input, and what features were made from."""
+    """Return the hash of an input file and, for features, the card that says what they were made from."""
     from medssl.extraction.feature_file import FILE, read_feature_card
 
     file = path / FILE if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Trained networks as files: tensors of named parts and a card, in one safetensors file.
+"""Files of trained networks: tensors of named parts and a card, in one safetensors file.
 
 The card (JSON in the header) says how to rebuild the encoder and how its images were read. No code runs on load.
 """
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors of one part.
+    """The outcome of loading the tensors of one part.
 
-    `reshaped` and `left_out` are what the network changed by its own rules (`adapt`): tensors that it resized or cut,
-    and tensors of the file that it has no use for.
+    The network changes some tensors by its own rules (`adapt`): it resized or cut those in `reshaped`, and does not use
+    those of the file in `left_out`.
     """
 
     part: str
@@ -45,7 +45,7 @@ class LoadReport:
 
     @property
     def fits(self) -> bool:
-        """Whether every tensor of the part came from the file, and those of the file were used or left out by rule."""
+        """Return whether every tensor of the part came from the file, and all of the file's were used or left out."""
         return not (self.missing or self.unexpected or self.ill_shaped)
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class LoadReport:
 def save_weights(path: str | Path, parts: Mapping[str, nn.Module], card: Mapping[str, Any]) -> None:
     """Write the tensors of `parts` as `part.tensor` and `card` into `path`; equal input gives equal bytes.
 
-    The file appears at once or not at all. Wrappers (of compiled modules, `Reoriented`) leave no trace in the names.
+    The file appears as a whole or not at all. The names of wrappers (of compiled modules, `Reoriented`) are left out.
     """
     target = Path(path)
     tensors = {
@@ -80,10 +80,10 @@ def save_weights(path: str | Path, parts: Mapping[str, nn.Module], card: Mapping
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
-    """The card of a file written by `save_weights`.
+    """Return the card of a file written by `save_weights`.
 
     Raises:
-        ValueError: the file is missing, broken, of another kind, or has no card that this version reads.
+        ValueError: The file is missing, broken, of another kind, or has no card that this version reads.
     """
     source = _existing(path)
     try:
@@ -105,10 +105,10 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
 
 def card_of(path: str | Path, *, layout: str | None = None, branch: str = "student") -> dict[str, Any]:
-    """The card of a file of ours, or with `layout` what the tensors of a published file tell of their networks.
+    """Return the card of a file of ours, or with `layout` one that is read off the tensors of a published file.
 
     Raises:
-        ValueError: wrong file, unknown layout or branch.
+        ValueError: The file is wrong, or the layout or branch is unknown.
     """
     if layout is None:
         return read_card(path)
@@ -116,10 +116,12 @@ def card_of(path: str | Path, *, layout: str | None = None, branch: str = "stude
 
 
 def encoder_recipe(path: str | Path, *, layout: str | None = None, branch: str = "student") -> dict[str, Any]:
-    """The recipe of the encoder in a file, for `build_network` or `build_segmenter`; wrapped where its axes differ.
+    """Return the recipe of the encoder in a file, for `build_network` or `build_segmenter`.
+
+    An encoder that was trained with other axes than ours is wrapped in `Reoriented`.
 
     Raises:
-        ValueError: wrong file, unknown layout or branch, or the card describes no encoder.
+        ValueError: The file is wrong, the layout or branch is unknown, or the card describes no encoder.
     """
     card = card_of(path, layout=layout, branch=branch)
     if "encoder" not in card:
@@ -133,16 +135,20 @@ def encoder_recipe(path: str | Path, *, layout: str | None = None, branch: str =
 def load_encoder(
     path: str | Path, *, layout: str | None = None, branch: str = "student", allow_modules: Sequence[str] = ()
 ) -> nn.Module:
-    """The pre-trained encoder in evaluation mode: `forward(x)` gives feature maps described by `channels`, `strides`.
+    """Return the pre-trained encoder in evaluation mode.
+
+    Its `forward(x)` gives feature maps, which `channels` and `strides` describe.
 
     Args:
-        path: a file of ours, or with `layout` a published checkpoint of that layout.
-        layout: None, a name in `medssl.layouts.catalogue.LAYOUTS`, or MODULE.NAME of a `Layout` of your own.
-        branch: `student`, or `teacher` where the file holds one.
-        allow_modules: packages besides `medssl.models` and `monai.networks` whose classes a card may name.
+        path: A file of ours, or with `layout` a published checkpoint of that layout.
+        layout: None for a file of ours, a name in `medssl.layouts.catalogue.LAYOUTS`, or MODULE.NAME of your own
+            `Layout`.
+        branch: `student`, or `teacher` if the file holds one.
+        allow_modules: Packages besides `medssl.models` and `monai.networks` whose classes a card may name.
 
     Raises:
-        ValueError: wrong file, unknown layout or branch, a class that is not allowed, or weights that do not fit.
+        ValueError: The file is wrong, the layout or branch is unknown, a class is not allowed, or the weights do not
+            fit.
     """
     encoder = build_network(encoder_recipe(path, layout=layout, branch=branch), allow_modules=allow_modules)
     load_parts(path, {"encoder": encoder}, layout=layout, branch=branch)
@@ -150,10 +156,12 @@ def load_encoder(
 
 
 def load_segmenter(path: str | Path, *, allow_modules: Sequence[str] = ()) -> tuple[Segmenter, dict[str, Any]]:
-    """The segmenter of a file in evaluation mode, and its card: labels (`classes`), reading recipe, data, versions.
+    """Return the segmenter of a file in evaluation mode, and its card.
+
+    The card holds labels (`classes`), the reading recipe, the data and the versions.
 
     Raises:
-        ValueError: wrong or broken file, one that holds no segmenter, a class that is not allowed, or a card whose
+        ValueError: Wrong or broken file, one that holds no segmenter, a class that is not allowed, or a card whose
             networks or labels do not belong to the tensors.
     """
     card = read_card(path)
@@ -188,14 +196,14 @@ def load_parts(
     branch: str = "student",
     partial: bool = False,
 ) -> list[LoadReport]:
-    """Load the named parts of a file into modules of the same names, all tensors or none.
+    """Load the named parts of a file into modules of the same names, all tensors or none, and return the reports.
 
-    Modules with an `adapt` method may resize what they know how to resize (position tables, input channels) and leave
-    out what they have no use for (a CLS token); that is reported. A part goes into the network inside a `Reoriented`.
-    `partial=True` lets missing, unexpected and ill-shaped tensors pass; the report then lists them.
+    Modules with an `adapt` method may resize tensors that they know how to resize (position tables, input channels) and
+    leave out tensors that they do not use (a CLS token). The reports list these. A part is loaded into the network
+    inside a `Reoriented`. With `partial=True`, missing, unexpected and ill-shaped tensors are reported, not refused.
 
     Raises:
-        ValueError: wrong file, a part that the file does not hold, or tensors that do not match.
+        ValueError: The file is wrong, does not hold a part, or its tensors do not match.
     """
     prefix = f"{branch}_" if layout is None and branch != "student" else ""
     wanted = [f"{prefix}{part}" for part in parts]
@@ -220,7 +228,7 @@ def load_parts(
 
 
 def describe_loading(reports: Sequence[LoadReport], network: nn.Module) -> str:
-    """Two lines for users: what came from the file, and which parts of `network` start from scratch."""
+    """Return lines for users: which tensors came from the file, and which parts of `network` start from scratch."""
     loaded = [report.part for report in reports]
     fresh = [part for part, _ in network.named_children() if part not in loaded]
     lines = [f"from the file: {'; '.join(map(str, reports))}"] if reports else []
@@ -256,7 +264,7 @@ def _compare(part: str, module: nn.Module, stored: dict[str, Tensor]) -> tuple[L
 
 
 def _own(path: str | Path, parts: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of some parts of a file of ours; the others are not read."""
+    """Return the tensors of some parts of a file of ours; other parts are not read."""
     read_card(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -284,7 +292,7 @@ def _published(path: str | Path, layout: str, branch: str) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without PyTorch's advice to load the file in a way that may run code in it."""
+    """Return the reason of an error, without PyTorch's advice to load the file in a way that may run code in it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not re.search("weights_only|still be loaded|Check the documentation", line)]
     return re.split(r"\.? Please use ", lines[0])[0] if lines else type(error).__name__
