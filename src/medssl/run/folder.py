@@ -1,4 +1,4 @@
-"""The folder of a run: where each of its files lies, and who may start in it."""
+"""The folder of a run: where each of its files lies, and which run may start in it."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from medssl.data.atomic import clear_partial
 
 
 def process_rank() -> int:
-    """The rank of this process as its launcher (torchrun, SLURM, Lightning) tells it; 0 for a process on its own."""
+    """Return the rank that the launcher (torchrun, SLURM, Lightning) gave this process; 0 for a single process."""
     for name in ("RANK", "SLURM_PROCID"):
         if name in os.environ:
             return int(os.environ[name])
@@ -15,7 +15,7 @@ def process_rank() -> int:
 
 
 def was_restarted() -> bool:
-    """Whether a scheduler started this very job again after it was stopped."""
+    """Return whether a scheduler started this job again after it was stopped."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
@@ -50,23 +50,24 @@ class RunFolder:
         self.wandb_id = root / "wandb_id"
 
     def holds_a_run(self) -> bool:
-        """Whether an earlier run trained here; one that stopped before its first step left nothing to lose."""
+        """Return whether an earlier run trained here; one that stopped before its first step left nothing to lose."""
         return any(path.exists() for path in (self.metrics, self.last_checkpoint, self.encoder, self.segmenter))
 
     def resume_hint(self) -> str:
-        """How to go on with what lies here."""
+        """Return a line that says how to continue the run in this folder."""
         if self.last_checkpoint.is_file():
             return f"saved {self.last_checkpoint}; go on with the same command and resume={self.root}"
         return f"no checkpoint is saved yet; start the same command again{' with overwrite=true' * self.holds_a_run()}"
 
     def write_config(self, text: str, *, command: str) -> None:
-        """Write config.yaml under a line that tells it from another program's."""
+        """Write config.yaml below a first line that marks it as ours."""
         self.config.write_text(HEADER.format(command=command) + text)
 
     def claim(self, *, overwrite: bool, checkpoint: Path | None) -> None:
-        """Make the folder for a run; an earlier run stays in it until `clear`.
+        """Make the folder for a run; the files of an earlier run stay in it until `clear`.
 
-        Raises: ValueError: an earlier run lies here that is neither gone on with nor to be overwritten.
+        Raises:
+            ValueError: An earlier run lies here, and is neither continued nor to be overwritten.
         """
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"output_dir={self.root} is a file; name a folder")
@@ -86,9 +87,9 @@ class RunFolder:
         self.figures.mkdir(exist_ok=True)
 
     def clear(self, *, checkpoint: Path | None) -> None:
-        """Remove the files of an earlier run, unless `checkpoint` is its own, and what a killed one left half written.
+        """Remove the files of an earlier run, unless `checkpoint` belongs to it.
 
-        This is the last thing before training.
+        Half-written files of a killed run are removed too. This is the last step before training.
         """
         for path in (self.metrics, self.last_checkpoint, self.encoder, self.segmenter):
             clear_partial(path.parent, path.name)
@@ -101,14 +102,15 @@ class RunFolder:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint belongs to."""
+    """Return the run folder that a checkpoint belongs to."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 
 def checkpoint_to_resume(path: Path) -> Path:
-    """The checkpoint that `resume=PATH` means: the file itself, or `checkpoints/last.ckpt` of a run folder.
+    """Return the checkpoint that `resume=PATH` means: the file itself, or `checkpoints/last.ckpt` of a run folder.
 
-    Raises: ValueError: there is none.
+    Raises:
+        ValueError: There is no such checkpoint.
     """
     checkpoint = RunFolder(path).last_checkpoint if path.is_dir() else path
     if not checkpoint.is_file():

@@ -35,16 +35,17 @@ _STARTED = time.time()
 
 
 class RankZeroFailedError(ValueError):
-    """Rank 0 could not make the store ready."""
+    """The error of the other ranks when rank 0 could not prepare the store."""
 
 
 @contextlib.contextmanager
 def rank_zero_first(folder: Path, store: Path) -> Iterator[bool]:
-    """Run the body on rank 0 (True); let the other ranks (False) enter it when rank 0 has left it.
+    """Run the body on rank 0 (True) first; the other ranks (False) enter it when rank 0 has left it.
 
-    Rank 0 leaves its word, `ready` or its error, in a file of the run folder; `remove_markers` removes it.
+    Rank 0 writes `ready` or its error into a file of the run folder; `remove_markers` removes that file.
 
-    Raises: RankZeroFailedError: rank 0 failed, or nothing has changed in `store` for half an hour.
+    Raises:
+        RankZeroFailedError: Rank 0 failed, or nothing has changed in `store` for half an hour.
     """
     word = word_file(folder)
     if process_rank() != 0:
@@ -61,7 +62,7 @@ def rank_zero_first(folder: Path, store: Path) -> Iterator[bool]:
 
 
 def word_file(folder: Path) -> Path:
-    """Where rank 0 of this launch leaves its word."""
+    """Return the file in which rank 0 of this launch writes `ready` or its error."""
     launch = [os.environ.get(name, "") for name in LAUNCH]
     if os.environ.get("LOCAL_WORLD_SIZE", "0") == os.environ.get("WORLD_SIZE", "1"):
         launch.append(str(os.getppid()))  # one machine: all ranks have the same parent
@@ -69,16 +70,16 @@ def word_file(folder: Path) -> Path:
 
 
 def remove_markers(folder: Path) -> None:
-    """Remove the words of rank 0."""
+    """Remove the files that rank 0 left for the other ranks."""
     for word in folder.glob(".store-*"):
         word.unlink(missing_ok=True)
 
 
 def end_together(trainer: "L.Trainer", module: "L.LightningModule", exception: BaseException) -> None:
-    """End this process with code 2 where training failed and other processes train too; for `on_exception`.
+    """End this process with code 2 if training failed and other processes train too; called by `on_exception`.
 
-    The one that fails says why and is gone at once. The others notice by a collective that fails and end without
-    tracebacks of their own. Left alive, a failed process would keep them waiting in theirs.
+    The process that fails prints the reason and ends at once. The others notice by a failing collective and end without
+    a traceback. If a failed process stayed alive, the others would wait for it in their collectives.
     """
     if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | Stopped):
         return
@@ -96,7 +97,7 @@ def end_together(trainer: "L.Trainer", module: "L.LightningModule", exception: B
 
 
 def lost_others(error: BaseException) -> bool:
-    """Whether `error` is a collective that failed, which it does where another process ended."""
+    """Return whether `error` comes from a failed collective, which is what happens when another process ended."""
     import torch
 
     text = r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket"

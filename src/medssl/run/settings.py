@@ -40,11 +40,11 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 """What is asked of a setting, by its name; settings that a command does not have are not asked for."""
 MAY_CHANGE = {"output_dir", "overwrite", "resume", "store", "data", "logger", "max_rejected_fraction"}
 MAY_CHANGE |= {"checkpoint_every", "export_every", "figures_every"}
-"""Settings that the course of a run does not depend on; of the data, `facts` tell."""
+"""Settings that the course of a run does not depend on; `facts` describe the data."""
 
 
 def check_settings(config: DictConfig) -> None:
-    """Check the settings that need no data; what follows from other values is looked at once it is resolved.
+    """Check the settings that need no data; those that follow from other values are checked once they are resolved.
 
     Raises:
         ValueError: A count is no whole number or too small, a rate is no number, a switch is neither true nor false.
@@ -58,7 +58,7 @@ def check_settings(config: DictConfig) -> None:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What every training run is told, resolved and checked.
+    """The settings that every training run has, resolved and checked.
 
     Args:
         seed: Everything random follows from it.
@@ -90,7 +90,7 @@ class RunSettings:
 
     @classmethod
     def of(cls, config: DictConfig, facts: Mapping[str, Any]) -> "RunSettings":
-        """Resolve a configuration, now that the `facts` of the data are known.
+        """Return the settings of a configuration, resolved with the `facts` of the data.
 
         Raises:
             ValueError: A setting is missing or wrong.
@@ -114,7 +114,7 @@ def resolved(config: DictConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     A setting `auto` of the method that `facts_from` computes gets its number.
 
     Raises:
-        ValueError: One is missing or wrong.
+        ValueError: A setting is missing or wrong.
     """
     found = {place: facts[name] for name in config.get("facts_from") or () for place in awaiting(config, name)}
     known = with_values(with_facts(config, facts), found)
@@ -124,7 +124,7 @@ def resolved(config: DictConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_facts(config: DictConfig, facts: Mapping[str, Any]) -> DictConfig:
-    """Return a copy of a configuration that knows these facts of the data."""
+    """Return a copy of a configuration that holds these facts of the data."""
     return with_values(config, {"facts": {**config.facts, **facts}})
 
 
@@ -135,10 +135,10 @@ def awaiting(config: DictConfig, fact: str) -> list[str]:
 
 
 def changes(earlier: Path, now: dict[str, Any] | DictConfig) -> list[str]:
-    """Return what settings do otherwise than the run whose `config.yaml` is `earlier`, a line each.
+    """Return the differences of settings from those in `earlier`, the `config.yaml` of another run, a line each.
 
     Raises:
-        ValueError: That file names a class at a place that it has left.
+        ValueError: `earlier` names a class at a place that it has left.
     """
     if not earlier.is_file():
         return []

@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 (SLURM: time is short): at once outside of training, after the step under way inside."""
+"""Stop signals: Ctrl-C, SIGTERM and SIGUSR1 (SLURM: time is short).
+
+Outside of training a signal stops the process at once, in training after the current step.
+"""
 
 import os
 import signal
@@ -12,13 +15,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """The user or the scheduler stopped the process where there is nothing to save."""
+    """The exception of a stop by the user or the scheduler at a point where there is nothing to save."""
 
 
 class StopSignals:
-    """While entered, each signal raises `Stopped`, or, with `training` set, leave their name in `requested`.
+    """A context in which each signal raises `Stopped`.
 
-    A second Ctrl-C always raises.
+    With `training` set, a signal leaves its name in `requested` instead. A second Ctrl-C always raises.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,7 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def install(self) -> None:
-        """Take the signals (again: the trainer puts its own handlers over them)."""
+        """Install the handlers; this is repeated after the trainer has replaced them by its own."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._receive)
@@ -52,7 +55,7 @@ class StopSignals:
 
 @contextmanager
 def stoppable(resume_hint: Callable[[], str]) -> Iterator[StopSignals]:
-    """Mind the signals inside the `with`: a stop prints `resume_hint()`, how to go on, and exits with code 130."""
+    """Handle the signals inside the `with`: a stop prints `resume_hint()`, how to continue, and exits with code 130."""
     with StopSignals() as signals:
         try:
             yield signals

@@ -1,4 +1,4 @@
-"""How every training command starts and stops: claim the run folder, find the checkpoint, mind the signals."""
+"""The start and the stop of every training command: claim the run folder, find the checkpoint, handle the signals."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ from medssl.run.store import check_source
 
 @dataclass(frozen=True)
 class Run:
-    """What a run begins with.
+    """The objects that a run begins with.
 
     Args:
-        command: The name of its command.
-        config: Its settings, read-only.
-        folder: Where its files lie.
-        checkpoint: The file that it continues from; None at a first start.
+        command: The name of the command.
+        config: The settings, read-only.
+        folder: The folder of the run's files.
+        checkpoint: The file that the run continues from; None at a first start.
         signals: The stop signals.
     """
 
@@ -36,14 +36,14 @@ class Run:
 
 @contextmanager
 def start(config: DictConfig, *, command: str, files: Mapping[str, str] | None = None) -> Iterator[Run]:
-    """Claim the run folder, `runs/COMMAND` where none is given, for what is done inside the `with`.
+    """Claim the run folder for the body of the `with`; it is `runs/COMMAND` if none is given.
 
-    The configuration is read-only from here on. A stop outside of training leaves what is done and says how to go on.
+    The configuration is read-only afterwards. A stop outside of training keeps finished work and says how to continue.
 
     Args:
         config: The composed configuration.
         command: The name of the command.
-        files: Settings that name files, and what kind of file each is.
+        files: Settings that name files, each with the kind of file.
 
     Raises:
         ValueError: A setting is wrong, a file is not there, or the folder holds another run.

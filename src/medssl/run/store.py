@@ -14,9 +14,9 @@ from medssl.run.signals import Stopped
 
 
 def open_store(config: DictConfig, *, is_resumed: bool = False) -> VolumeStore:
-    """The store of the run, up to date with its source; rank 0 sees to that, the other ranks wait for it.
+    """Return the store of the run, up to date with its source; rank 0 updates it, the other ranks wait.
 
-    Where the source is not at hand a finished store is used as it is, and so it is by a run that is resumed.
+    A finished store is used as it is when its source is not available, and when a run is resumed.
     """
     root = Path(locate_store(config.data, config.store))
     if config.data.get("source") is not None:
@@ -27,10 +27,10 @@ def open_store(config: DictConfig, *, is_resumed: bool = False) -> VolumeStore:
 
 
 def check_source(config: DictConfig) -> None:
-    """Check that the images are there, or else the finished store that was made of them.
+    """Check that the images exist, or else the finished store that was made of them.
 
     Raises:
-        ValueError: Neither is.
+        ValueError: Neither the images nor a finished store exist.
     """
     root, images = Path(locate_store(config.data, config.store)), config.data.get("root")
     if config.data.get("source") is None:
@@ -40,12 +40,12 @@ def check_source(config: DictConfig) -> None:
 
 
 def is_prepared(config: DictConfig) -> bool:
-    """Whether the store of the run was finished once."""
+    """Return whether the store of the run was finished once."""
     return (Path(locate_store(config.data, config.store)) / "index.jsonl").is_file()
 
 
 def update_store(config: DictConfig, root: Path) -> None:
-    """Prepare the store, or what is new in its source, and say in a line what has changed."""
+    """Prepare the store, or the new cases of its source, and print in a line what has changed."""
     is_finished = (root / "index.jsonl").is_file()
     if not is_finished:
         print(f"preparing {config.data.name} -> {root}", flush=True)
