@@ -1,4 +1,4 @@
-"""Files of Alice's code."""
+"""The layout of files of Alice's code."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,15 +22,15 @@ ALICE_NAMES = {  # start of a name there: start of ours
 
 
 def alice(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
-    """Encoder, decoder, reconstruction and head of a file of Alice.
+    """Return encoder, decoder, reconstruction and head of a file of Alice.
 
     A training file holds `student` and `teacher`. A file of one extracted network holds its tensors at the top, beside
-    an empty `state_dict` or not, or under `state_dict`; it is read as `student`. Left out are the two reconstructions
-    of coarser maps that nothing uses, the indices of the bias tables, which the network makes anew, and the token
-    prototypes of a teacher that are those of its crops.
+    an empty `state_dict` or not, or under `state_dict`; it is read as `student`. Three kinds of tensors are left out:
+    the two reconstructions of coarser maps, which nothing uses; the indices of the bias tables, which the network
+    computes; and the token prototypes of a teacher that are those of its crops.
 
     Raises:
-        ValueError: there is no such branch, or no encoder and decoder.
+        ValueError: There is no such branch, or no encoder and decoder.
     """
     choice("branch", branch, ("student", "teacher"))
     held = checkpoint if isinstance(checkpoint, Mapping) else {}
@@ -55,9 +55,10 @@ def alice(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
 
 
 def alice_encoder_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The encoder of nnFormer in a file of Alice.
+    """Return the recipe of nnFormer's encoder in a file of Alice.
 
-    It was trained with a position table of random numbers that no file holds; what comes closest is none, their mean.
+    It was trained with a position table of random numbers, which no file holds. Leaving the table out comes closest,
+    since it is their mean.
     """
     stem = tensors["encoder.patch_embed.proj1.conv1.weight"]
     sizes = {"in_channels": stem.shape[1], "feature_size": 2 * len(stem), "ape": "none"}
@@ -65,12 +66,12 @@ def alice_encoder_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str
 
 
 def alice_decoder_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The decoder of nnFormer in a file of Alice."""
+    """Return the recipe of nnFormer's decoder in a file of Alice."""
     return {"_target_": "medssl.models.nnformer.NnFormerDecoder", **_windows(tensors, "decoder")}
 
 
 def _windows(tensors: Mapping[str, Tensor], part: str) -> dict[str, Any]:
-    """What nnFormer's bias tables tell, and the smallest image whose grids hold the windows."""
+    """Return the settings that nnFormer's bias tables show, and the smallest image with grids that hold the windows."""
     tables: dict[int, list[tuple[int, ...]]] = {}
     for key, tensor in tensors.items():
         if key.startswith(f"{part}.layers.") and key.endswith(".relative_position_bias_table"):

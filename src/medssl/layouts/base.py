@@ -1,4 +1,4 @@
-"""What is known of a kind of published checkpoint."""
+"""The layout of a kind of published checkpoint: how its files are named, built and fed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ Recipe = Callable[[Mapping[str, Tensor], str], dict[str, Any]]
 
 
 Read = Callable[..., dict[str, Tensor]]
-"""`read(checkpoint, source=NAME, branch=BRANCH)`: what `torch.load` gave for a file -> tensors as `part.tensor`.
+"""`read(checkpoint, source=NAME, branch=BRANCH)`: the content of a file, by `torch.load` -> tensors as `part.tensor`.
 
 The names are those of our networks. It raises a ValueError where the file holds no such branch, or no encoder.
 """
@@ -19,16 +19,16 @@ The names are those of our networks. It raises a ValueError where the file holds
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a published code are named, built and fed.
+    """The names, networks and input of the files of a published code.
 
     Args:
-        name: what `weights.layout` calls it.
-        read: renames the tensors of a file.
-        recipes: for each part that a segmenter starts from, what reads its recipe off the shapes of the tensors.
-        axes: the axes that the encoder was trained with: letters of R/L, A/P, S/I, or `xyz` for ours.
-        reading: how images are read, in the form of a segmenter's card (`spacing_mm`, `crop_voxel`, `outside`,
+        name: The name of the layout in `weights.layout`.
+        read: The function that renames the tensors of a file.
+        recipes: For each part that a segmenter starts from, the function that reads its recipe off the tensors' shapes.
+        axes: The axes that the encoder was trained with: letters of R/L, A/P, S/I, or `xyz` for ours.
+        reading: How images are read, in the form of a segmenter's card (`spacing_mm`, `crop_voxel`, `outside`,
             `normalise`); None where the code does not say.
-        facts: further entries of the card, read off the tensors.
+        facts: Further entries of the card, read off the tensors.
     """
 
     name: str
@@ -39,9 +39,10 @@ class Layout:
     facts: Callable[[Mapping[str, Tensor]], dict[str, Any]] = field(default=lambda tensors: {})
 
     def card(self, tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Any]:
-        """The card of a file, read off the shapes of its renamed tensors.
+        """Return the card of a file, read off the shapes of its renamed tensors.
 
-        Raises: ValueError: the architecture cannot be read off them.
+        Raises:
+            ValueError: The architecture cannot be read off the tensors.
         """
         held = {key.partition(".")[0] for key in tensors}
         recipes = {part: recipe(tensors, source) for part, recipe in self.recipes.items() if part in held}

@@ -14,9 +14,10 @@ LAYOUTS = {
 
 
 def get(name: str) -> Layout:
-    """The layout called `name`: one of `LAYOUTS`, or a `Layout` of the user's own, named as `module.NAME`.
+    """Return the layout called `name`: one of `LAYOUTS`, or a `Layout` of the user's own, named as `module.NAME`.
 
-    Raises: ValueError: there is none of that name.
+    Raises:
+        ValueError: There is no layout of that name.
     """
     if name in LAYOUTS:
         return LAYOUTS[name]

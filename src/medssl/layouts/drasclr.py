@@ -1,4 +1,4 @@
-"""Files of DrasCLR's code."""
+"""The layout of files of DrasCLR's code."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,14 @@ DRASCLR_BRANCHES = {"student": "encoder_q.", "teacher": "encoder_k."}
 
 
 def drasclr(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
-    """Encoder and head (`fc`) of a file of DrasCLR, without the queue.
+    """Return encoder and head (`fc`) of a file of DrasCLR, without the queue.
 
     A training file holds the trained network (`student`) and its momentum copy (`teacher`) under `state_dict`; a file
     of one extracted network holds its tensors at the top or there and is read as `student`. All other tensors belong to
     the encoder, so that a file of another network does not load.
 
     Raises:
-        ValueError: there is no such branch or no location-conditioned encoder.
+        ValueError: There is no such branch or no location-conditioned encoder.
     """
     choice("branch", branch, DRASCLR_BRANCHES)
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
@@ -45,10 +45,10 @@ def drasclr(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
 
 
 def drasclr_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The location-conditioned encoder in a file of DrasCLR.
+    """Return the recipe of the location-conditioned encoder in a file of DrasCLR.
 
     Raises:
-        ValueError: its routers read something else than three coordinates.
+        ValueError: Kernels are missing, or the routers read something else than three coordinates.
     """
     kernels = {key: tensor.shape for key, tensor in tensors.items() if tensor.ndim == 6}
     layers = ("conv1", "conv2", "downsample1.conv1", "downsample2.conv1", "downsample3.conv1", "conv3", "conv4")

@@ -1,4 +1,4 @@
-"""Files of GL-MAE's code, and of masked autoencoders with the same names."""
+"""The layout of files of GL-MAE's code, and of masked autoencoders with the same names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,13 +28,13 @@ HEADS_BY_WIDTH = {192: 3, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1344: 16}
 
 
 def glmae(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
-    """Encoder, decoder and head of a published GL-MAE file, or of a masked autoencoder with the same names.
+    """Return encoder, decoder and head of a published GL-MAE file, or of a masked autoencoder with the same names.
 
     The state dict lies under `student` (or `teacher`), `state_dict` or `model`, or is the file itself. Tensors that
     belong to none of the three parts are left out.
 
     Raises:
-        ValueError: there is no such branch or no encoder.
+        ValueError: There is no such branch or no encoder.
     """
     choice("branch", branch, ("student", "teacher"))
     entries = [branch] if branch == "teacher" else ["student", "state_dict", "model"]
@@ -64,10 +64,10 @@ def glmae(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
 
 
 def glmae_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The transformer in a GL-MAE file.
+    """Return the recipe of the transformer in a GL-MAE file.
 
     Raises:
-        ValueError: the position table belongs to no cubic grid, or the number of heads of this width is not known.
+        ValueError: The position table belongs to no cubic grid, or the number of heads of this width is not known.
     """
     weight, table = tensors["encoder.patch_embed.proj.weight"], tensors["encoder.pos_embed"]
     dim, in_channels, *patch = weight.shape

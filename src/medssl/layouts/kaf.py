@@ -1,4 +1,4 @@
-"""The key map of files of KAF's code."""
+"""The layout of files of KAF's code."""
 
 import re
 from collections.abc import Mapping
@@ -38,13 +38,13 @@ UNUSED = (r"^encoder\.graph_\d\.superglue\.(final_proj\.|bin_score)", r"^graph_l
 
 
 def kaf(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
-    """Encoder and heads, matcher or decoder of a file of KAF, whose state dict lies under `net`.
+    """Return encoder and heads, matcher or decoder of a file of KAF; its state dict lies under `net`.
 
-    Left out are what its keypoint layers never use, the head of the optional local contrast, and the output layer of a
-    segmentation.
+    Three kinds of tensors are left out: those that its keypoint layers never use, the head of the optional local
+    contrast, and the output layer of a segmentation.
 
     Raises:
-        ValueError: there is no such branch or no encoder.
+        ValueError: There is no such branch or no encoder.
     """
     if branch != "student":
         raise ValueError(f"branch is {branch!r}, files of the layout `kaf` hold one network only; leave it out")
@@ -62,7 +62,7 @@ def kaf(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
 
 
 def unet_name(key: str) -> str:
-    """Our name of a tensor of the U-Net that PCL, KAF and MACL share, or of KAF's levels; others keep theirs."""
+    """Return our name of a tensor of the U-Net that PCL, KAF and MACL share, or of KAF's levels; others keep theirs."""
     for pattern, ours in LEVELS:
         if found := re.match(pattern, key):
             level, *inner = (int(number) - 1 for number in found.groups())
@@ -85,10 +85,12 @@ def _kaf_name(key: str) -> str:
 
 
 def kaf_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The encoder in a KAF file, for volumes in [0, 1]: kernels of slices become the middle planes of its own.
+    """Return the recipe of the encoder in a KAF file, for volumes in [0, 1].
+
+    The kernels of a file for slices become the middle planes of the encoder's kernels.
 
     Raises:
-        ValueError: its levels have different numbers of attention layers.
+        ValueError: The levels have different numbers of attention layers.
     """
     depths = {
         level: len({key.split(".")[4] for key in tensors if key.startswith(f"encoder.kaf.{level}.attention.")})

@@ -1,4 +1,4 @@
-"""The key map of files of MACL's code, and of PCL's, on which it is built."""
+"""The layout of files of MACL's code, and of PCL's, on which it is built."""
 
 import logging
 from collections.abc import Mapping
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 
 def macl(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
-    """Encoder, decoder and heads of a file of MACL; its state dict lies under `net` or `model_state_dict`.
+    """Return encoder, decoder and heads of a file of MACL; its state dict lies under `net` or `model_state_dict`.
 
-    Files of PCL hold an encoder, and fine-tuned ones encoder and decoder, under these names. What belongs to no part of
-    ours is left out and logged: the output layer of a segmentation, and heads of other methods.
+    Files of PCL hold an encoder, and fine-tuned ones encoder and decoder, under these names. Tensors that belong to no
+    part of ours are left out and logged: the output layer of a segmentation, and heads of other methods.
 
     Raises:
-        ValueError: there is no such branch or no encoder.
+        ValueError: There is no such branch or no encoder.
     """
     if branch != "student":
         raise ValueError(f"branch is {branch!r}, files of the layout `macl` hold one network only; leave it out")
@@ -48,7 +48,7 @@ def macl(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
 
 
 def _macl_name(key: str) -> str | None:
-    """Our name, None for what is part of nothing here."""
+    """Return our name of a tensor; None if it belongs to no part of ours."""
     for start, ours in HEADS.items():
         if key.startswith(start):
             return ours + key.removeprefix(start)
@@ -60,7 +60,10 @@ def _macl_name(key: str) -> str | None:
 
 
 def macl_encoder_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The encoder in a MACL file, for volumes: kernels of slices become the middle planes of its own."""
+    """Return the recipe of the encoder in a MACL file, for volumes.
+
+    The kernels of a file for slices become the middle planes of the encoder's kernels.
+    """
     base_channels, in_channels = tensors["encoder.stages.0.0.conv.weight"].shape[:2]
     num_levels = len({key.split(".")[2] for key in tensors if key.startswith("encoder.stages.")})
     sizes = {"in_channels": in_channels, "base_channels": base_channels, "num_levels": num_levels}
@@ -68,14 +71,15 @@ def macl_encoder_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str,
 
 
 def macl_decoder_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The decoder in a MACL file, which fits the encoder's maps."""
+    """Return the recipe of the decoder in a MACL file, which fits the encoder's maps."""
     return {"_target_": "medssl.models.macl_unet.MACLUNetDecoder"}
 
 
 def macl_trained_blocks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many blocks of the decoder pre-training trained: each halves the width down to what the dominant head reads.
+    """Return the number of decoder blocks that pre-training trained.
 
-    Nothing for files without that head, such as fine-tuned ones, all of whose blocks are trained.
+    Each block halves the width, down to the width that the dominant head reads. The result is empty for files without
+    that head, such as fine-tuned ones, in which all blocks are trained.
     """
     head = tensors.get("heads.dominant.fc.0.weight")
     if head is None:

@@ -1,4 +1,4 @@
-"""Files of SAM, self-supervised anatomical embeddings."""
+"""The layout of files of SAM, self-supervised anatomical embeddings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,13 @@ from medssl.layouts.base import Layout
 
 
 def sam(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
-    """The encoder of a published SAM file: backbone, fine and coarse neck, without the organ branch `semantic_head`.
+    """Return the encoder of a published SAM file: backbone, fine and coarse neck, without the branch `semantic_head`.
 
-    The state dict lies under `state_dict` or is the file itself. All other tensors belong to the encoder, so that a
-    file of another network does not load.
+    `semantic_head` is the branch of organs. The state dict lies under `state_dict` or is the file itself. All other
+    tensors belong to the encoder, so that a file of another network does not load.
 
     Raises:
-        ValueError: there is no such branch or no encoder.
+        ValueError: There is no such branch or no encoder.
     """
     if branch != "student":
         raise ValueError(f"branch is {branch!r}, files of the layout `sam` hold one network only; leave it out")
@@ -28,10 +28,10 @@ def sam(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
 
 
 def sam_recipe(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The embedding network in a SAM file.
+    """Return the recipe of the embedding network in a SAM file.
 
     Raises:
-        ValueError: it has no fine neck, whose width is that of the embeddings.
+        ValueError: The file has no fine neck, which gives the width of the embeddings.
     """
     neck = tensors.get("encoder.neck.fpn_convs.0.conv.weight")
     if neck is None:
