@@ -362,7 +362,7 @@ def test_a_crop_that_leaves_one_voxel_to_an_instance_norm_is_refused_when_the_me
 
 @pytest.mark.parametrize(
     "more",
-    [("method.positions.threshold=0.1",), ("method.positions.threshold=auto",), ("data=decathlon", "data.root=task")],
+    [("method.positions.threshold=0.1",), ("method.positions.threshold=auto",), ("data=decathlon", "data.root=.")],
 )
 def test_crops_that_do_not_fit_are_refused_with_what_does_before_any_volume_is_prepared(more, tmp_path, capsys):
     settings = ["method=macl_tiny", "views.groups.still.size=[24,24,24]", *more]
