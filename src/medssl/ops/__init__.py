@@ -1,1 +1,1 @@
-"""Small tools that methods and training share."""
+"""Small operations on tensors and networks that methods and training share."""

@@ -1,4 +1,4 @@
-"""Which keypoints of two views are the same place: rows (sample, number in the first, number in the second)."""
+"""Correspondence of the keypoints of two views: rows (sample, number in the first view, number in the second)."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ class Choice(NamedTuple):
     """Keypoints that two views take from one list, and which of them are the same.
 
     Args:
-        first: numbers in the list of the points that the first view takes, those that both take first.
-        second: likewise for the second view; the first ones are the same points in the same order.
-        first_valid: whether there is a point.
-        second_valid: likewise.
-        pairs: (sample, place in `first`, place in `second`); -1 where a point has no partner.
+        first: Numbers in the list of the points that the first view takes. Points that both views take come first.
+        second: Numbers of the points that the second view takes. It begins with the same points in the same order.
+        first_valid: Whether an entry of `first` is a point.
+        second_valid: Whether an entry of `second` is a point.
+        pairs: Rows (sample, place in `first`, place in `second`); -1 where a point has no partner.
     """
 
     first: Int64[Tensor, "b n"]
@@ -34,18 +34,18 @@ def choose_shared(
     max_points: int,
     max_matched_fraction: float = 0.9,
 ) -> Choice:
-    """Points of a volume that two views see, in the random order of `noise`, shared ones first.
+    """Choose the points of a volume that two views see, in the random order of `noise`, shared ones first.
 
-    Where a view sees more than `max_points`, at most `max_matched_fraction * max_points` shared points are taken; the
+    Where a view sees more than `max_points`, at most `max_matched_fraction * max_points` shared points are taken. The
     rest of a view are points that it alone sees, so that partnerless points remain. A shared point that is left out is
-    left out of both.
+    left out of both views.
 
     Args:
-        first_inside: which points of the list lie in the first view.
-        second_inside: likewise for the second.
-        noise: in [0, 1), one a point.
-        max_points: of a view.
-        max_matched_fraction: see above.
+        first_inside: Which points of the list lie in the first view.
+        second_inside: Which points of the list lie in the second view.
+        noise: Uniform numbers in [0, 1), one for each point.
+        max_points: Largest number of points in a view.
+        max_matched_fraction: Largest fraction of `max_points` that is shared where a view sees more points than that.
     """
     both = first_inside & second_inside
     crowded = (torch.maximum(first_inside.sum(1), second_inside.sum(1)) > max_points)[:, None]
@@ -77,7 +77,7 @@ def mutual_nearest(
     first_valid: Bool[Tensor, "b m"],
     second_valid: Bool[Tensor, "b n"],
 ) -> Int64[Tensor, "pair 3"]:
-    """Pairs of points that are each other's cheapest among the allowed ones, then the points without a partner.
+    """Return pairs of points that are each other's cheapest allowed partner, then the points without a partner.
 
     Source: repository zshyang/kaf, dataset/match_utils.py.
     """
@@ -96,9 +96,10 @@ def mutual_nearest(
 def patch_descriptors(
     image: Float[Tensor, "b c *spatial"], points: Float[Tensor, "b n d"], *, side: int = 5
 ) -> Float[Tensor, "b n values"]:
-    """The voxels about each point (`side` along each axis, the nearest voxel in the middle), with mean 0 and length 1.
+    """Return the voxels around each point as a vector of mean 0 and length 1.
 
-    Points beyond the image see its edge; a patch of one value is all zeros.
+    A patch has `side` voxels along each axis, the nearest voxel in its middle. Outside the image its edge is repeated.
+    A patch of one value gives zeros.
     """
     spatial = image.shape[2:]
     reach = torch.arange(side, device=image.device) - side // 2
@@ -117,7 +118,7 @@ def patch_descriptors(
 def _with_partnerless(
     matched: Int64[Tensor, "pair 3"], *, first_valid: Bool[Tensor, "b m"], second_valid: Bool[Tensor, "b n"]
 ) -> Int64[Tensor, "row 3"]:
-    """The pairs, then a row for each valid point that is in none of them."""
+    """Return the pairs, then a row for each valid point that is in none of them."""
     rows = [matched]
     for column, valid in ((1, first_valid), (2, second_valid)):
         alone = valid.clone()

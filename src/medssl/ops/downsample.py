@@ -1,4 +1,4 @@
-"""Images and maps on a coarser grid of the same extent."""
+"""Downsampling of images and maps to a coarser grid of the same extent."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def shrunk(image: Tensor, size: Sequence[int], *, how: str = "linear") -> Tensor:
-    """The map (b c *spatial) on a grid of `size`, with the first and last voxels of both grids at the same places.
+    """Return the map on a grid of `size` voxels; with `linear` the end voxels of both grids are at the same places.
 
     Args:
-        image: a map along one, two or three axes.
-        size: voxels along each.
-        how: `linear` interpolates between the two nearest voxels of each axis, without a filter; `area` takes means of
-            boxes instead. An axis of which one voxel is left becomes its mean either way.
+        image: Map (b c *spatial) of one, two or three spatial axes.
+        size: Voxels of the result along each axis.
+        how: `linear` interpolates between the two nearest voxels of each axis, without a filter. `area` takes means of
+            boxes. With both, an axis that is reduced to one voxel becomes its mean.
 
     Source: repository stevezs315/MACL, pretrain_MACL.py (`align_corners=True`).
     """

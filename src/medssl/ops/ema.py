@@ -1,4 +1,4 @@
-"""Teachers: frozen copies that follow a student."""
+"""Teachers of self-distillation: frozen copies that follow a student by an exponential moving average (EMA)."""
 
 import copy
 from typing import TypeVar
@@ -10,16 +10,16 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def frozen_copy(student: Module) -> Module:
-    """An exact copy in evaluation mode whose parameters take no gradient."""
+    """Return an exact copy in evaluation mode whose parameters take no gradient."""
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, *, momentum: float, copy_buffers: bool = True) -> None:
-    """Move `teacher` in place: `momentum * teacher + (1 - momentum) * student` for what the student trains.
+    """Set the teacher's trained parameters to `momentum * teacher + (1 - momentum) * student`, in place.
 
     Frozen parameters and buffers are copied, because an average of equal floats drifts by rounding. Without
-    `copy_buffers` the teacher keeps its own, such as batch statistics of its own forward passes.
+    `copy_buffers` the teacher keeps its own buffers, such as the batch statistics of its own forward passes.
     """
     pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
     trained = [(old, new) for old, new in pairs if new.requires_grad]

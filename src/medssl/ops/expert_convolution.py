@@ -1,4 +1,4 @@
-"""3x3x3 convolutions whose kernel is a mixture of experts' kernels, weighted by gates that a place decides."""
+"""3x3x3 convolutions whose kernel is a mixture of experts' kernels, weighted by gates that depend on the place."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 SHARED = 4
-"""From so many samples a place on, a convolution for each place is fastest."""
+"""Samples for each place from which one convolution for each place is fastest."""
 
 
 def convolve(
@@ -22,16 +22,16 @@ def convolve(
     stride: int,
     impl: str,
 ) -> Float[Tensor, "batch width i j k"]:
-    """Each sample convolved with the sum of the experts' kernels times the gates of its place; the bias has no gate.
+    """Convolve each sample with the sum of the experts' kernels times the gates of its place.
 
     Args:
-        x: samples in the order of the places.
-        weight: kernels of the experts; the padding is 1, with zeros.
-        bias: see above.
-        gates: of every place.
-        counts: samples of each place, all above 0.
-        stride: of the convolution.
-        impl: how, a name in `IMPLEMENTATIONS` or `auto`; all give the same.
+        x: Samples in the order of the places.
+        weight: Kernels of the experts; the padding is 1, with zeros.
+        bias: Bias of each output channel, without a gate.
+        gates: Gates of every place.
+        counts: Number of samples of each place, all above 0.
+        stride: Stride of the convolution.
+        impl: Name of an implementation in `IMPLEMENTATIONS`, or `auto`; all give the same result.
 
     Source: arXiv:2302.10390; repository batmanlab/DrasCLR, models/condconv3d.py.
     """
@@ -42,9 +42,9 @@ def convolve(
 
 
 def fastest(x: Float[Tensor, "batch channel x y z"], *, counts: Sequence[int]) -> str:
-    """The implementation that was fastest on a CPU for this input (`scripts/bench_drasclr.py`).
+    """Return the name of the implementation that was fastest on a CPU (`scripts/bench_drasclr.py`).
 
-    Groups of one channel are slow on several threads, and at the last layers kernels of every sample are larger than
+    Groups of one channel are slow on several threads. At the last layers the kernels of every sample are larger than
     the maps of all experts.
     """
     if len(counts) == 1 or x.shape[1] == 1 or len(x) >= SHARED * len(counts):
@@ -62,9 +62,9 @@ def convolve_voxelwise(
     coordinate: Float[Tensor, "batch 3 i j k"],
     stride: int,
 ) -> Float[Tensor, "batch width i j k"]:
-    """As `convolve` with a place, and so gates, for every voxel of the output.
+    """Convolve as `convolve` does, with a place, and so with gates, for every voxel of the output.
 
-    The experts' maps are added one after another and made again for the gradient, so that memory does not grow with
+    The experts' maps are added one after another and recomputed for the gradient, so that memory does not grow with
     their number.
     """
     total = None
@@ -83,7 +83,7 @@ def convolve_voxelwise(
 def gate(
     coordinate: Float[Tensor, "place 3"], weight: Float[Tensor, "expert 3"], bias: Float[Tensor, " expert"]
 ) -> Float[Tensor, "place expert"]:
-    """Numbers between 0 and 1, not normalised over the experts; never in half precision."""
+    """Return gates between 0 and 1, not normalised over the experts; never in half precision."""
     with torch.autocast(weight.device.type, enabled=False):
         dtype = _whole(weight)
         return F.linear(coordinate.to(dtype), weight.to(dtype), bias.to(dtype)).sigmoid()
@@ -92,14 +92,14 @@ def gate(
 def synthesise(
     weight: Float[Tensor, "expert width channel 3 3 3"], gates: Float[Tensor, "place expert"]
 ) -> Float[Tensor, "place width channel 3 3 3"]:
-    """The kernel of each place, summed in single precision or better."""
+    """Return the kernel of each place, summed in single precision or better."""
     with torch.autocast(weight.device.type, enabled=False):
         kernels = gates @ weight.to(gates.dtype).flatten(1)
     return kernels.view(len(gates), *weight.shape[1:]).to(weight.dtype)
 
 
 def _loop(x: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, counts: Sequence[int], stride: int) -> Tensor:
-    """A kernel and a convolution for each sample, as released; the reference in tests and measurements."""
+    """Run a kernel and a convolution for each sample, as released; the reference in tests and measurements."""
     rows = gates[_place_of(counts, gates)]
     outputs = []
     for sample, row in zip(x, rows, strict=True):
@@ -110,7 +110,7 @@ def _loop(x: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, counts: Sequen
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, counts: Sequence[int], stride: int) -> Tensor:
-    """One convolution for each place."""
+    """Run one convolution for each place."""
     kernels = synthesise(weight, gates)
     if len(kernels) == 1:
         return _conv3d(x, kernels[0], bias, stride)
@@ -119,7 +119,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, counts: Seque
 
 
 def _grouped(x: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, counts: Sequence[int], stride: int) -> Tensor:
-    """One convolution in which each sample is a group of channels with a kernel of its own."""
+    """Run one convolution in which each sample is a group of channels with a kernel of its own."""
     kernels = synthesise(weight, gates)
     if len(kernels) < len(x):
         kernels = kernels[_place_of(counts, gates)]
@@ -130,7 +130,7 @@ def _grouped(x: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, counts: Seq
 
 
 def _mixture(x: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, counts: Sequence[int], stride: int) -> Tensor:
-    """All experts over all samples, then the sum: no kernel is made, all experts' maps are."""
+    """Run all experts over all samples, then add the gated maps; no kernel is mixed."""
     y = _conv3d(x, weight.flatten(0, 1), None, stride)
     rows = gates[_place_of(counts, gates)]
     with torch.autocast(weight.device.type, enabled=False):
@@ -150,7 +150,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[in
 def _one_expert(
     x: Tensor, kernel: Tensor, direction: Tensor, offset: Tensor, coordinate: Tensor, stride: int
 ) -> Tensor:
-    """One expert's map times its gate at each voxel."""
+    """Return one expert's map times its gate at each voxel."""
     y = _conv3d(x, kernel, None, stride)
     with torch.autocast(x.device.type, enabled=False):
         dtype = _whole(direction)
@@ -159,7 +159,7 @@ def _one_expert(
 
 
 def _conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, *, groups: int = 1) -> Tensor:
-    """The convolution, padded by 1; an axis of one voxel is not strided, which changes nothing there.
+    """Convolve with a padding of 1; an axis of one voxel is not strided, which changes nothing there.
 
     In bfloat16 on a CPU a strided kernel over a single voxel has undefined numbers in its gradient (torch 2.13).
     """
@@ -168,7 +168,7 @@ def _conv3d(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, *, grou
 
 
 def _place_of(counts: Sequence[int], gates: Tensor) -> Tensor:
-    """The place of each sample."""
+    """Return the number of the place of each sample."""
     places = torch.arange(len(counts), device=gates.device)
     return places.repeat_interleave(torch.tensor(counts, device=gates.device), output_size=sum(counts))
 

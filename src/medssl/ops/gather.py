@@ -1,4 +1,4 @@
-"""Reductions over the processes of a run; plain pass-through where there is only one."""
+"""Sums and gathers over the processes of a run; a run of one process passes tensors through."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all ranks, as a new tensor without gradient; every rank must call it."""
+    """Return the sum of `tensor` over all ranks as a new tensor without gradient; every rank must call it."""
     total = tensor.detach().clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
@@ -18,7 +18,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_ranks(tensor: Tensor) -> Tensor:
-    """The rows of all ranks, those of rank 0 first, without gradient; every rank must call it with equally many."""
+    """Return the rows of all ranks, rank 0 first, without gradient; every rank must call it with equally many rows."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -27,10 +27,10 @@ def gather_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """The rows of all ranks, those of rank 0 first; every rank must call it with equally many.
+    """Return the rows of all ranks, rank 0 first; every rank must call it with equally many rows.
 
-    A loss of all rows that every rank computes alike has, once gradients are averaged over the ranks, the gradient that
-    one process would have: each rank gets back the sum of all ranks' gradients of its own rows.
+    Each rank gets back the sum of all ranks' gradients of its own rows. So a loss of all rows that every rank computes
+    alike has the gradient that one process would have, once gradients are averaged over the ranks.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
@@ -41,13 +41,13 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        """The rows of all ranks."""
+        """Return the rows of all ranks."""
         ctx.num_rows = len(tensor)
         return gather_ranks(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """The summed gradient of the own rows."""
+        """Return the gradient of this rank's rows, summed over all ranks."""
         total = gradients[0].contiguous().clone()
         dist.all_reduce(total)
         start = dist.get_rank() * ctx.num_rows

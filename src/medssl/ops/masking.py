@@ -1,4 +1,4 @@
-"""Random subsets of a token sequence, and of the blocks of a volume."""
+"""Random masks over a token sequence and over the blocks of a volume."""
 
 from typing import NamedTuple
 
@@ -13,9 +13,9 @@ BLOCK_SHAPES = ("column", "cube")
 
 
 class TokenMask(NamedTuple):
-    """Which tokens of a sequence stay visible.
+    """The tokens of a sequence that stay visible, and those that are removed.
 
-    `keep` holds the indices of the visible tokens, `masked` is true where a token was removed, `restore` undoes the
+    `keep` holds the indices of the visible tokens. `masked` is true where a token was removed. `restore` undoes the
     shuffle (visible tokens first, then the removed ones).
     """
 
@@ -25,10 +25,10 @@ class TokenMask(NamedTuple):
 
 
 def num_kept(num_tokens: int, ratio: float) -> int:
-    """How many of `num_tokens` stay visible: at least one, and not all unless `ratio` is 0.
+    """Return how many of `num_tokens` stay visible: at least one, and not all unless `ratio` is 0.
 
     Raises:
-        ValueError: the ratio leaves nothing to see or nothing to predict.
+        ValueError: The ratio leaves nothing to see or nothing to predict.
     """
     kept = int(num_tokens * (1 - ratio))
     if not 0 <= ratio < 1 or kept < 1 or (ratio > 0 and kept > num_tokens - 1):
@@ -54,10 +54,10 @@ def random_mask(noise: Float[Tensor, "batch token"], *, ratio: float) -> TokenMa
 
 
 def num_blocks(grid: Triple, *, shape: str) -> int:
-    """How many blocks a mask over `grid` is drawn from: one a cell (`cube`), or one a row along z (`column`).
+    """Return how many blocks a mask over `grid` is drawn from: the cells (`cube`), or the rows along z (`column`).
 
     Raises:
-        ValueError: the shape is not known.
+        ValueError: The shape is not known.
     """
     choice("the shape of a mask", shape, BLOCK_SHAPES)
     return grid[0] * grid[1] * (grid[2] if shape == "cube" else 1)
@@ -66,7 +66,7 @@ def num_blocks(grid: Triple, *, shape: str) -> int:
 def block_mask(
     noise: Float[Tensor, "batch block"], *, grid: Triple, ratio: float, shape: str = "column"
 ) -> Bool[Tensor, "batch 1 i j k"]:
-    """True where a cell of `grid` is masked: per sample, the blocks with the largest noise, rounded up in number.
+    """Return true where a cell of `grid` is masked: the blocks with the largest noise, rounded up in number.
 
     The caller draws `noise` for the `num_blocks` of this shape. A masked column covers all cells along z.
 

@@ -1,4 +1,4 @@
-"""Pictures of volumes."""
+"""Figures that show volumes: orthogonal slices, matched points and matched keypoints."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def orthogonal_slices(volumes: Mapping[str, Float[Tensor, "x y z"]], *, title: str = "") -> "Figure":
-    """One column a volume, with its sagittal, coronal and axial middle slice as rows; NaN is drawn in blue.
+    """Draw one column for each volume, with its sagittal, coronal and axial middle slice as rows; NaN is blue.
 
     The grey scale is that of the first volume, shared by all. Anterior and superior point up.
     """
@@ -41,7 +41,7 @@ def orthogonal_slices(volumes: Mapping[str, Float[Tensor, "x y z"]], *, title: s
 class PointMatch(NamedTuple):
     """A point of one volume and its place in another, in voxels of the volumes.
 
-    `similarity` lies on the other's coarser grid; it is largest at `found`, while the point really is at `truth`.
+    `similarity` lies on the coarser grid of the other volume. It is largest at `found`; the true place is `truth`.
     """
 
     similarity: Float[Tensor, "i j k"]
@@ -54,9 +54,9 @@ class PointMatch(NamedTuple):
 def point_matches(
     first: Float[Tensor, "x y z"], second: Float[Tensor, "x y z"], matches: Sequence[PointMatch], *, title: str = ""
 ) -> "Figure":
-    """One row a match: the axial slice of the point, that of its match with the truth, and the similarity there.
+    """Draw one row for each match: the axial slice of the point, that of its match, and the similarity there.
 
-    Anterior points up. The cross is what was searched or found, the ring the truth, drawn into the slice of the match.
+    Anterior points up. The cross marks the searched or found point. The ring marks the truth in the slice of the match.
     """
     from matplotlib.figure import Figure
 
@@ -85,7 +85,7 @@ def point_matches(
 
 
 class MatchedPoints(NamedTuple):
-    """Keypoints of two volumes in voxels, and pairs: number in the first, number in the second."""
+    """Keypoints of two volumes in voxels, and pairs (number in the first volume, number in the second)."""
 
     first: Float[Tensor, "n 3"]
     second: Float[Tensor, "m 3"]
@@ -98,10 +98,10 @@ class MatchedPoints(NamedTuple):
 def matched_points(
     first: Float[Tensor, "x y z"], second: Float[Tensor, "x y z"], points: MatchedPoints, *, title: str = ""
 ) -> "Figure":
-    """Both volumes side by side from the front, each at its brightest along the sight, with keypoints and pairs.
+    """Draw the front views of both volumes side by side, as maximum projections, with keypoints and pairs.
 
-    Right pairs are joined by green lines, wrong ones by red, true ones that were not found by thin grey ones; left and
-    right are those of the picture, superior is up.
+    Green lines join right pairs, red lines wrong ones, thin grey lines true pairs that were not found. Superior is up,
+    and the subject's left is on the left of the picture.
     """
     from matplotlib.figure import Figure
 

@@ -9,7 +9,7 @@ Triple = tuple[int, int, int]
 
 
 def triple(value: int | Sequence[int]) -> Triple:
-    """One number per axis: an integer is repeated, a sequence must hold three positive integers.
+    """Return one number per axis: an integer is repeated, a sequence must hold three positive integers.
 
     Raises:
         ValueError: `value` is neither.
@@ -21,10 +21,10 @@ def triple(value: int | Sequence[int]) -> Triple:
 
 
 def patch_grid(size_voxel: Sequence[int], patch_voxel: Sequence[int]) -> Triple:
-    """Number of patches along each axis.
+    """Return the number of patches along each axis.
 
     Raises:
-        ValueError: a side is not a positive multiple of the patch side.
+        ValueError: A side is not a positive multiple of the patch side.
     """
     size, patch = triple(size_voxel), triple(patch_voxel)
     if any(side % step for side, step in zip(size, patch, strict=True)):
@@ -38,13 +38,13 @@ def patch_grid(size_voxel: Sequence[int], patch_voxel: Sequence[int]) -> Triple:
 def patchify(
     image: Float[Tensor, "batch channel x y z"], patch_voxel: int | Sequence[int]
 ) -> Float[Tensor, "batch token voxel"]:
-    """Patch vectors; tokens and voxels run with the last axis fastest, channels fastest of all.
+    """Return patch vectors; tokens and voxels run with the last axis fastest, channels fastest of all.
 
     Token `(i * grid[1] + j) * grid[2] + k` is patch `(i, j, k)`; inside it voxel `(u, v, w)` of channel `c` has index
     `((u * patch[1] + v) * patch[2] + w) * channels + c`.
 
     Raises:
-        ValueError: a side is not a multiple of the patch side.
+        ValueError: A side is not a multiple of the patch side.
     """
     a, b, c = triple(patch_voxel)
     grid = patch_grid(image.shape[2:], (a, b, c))
@@ -55,7 +55,7 @@ def patchify(
 def unpatchify(
     patches: Float[Tensor, "batch token voxel"], grid: Sequence[int], *, patch_voxel: int | Sequence[int]
 ) -> Float[Tensor, "batch channel x y z"]:
-    """The volume that `patchify` cuts into `patches`; the number of channels follows from the vector length."""
+    """Return the volume that `patchify` cuts into `patches`; the number of channels follows from the vector length."""
     patch = triple(patch_voxel)
     volume = patches.unflatten(2, (*patch, -1)).unflatten(1, triple(grid))  # (batch, *grid, *patch, channel)
     return volume.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

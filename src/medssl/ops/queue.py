@@ -1,4 +1,4 @@
-"""A queue of keys for each location, kept in main memory."""
+"""Queues of keys, one for each location, kept in main memory."""
 
 from collections.abc import Callable
 
@@ -9,22 +9,23 @@ from torch import Tensor, nn
 
 
 def default_length(num_cases: int, batch_size: int) -> int:
-    """The largest power of two, up to 4096, within the cases that are not in the batch: no subject meets old keys."""
+    """Return the largest power of two, up to 4096, within the cases outside the batch: no subject meets old keys."""
     free = max(2, num_cases - batch_size)
     return min(4096, 1 << (free.bit_length() - 1))
 
 
 class LocationQueue(nn.Module):
-    """Rings of keys, one a location, with the subjects they come from. They stay on the CPU wherever the module goes.
+    """Rings of keys, one for each location, with the subjects they come from; they stay on the CPU.
 
-    Part of the state, so that training goes on exactly; 581 locations of 4096 keys of 128 numbers are 1.2 GB.
+    The rings are part of the state, so that a resumed training gives the same numbers. 581 locations of 4096 keys of
+    128 numbers take 1.2 GB.
 
     Args:
-        num_locations: rings; 1 makes one ring for all locations.
-        dim: of a key.
-        length: keys a ring holds; None for `default_length`.
-        num_cases: volumes that are trained on, for the default length.
-        batch_size: samples a step, likewise.
+        num_locations: Number of rings; 1 makes one ring for all locations.
+        dim: Width of a key.
+        length: Keys that a ring holds; None for `default_length`.
+        num_cases: Number of training volumes, for the default length.
+        batch_size: Samples in a step, for the default length.
     """
 
     stays_on_cpu = True
@@ -60,7 +61,11 @@ class LocationQueue(nn.Module):
         return len(self.keys)
 
     def ring(self, location: Int64[Tensor, " row"]) -> Int64[Tensor, " row"]:
-        """The ring of each location, on the CPU. Raises: ValueError: there is no such location."""
+        """Return the ring of each location, on the CPU.
+
+        Raises:
+            ValueError: There is no such location.
+        """
         location = location.cpu()
         if self.num_locations == 1:
             return torch.zeros_like(location)
@@ -74,7 +79,7 @@ class LocationQueue(nn.Module):
     def fetch(
         self, rings: Int64[Tensor, " ring"], device: torch.device
     ) -> tuple[Float[Tensor, "ring length dim"], Int64[Tensor, "ring length"]]:
-        """Keys and subjects of some rings, copied to the device."""
+        """Return the keys and subjects of some rings, copied to the device."""
         rings = rings.cpu()
         return self.keys[rings].to(device), self.subjects[rings].to(device)
 
@@ -87,23 +92,23 @@ class LocationQueue(nn.Module):
         *,
         step: int,
     ) -> None:
-        """Write keys over the oldest of their rings, in order."""
+        """Write keys over the oldest keys of their rings, in order."""
         rings, keys, subjects = rings.cpu(), keys.detach().float().cpu(), subjects.cpu()
         for ring in rings.unique().tolist():
             rows = (rings == ring).nonzero()[:, 0]
             places = (self.position[ring] + torch.arange(len(rows))) % self.length
-            kept = slice(max(0, len(rows) - self.length), None)  # of more keys than places the last ones stay
+            kept = slice(max(0, len(rows) - self.length), None)  # where keys outnumber places, the last ones stay
             self.keys[ring, places[kept]] = keys[rows[kept]]
             self.subjects[ring, places[kept]] = subjects[rows[kept]]
             self.filled_step[ring, places[kept]] = step
             self.position[ring] = (self.position[ring] + len(rows)) % self.length
 
     def age(self, rings: Int64[Tensor, " ring"], *, step: int) -> Tensor:
-        """Mean age in steps of the keys in some rings; 0 where they hold none yet."""
+        """Return the mean age in steps of the keys in some rings; 0 where they hold none yet."""
         filled = self.filled_step[rings.cpu()]
         known = filled >= 0
         return ((step - filled) * known).sum() / known.sum().clamp(min=1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LocationQueue":
-        """Stay: a device has better use for this memory, and one ring is copied in no time."""
+        """Return the module unmoved: the queues stay in main memory, and single rings are quick to copy."""
         return self

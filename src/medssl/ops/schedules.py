@@ -1,10 +1,10 @@
-"""Values that change over a run, as functions of where the run stands."""
+"""Schedules: values that change over a run, as functions of the step or epoch."""
 
 import math
 
 
 def cosine(step: float, total_steps: float, *, start: float, end: float, warmup_steps: int = 0) -> float:
-    """Half a cosine from `start` at the end of the warm-up towards `end`, which is reached at `total_steps`.
+    """Return the value of half a cosine from `start` at the end of the warm-up to `end` at `total_steps`.
 
     The warm-up rises linearly from 0 at step 0 to `start` at its last step, `warmup_steps - 1`. Past `total_steps` the
     value stays at `end`.
@@ -18,5 +18,5 @@ def cosine(step: float, total_steps: float, *, start: float, end: float, warmup_
 
 
 def linear_ramp(position: float, length: float, *, start: float, end: float) -> float:
-    """From `start` at 0 straight to `end` at `length`, constant after; `end` throughout where `length` is 0."""
+    """Return the value of a line from `start` at 0 to `end` at `length`, constant after; `end` where `length` is 0."""
     return end if position >= length else start + (end - start) * position / length

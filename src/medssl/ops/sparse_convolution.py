@@ -1,4 +1,4 @@
-"""Maps that are zero but at a few points, and their first convolution without the map. In two or three dimensions."""
+"""Sparse maps in two or three dimensions: zero except at a few points, and convolved without building the map."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -13,7 +13,7 @@ SCATTERS = ("mean", "overwrite")
 def voxel_number(
     voxel: Int[Tensor, "token axis"], sample: Int[Tensor, " token"], *, size_voxel: Sequence[int]
 ) -> Int[Tensor, " token"]:
-    """Number of each token's voxel in the whole batch, the last axis fastest and the samples slowest."""
+    """Return the number of each token's voxel in the whole batch, the last axis fastest and the samples slowest."""
     number = sample
     for axis, side in enumerate(size_voxel):
         number = number * side + voxel[:, axis]
@@ -23,10 +23,10 @@ def voxel_number(
 def voxel_share(
     number: Int[Tensor, " token"], *, num_voxels: int, scatter: str, dtype: torch.dtype
 ) -> Float[Tensor, " token"]:
-    """What each token counts in its voxel, by `voxel_number`: all shares of a voxel sum to 1.
+    """Return the share of each token in its voxel, given by `voxel_number`; the shares of a voxel sum to 1.
 
-    With `mean`, tokens of one voxel share it equally; with `overwrite` the last of them has all of it, and is the only
-    one that gets a gradient.
+    With `mean`, the tokens of one voxel share it equally. With `overwrite` the last of them has all of it and is the
+    only one that gets a gradient.
     """
     if scatter == "mean":
         counts = torch.zeros(num_voxels, dtype=torch.int32, device=number.device)
@@ -40,7 +40,7 @@ def voxel_share(
 def place(
     values: Float[Tensor, "token dim"], number: Int[Tensor, " token"], *, batch: int, size_voxel: Sequence[int]
 ) -> Float[Tensor, "batch dim *spatial"]:
-    """A map with the sum of the values of each voxel, by `voxel_number`, and zero elsewhere."""
+    """Return a map with the sum of the values of each voxel, given by `voxel_number`, and zero elsewhere."""
     num_voxels = batch * _count(size_voxel)
     rows = values.new_zeros(num_voxels, values.shape[1]).index_add(0, number, values)
     return rows.unflatten(0, (batch, *size_voxel)).movedim(-1, 1).contiguous()
@@ -56,10 +56,10 @@ def convolve_points(
     batch: int,
     size_voxel: Sequence[int],
 ) -> Float[Tensor, "batch width *spatial"]:
-    """The convolution (side 3, padding 1 with zeros) of the map that `place` makes of the values, without that map.
+    """Return the convolution (side 3, padding 1 with zeros) of the map of `place`, without building that map.
 
-    Every value times every tap of the kernel is added to the voxel that the tap reaches from it, where that is inside.
-    Memory is that of the result and 3^axes products a token.
+    Every value times every tap of the kernel is added to the voxel that the tap reaches, where that is inside the map.
+    Memory holds the result and 3^axes products for each token.
     """
     width, dim, *kernel = weight.shape
     assert kernel == [3] * len(size_voxel), "kernels have a side of 3 along every axis"

@@ -1,4 +1,4 @@
-"""Attention inside windows with a learnt bias, fused in both directions."""
+"""Attention inside windows with a learnt bias, by PyTorch's fused kernel and, on the CPU, a chunked backward pass."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from torch import Tensor
 BLOCKED = -1000.0
 """Added to the scores of blocked pairs. Published code adds -100, whose exponential is a denormal number and slow."""
 CHUNK = 1 << 18
-"""Scores held at once in the backward pass on the CPU: what its caches hold."""
+"""Scores that are held at once in the backward pass on the CPU, chosen to fit its caches."""
 
 
 class WindowMask(NamedTuple):
-    """The few patterns of blocked pairs that occur, and the number of the pattern of each window."""
+    """The patterns of blocked pairs that occur, and the number of the pattern of each window."""
 
     patterns: Bool[Tensor, "pattern token token"]
     number: Int64[Tensor, " window"]
@@ -28,10 +28,10 @@ def window_attention(
     bias: Float[Tensor, "head token token"],
     mask: WindowMask | None = None,
 ) -> Float[Tensor, "batch window head token channel"]:
-    """Softmax attention inside each window: scores over the square root of the channels, plus `bias` and `mask`.
+    """Return softmax attention inside each window: scores over the root of the channels, plus `bias` and `mask`.
 
-    PyTorch's fused kernel wherever it serves. On the CPU it gives no gradient of the bias: there the forward pass is
-    fused and the backward pass computes the scores again, so many at a time as the caches hold.
+    PyTorch's fused kernel is used where it can be. On the CPU it gives no gradient of the bias: there the forward pass
+    is fused, and the backward pass recomputes the scores in chunks that fit the caches.
     """
     query, bias = (
         query.to(value.dtype),
@@ -44,7 +44,7 @@ def window_attention(
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: WindowMask | None) -> Tensor:
-    bias = bias if torch.is_grad_enabled() else bias.detach()  # one that asks for gradients is never fused on the CPU
+    bias = bias if torch.is_grad_enabled() else bias.detach()  # a bias that needs gradients is never fused on the CPU
     if mask is None:
         q, k, v = (entry.flatten(0, 1) for entry in (query, key, value))
         added = bias[None]
@@ -89,7 +89,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _alike(bias: Tensor, mask: WindowMask | None) -> Iterator[tuple[Any, Tensor]]:
-    """Windows that share what is added to their scores, and what that is."""
+    """Yield windows that share what is added to their scores, with that addend."""
     if mask is None:
         yield slice(None), bias
         return
