@@ -1,1 +1,1 @@
-"""Losses as pure functions, one family a file."""
+"""Losses as pure functions, one family in each file."""

@@ -1,4 +1,4 @@
-"""The three losses of Alice: matched crops of two volumes, tokens of one crop, and the crop itself."""
+"""The three losses of Alice: contrast of matched crops, contrast of tokens within a crop, and reconstruction."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +14,7 @@ def inter_volume_loss(
     student_temperature: float,
     teacher_temperature: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the student's logits of one view with the teacher's of the other, both ways.
+    """Return the cross-entropy between the student's logits of one view and the teacher's of the other, both ways.
 
     The views hold the same anatomy in different volumes. Mean over the batch and over ordered pairs of different views,
     in nats. Gradient flows to `student` only.
@@ -33,7 +33,7 @@ def intra_volume_loss(
     student_temperature: float,
     teacher_temperature: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the student's aligned tokens with the teacher's of the same crop and place.
+    """Return the cross-entropy between the student's aligned tokens and the teacher's of the same crop and place.
 
     Mean over all tokens, masked or visible, of all crops, in nats. Gradient flows to `student` only.
 
@@ -47,7 +47,9 @@ def intra_volume_loss(
 def halved_mse(
     reconstruction: Float[Tensor, "batch channel x y z"], image: Float[Tensor, "batch channel x y z"]
 ) -> Float[Tensor, ""]:
-    """Half the squared error, averaged over all voxels, masked or visible. Half precision is computed in float32.
+    """Return half the squared error, averaged over all voxels, masked or visible.
+
+    Half precision is computed in float32.
 
     Source: repository alibaba-damo-academy/alice, loss.py (reconstruction term).
     """

@@ -1,7 +1,7 @@
-"""Contrast of anatomical embeddings: voxels of two views of one volume, which know where they are, find each other.
+"""The losses of SAM: contrast of anatomical embeddings between voxels of two views of one volume.
 
-Voxels of a pair lie in one list, those of the first view first. Random subsets are drawn by uniform numbers that the
-caller gives: of a set, the members with the largest numbers are taken.
+Every voxel has its position in millimetres. Voxels of a pair of views lie in one list, those of the first view first.
+Random subsets are drawn by uniform numbers that the caller gives: the members with the largest numbers are taken.
 """
 
 from collections.abc import Sequence
@@ -17,25 +17,25 @@ from medssl.checks import choice
 
 MASK_VALUES = ("neginf", "zero")
 BLOCK = 256
-"""Queries that are compared with all voxels at a time: no matrix has more rows."""
+"""Queries that are compared with all voxels at once: no matrix has more rows."""
 RELAXED_MM = 0.5
-"""How far beyond the nearest pair positives may lie where no pair is near enough."""
+"""Distance that positives may lie beyond the nearest pair where no pair is near enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineMining:
-    """Which voxels the fine loss compares.
+    """The rules by which the fine loss chooses the voxels that it compares.
 
     Args:
-        positive_mm: a voxel is a query where the nearest one of the other view, its positive, is closer than this.
-        ignore_mm: voxels closer to the query than this are no negatives.
-        num_candidates: voxels of the overlap, a view, among which queries are looked for.
-        num_queries: most queries of a view.
-        num_hard: voxels of the pair that are most similar to a query, fine and coarse vectors together ...
-        num_negatives: ... and how many of them, at random, are its negatives.
-        mask_value: what the similarity of ignored voxels is set to when the hard ones are chosen: "neginf" keeps
+        positive_mm: A voxel is a query where the nearest one of the other view, its positive, is closer than this.
+        ignore_mm: Voxels closer to the query than this are no negatives.
+        num_candidates: Voxels of the overlap in each view from which the queries are drawn.
+        num_queries: Largest number of queries in a view.
+        num_hard: Number of hard voxels: those of the pair most similar to a query in fine plus coarse vectors.
+        num_negatives: Number of the hard voxels, drawn at random, that are the query's negatives.
+        mask_value: What the similarity of ignored voxels is set to when the hard ones are chosen. "neginf" keeps
             them out; "zero", the released behaviour, lets them in where too few similarities are positive.
-        temperature: of the softmax.
+        temperature: Temperature of the softmax.
     """
 
     positive_mm: float = 2.0
@@ -54,17 +54,17 @@ class FineMining:
 
 @dataclass(frozen=True, kw_only=True)
 class CoarseMining:
-    """Which voxels the coarse loss compares.
+    """The rules by which the coarse loss chooses the voxels that it compares.
 
     Args:
-        positive_mm: a voxel is a query where the nearest one of the other view, its positive, is closer than this ...
-        height_mm: ... and less than this above or below it; for queries of the first and of the second view.
-        ignore_mm: voxels closer to the query than this are no negatives.
-        num_hard: voxels of the pair that are most similar to a query ...
-        num_negatives: ... and how many of them, at random, are its negatives.
-        num_global: further negatives out of the other volumes of the batch.
-        mask_value: as in `FineMining`; with "zero" ignored voxels also enter the loss as zeros.
-        temperature: of the softmax.
+        positive_mm: A voxel is a query where the nearest one of the other view, its positive, is closer than this.
+        height_mm: The positive must also be less than this above or below; for queries of view 1 and of view 2.
+        ignore_mm: Voxels closer to the query than this are no negatives.
+        num_hard: Number of hard voxels: those of the pair most similar to a query.
+        num_negatives: Number of the hard voxels, drawn at random, that are the query's negatives.
+        num_global: Number of further negatives from the other volumes of the batch.
+        mask_value: The same as in `FineMining`; with "zero" ignored voxels also enter the loss as zeros.
+        temperature: Temperature of the softmax.
     """
 
     positive_mm: float = 25.0
@@ -82,7 +82,10 @@ class CoarseMining:
 
 
 class FineDraws(NamedTuple):
-    """Uniform numbers of one pair: for candidates and queries one a voxel, for negatives one a row and hard voxel."""
+    """Uniform numbers for one pair of views.
+
+    Candidates and queries take one for each voxel, negatives one for each row and hard voxel.
+    """
 
     candidate: Float[Tensor, "2 voxel"]
     query: Float[Tensor, "2 voxel"]
@@ -90,17 +93,20 @@ class FineDraws(NamedTuple):
 
 
 class CoarseDraws(NamedTuple):
-    """Uniform numbers of a batch: for negatives one a voxel and hard voxel, for global ones one a foreign voxel."""
+    """Uniform numbers for a batch.
+
+    Negatives take one for each voxel and hard voxel, global negatives one for each voxel of the other volumes.
+    """
 
     negative: Float[Tensor, "volume row hard"]
     foreign: Float[Tensor, "volume 2 foreign"]
 
 
 class Rows(NamedTuple):
-    """What is compared with what, numbers of voxels of a pair. `counted` tells which negatives are any.
+    """The comparisons of one pair, as numbers of its voxels; `counted` marks the negatives that count.
 
-    `matched` is the voxel of the other view that resembles the query most; None where the views do not overlap, and
-    queries, positives and negatives come from the first view alone.
+    `matched` is the voxel of the other view that is most similar to the query. It is None where the views do not
+    overlap, or for the coarse loss; without overlap queries, positives and negatives come from the first view alone.
     """
 
     query: Int64[Tensor, " row"]
@@ -111,7 +117,7 @@ class Rows(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """A loss, and without gradient the mean similarity of positives and that of each query's hardest negative."""
+    """A loss and, without gradient, the mean similarities of the positives and of each query's hardest negative."""
 
     loss: Float[Tensor, ""]
     positive: Float[Tensor, ""]
@@ -128,19 +134,19 @@ def mine_fine(
     mining: FineMining,
     draws: FineDraws,
 ) -> Rows:
-    """The comparisons of one pair.
+    """Choose the comparisons of one pair for the fine loss.
 
-    Where no candidate of the first view has a voxel of the second within `positive_mm`, both views take those within
-    the smallest distance of the first view and half a millimetre. Views without a common voxel compare 100 voxels
-    of the first view (`num_queries`) with themselves and the most similar others.
+    Where no candidate of the first view has a voxel of the second within `positive_mm`, the limit for both views is
+    the smallest distance of the first view plus half a millimetre. Views without a common voxel compare `num_queries`
+    voxels of the first view with themselves and the most similar others.
 
     Args:
-        fine: fine vectors of length 1.
-        context: coarse vectors at the fine voxels, of length 1.
-        position_mm: of the voxels.
-        valid: whether they lie in the volume.
-        mining: the rules.
-        draws: uniform numbers.
+        fine: Fine vectors of length 1.
+        context: Coarse vectors at the fine voxels, of length 1.
+        position_mm: Positions of the voxels.
+        valid: Whether the voxels lie in the volume.
+        mining: Rules of the choice.
+        draws: Uniform numbers that decide the random subsets.
 
     Source: arXiv:2012.02383, section III-B; repository alibaba-damo-academy/self-supervised-anatomical-embedding-v2.
     """
@@ -174,7 +180,7 @@ def mine_fine(
 
 
 def fine_contrast(fine: Float[Tensor, "2 voxel dim"], rows: Rows, *, temperature: float) -> Contrast:
-    """Cross-entropy of each query's positive against its negatives, by fine similarity alone.
+    """Return the cross-entropy of each query's positive against its negatives, by fine similarity alone.
 
     Mean over the queries of both views, in nats. Gradient flows to queries, positives and negatives.
 
@@ -194,13 +200,13 @@ def coarse_contrast(
     mining: CoarseMining,
     draws: CoarseDraws,
 ) -> Contrast:
-    """Cross-entropy of each query's positive against negatives of its pair and of the other volumes of the batch.
+    """Return the cross-entropy of each query's positive against negatives of its pair and of the other volumes.
 
     Where no voxel of the first view has a positive, every voxel of the pair is compared with itself and the most
     similar others. A single volume has no global negatives. Mean over the queries of a volume, then over volumes, in
     nats. Gradient flows to queries, positives and negatives.
 
-    Source: as `mine_fine`.
+    Source: arXiv:2012.02383, section III-B; repository alibaba-damo-academy/self-supervised-anatomical-embedding-v2.
     """
     terms, num_voxels = [], coarse.shape[2]
     for number, (vectors, place) in enumerate(zip(coarse.flatten(1, 2), position_mm.flatten(1, 2), strict=True)):
@@ -223,7 +229,7 @@ def coarse_contrast(
 def contrast(
     positive: Float[Tensor, " row"], negative: Float[Tensor, "row negative"], *, temperature: float
 ) -> Contrast:
-    """Cross-entropy of the positives; negatives of minus infinity do not count. Mean over rows, in nats."""
+    """Return the cross-entropy of the positives; negatives of minus infinity do not count. Mean over rows, in nats."""
     logits = torch.cat([positive[:, None], negative], dim=1) / temperature
     loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
     hardest = F.pad(negative.detach(), (0, 1), value=-1.0).amax(dim=1)  # -1 where a row has no negative
@@ -231,7 +237,7 @@ def contrast(
 
 
 def common_voxels(position_mm: Float[Tensor, "2 voxel 3"], valid: Bool[Tensor, "2 voxel"]) -> Bool[Tensor, "2 voxel"]:
-    """The valid voxels inside the intersection of the boxes that the valid voxels of the two views span."""
+    """Return which valid voxels lie in the intersection of the boxes that the valid voxels of both views span."""
     outside = ~valid[..., None]
     lowest = position_mm.masked_fill(outside, torch.inf).amin(dim=1).amax(dim=0)
     highest = position_mm.masked_fill(outside, -torch.inf).amax(dim=1).amin(dim=0)
@@ -241,13 +247,13 @@ def common_voxels(position_mm: Float[Tensor, "2 voxel 3"], valid: Bool[Tensor, "
 def nearest(
     points: Float[Tensor, "point 3"], others: Float[Tensor, "other 3"]
 ) -> tuple[Float[Tensor, " point"], Int64[Tensor, " point"]]:
-    """Distance to the nearest of the other points, and its number."""
+    """Return the distance to the nearest of the other points, and its number."""
     found = [distances(block, others).min(dim=1) for block in points.split(BLOCK)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def distances(points: Float[Tensor, "point 3"], others: Float[Tensor, "other 3"]) -> Float[Tensor, "point other"]:
-    """All distances, exact also far from the origin."""
+    """Return all distances, exact also far from the origin."""
     return torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -261,7 +267,7 @@ def _negatives(
     noise: Float[Tensor, "row hard"],
     mining: FineMining | CoarseMining,
 ) -> tuple[Int64[Tensor, "row negative"], Bool[Tensor, "row negative"]]:
-    """A random part of the hardest voxels of each row, and which of them count."""
+    """Return a random part of the hardest voxels of each row, and which of them count."""
     is_zero = mining.mask_value == "zero"
     hard = score.masked_fill(near, 0 if is_zero else -torch.inf).topk(min(mining.num_hard, score.shape[1]), dim=1)
     noise = noise[:, : hard.indices.shape[1]].masked_fill(hard.values == -torch.inf, -1)
@@ -288,7 +294,7 @@ def _mine_coarse(
     mining: CoarseMining,
     noise: Float[Tensor, "most hard"],
 ) -> tuple[Rows, Bool[Tensor, "row voxel"] | None]:
-    """The comparisons of one pair, and the ignored voxels of each row; None where all voxels are their own positive."""
+    """Return the comparisons of one pair and the ignored voxels of each row; None where voxels are their own positive."""
     half, all_near = len(vectors) // 2, distances(place, place)
     queries, positives = [], []
     for first, second, height_mm in ((0, half, mining.height_mm[0]), (half, 0, mining.height_mm[1])):

@@ -1,4 +1,4 @@
-"""Agreement between the views of a student and of a teacher."""
+"""The losses of GL-MAE and DINO: agreement between the views of a student and of a teacher."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ PAIRS = ("all", "same", "cross")
 def centred_softmax(
     logits: Float[Tensor, "*rows prototype"], centre: Float[Tensor, "1 prototype"], *, temperature: float
 ) -> Float[Tensor, "*rows prototype"]:
-    """Teacher probabilities `softmax((logits - centre) / temperature)`, without gradient, at least in float32.
+    """Return teacher probabilities `softmax((logits - centre) / temperature)`, no gradient, at least in float32.
 
     Source: arXiv:2104.14294, section 3.1.
     """
@@ -29,9 +29,9 @@ def sinkhorn(
     num_iterations: int = 3,
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Float[Tensor, "row prototype"]:
-    """Teacher probabilities whose prototypes are used about equally; every row sums to 1. No gradient.
+    """Return teacher probabilities whose prototypes are used about equally; every row sums to 1. No gradient.
 
-    `total` turns this process' sums into sums over all processes; the identity where there is one.
+    `total` turns the sums of this process into sums over all processes. It is the identity for a single process.
 
     Source: arXiv:2006.09882; the form of arXiv:2304.07193.
     """
@@ -53,7 +53,7 @@ def cross_entropy_of_views(
     temperature: float,
     pairs: str = "all",
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of teacher probabilities and student logits, averaged over the batch and over pairs of views.
+    """Return the cross-entropy between teacher probabilities and student logits: mean over batch and view pairs.
 
     `pairs` is `all`, `same` (equal view numbers) or `cross` (different ones). An empty set gives zero with a gradient
     of zero. Gradient flows to `student` only. In nats.
@@ -70,9 +70,9 @@ def cosine_distance_of_views(
     *,
     pairs: str = "all",
 ) -> Float[Tensor, ""]:
-    """`2 - 2 cos` between student and teacher vectors, averaged over the batch and over pairs of views.
+    """Return `2 - 2 cos` between student and teacher vectors, averaged over the batch and over pairs of views.
 
-    Pairs, empty sets and gradient as in `cross_entropy_of_views`.
+    Pairs, empty sets and gradient are those of `cross_entropy_of_views`.
 
     Source: arXiv:2006.07733, eq. 2.
     """
@@ -82,10 +82,10 @@ def cosine_distance_of_views(
 
 
 def num_pairs(num_student: int, num_teacher: int, *, pairs: str) -> int:
-    """Size of a set of view pairs.
+    """Return the number of view pairs in a set.
 
     Raises:
-        ValueError: the set is not known.
+        ValueError: The set is not known.
     """
     choice("pairs", pairs, PAIRS)
     same = min(num_student, num_teacher)
@@ -93,12 +93,12 @@ def num_pairs(num_student: int, num_teacher: int, *, pairs: str) -> int:
 
 
 def mean_entropy(probabilities: Float[Tensor, "*rows prototype"]) -> Float[Tensor, ""]:
-    """Mean entropy of the rows, in nats; 0 log 0 counts as 0."""
+    """Return the mean entropy of the rows, in nats; 0 log 0 counts as 0."""
     return -torch.special.xlogy(probabilities, probabilities).sum(-1).mean()
 
 
 def direction_spread(vectors: Float[Tensor, "row dim"]) -> Float[Tensor, ""]:
-    """Mean standard deviation of the rows' directions: 1 where they are spread evenly, 0 where all are alike."""
+    """Return the mean standard deviation of the rows' directions: 1 if they spread evenly, 0 if all are equal."""
     return F.normalize(_wide(vectors), dim=1).std(0, correction=0).mean() * vectors.shape[1] ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""Contrast of dense maps: place by place over the rows of a batch, or segment by segment within a sample."""
+"""The dense losses of MACL and SuperCL: contrast of maps at each place over a batch, or within a sample by segments."""
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +21,20 @@ def dense_contrast(
     missing: Missing = "drop",
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
-    """`contrast_of_positives` of the 2b vectors at each place of two maps: mean over the places, in nats.
+    """Return `contrast_of_positives` of the 2b vectors at each place of two maps: mean over the places, in nats.
 
-    Rows are all samples of `first`, then all of `second`; the masks are the same at all places, so that a place is
-    compared with the same place in other samples and never with other places. Half precision is computed in float32.
+    Rows are all samples of `first`, then all of `second`. The masks are the same at all places: a place is compared
+    with the same place in other samples and never with other places. Half precision is computed in float32.
 
     Args:
-        first: one map of each sample.
-        second: another map of each, of the same size.
-        positive: 2b x 2b, the mask of positives.
-        temperature: of the cosines.
-        base_temperature: what the loss is scaled by.
-        compared: 2b x 2b, which rows a row is compared with; None for all.
-        missing: what becomes of rows without a positive: `drop` or `raise`.
-        chunk: places whose 2b x 2b cosines are held at once, and made again for the gradient; None holds all.
+        first: One map of each sample.
+        second: Another map of each sample, of the same size.
+        positive: Mask of positives, 2b x 2b.
+        temperature: Temperature of the cosines.
+        base_temperature: The loss is multiplied by `temperature / base_temperature`.
+        compared: Mask, 2b x 2b, of the rows that a row is compared with; None for all.
+        missing: What happens to rows without a positive: `drop` or `raise`.
+        chunk: Places whose 2b x 2b cosines are held at once and recomputed for the gradient; None holds all.
 
     Source: repository stevezs315/MACL, pretrain_MACL.py (a loop over places there); arXiv:2309.11876, eq. 10.
     """
@@ -57,14 +57,14 @@ def dense_contrast(
 def equivariance_loss(
     auxiliary: Float[Tensor, "b c *large"], dominant: Float[Tensor, "b c *small"], *, how: str = "linear"
 ) -> Float[Tensor, ""]:
-    """Mean absolute difference of the map of a small image and the shrunk map of the large one.
+    """Return the mean absolute difference between the map of a small image and the shrunk map of the large one.
 
     Gradient flows into both. Half precision is computed in float32.
 
     Args:
-        auxiliary: map of the full image.
-        dominant: map of the image that was shrunk.
-        how: in which way both are shrunk, see `shrunk`.
+        auxiliary: Map of the full image.
+        dominant: Map of the image that was shrunk.
+        how: Way in which image and map are shrunk, see `shrunk`.
 
     Source: repository stevezs315/MACL, pretrain_MACL.py; arXiv:2309.11876, eq. 8.
     """
@@ -81,17 +81,17 @@ def segment_contrast(
     base_temperature: float = 0.07,
     every: int = 16,
 ) -> Float[Tensor, ""]:
-    """Contrast within each sample: places of both maps are positives where they lie in one segment.
+    """Return the contrast within each sample: places of both maps are positives where they lie in one segment.
 
-    Mean over the samples, in nats; each place's own vector in the other map is always a positive.
+    Mean over the samples, in nats. The vector at the same place of the other map is always a positive.
 
     Args:
-        first: one map of each sample.
-        second: another map of the same geometry.
-        segment: number of the segment at each place, or on a finer grid of the same extent, where the nearest counts.
-        temperature: of the cosines.
-        base_temperature: what the loss is scaled by.
-        every: of the places in order only each `every`-th takes part. For volumes give a number that shares no divisor
+        first: One map of each sample.
+        second: Another map of the same geometry.
+        segment: Number of the segment at each place, or on a finer grid of the same extent, whose nearest voxel counts.
+        temperature: Temperature of the cosines.
+        base_temperature: The loss is multiplied by `temperature / base_temperature`.
+        every: Only each `every`-th place, in order, takes part. For volumes give a number that shares no divisor
             with the sides of the maps; with others the places lie on few planes.
 
     Source: arXiv:2504.14737; repository stevezs315/SuperCL, train_contrast.py.
@@ -113,7 +113,7 @@ def _float(maps: Tensor) -> Tensor:
 
 
 def _nearest(segment: Int[Tensor, " b *fine"], size: tuple[int, ...]) -> Int[Tensor, " b *spatial"]:
-    """The numbers at the middles of a coarser grid's voxels."""
+    """Return the segment numbers at the middles of a coarser grid's voxels."""
     for axis, (fine, side) in enumerate(zip(segment.shape[1:], size, strict=True), start=1):
         if fine != side:
             at = ((torch.arange(side, device=segment.device) + 0.5) * fine / side).long()

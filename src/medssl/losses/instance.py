@@ -1,4 +1,4 @@
-"""Instance discrimination: a query tells its own key from keys that a queue has kept."""
+"""The loss of DrasCLR: instance discrimination of a query's own key from the keys of a queue."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Negatives(NamedTuple):
-    """Keys of a few queues.
+    """Keys of some queues, and the queue of each query.
 
     Args:
-        keys: unit vectors.
-        queue: which of the queues each query is compared with.
-        excluded: entries that do not count for a query, such as older keys of its own subject.
+        keys: Unit vectors of each queue.
+        queue: Number of the queue that each query is compared with.
+        excluded: Entries that do not count for a query, such as older keys of its own subject.
     """
 
     keys: Float[Tensor, "queue length dim"]
@@ -23,7 +23,7 @@ class Negatives(NamedTuple):
 
 
 class Discrimination(NamedTuple):
-    """A loss, and without gradient the share of queries that are most similar to their own key."""
+    """A loss and, without gradient, the share of queries that are most similar to their own key."""
 
     loss: Float[Tensor, ""]
     top1: Float[Tensor, ""]
@@ -36,7 +36,7 @@ def queue_logits(
     *,
     temperature: float,
 ) -> Float[Tensor, "query _"]:
-    """Dot products over `temperature`: with the query's key first, then with its queue.
+    """Return dot products divided by `temperature`: with the query's own key first, then with its queue.
 
     Excluded entries are minus infinity. Gradient flows to `query` alone.
 
@@ -54,9 +54,9 @@ def queue_logits(
 def discriminate(
     logits: Float[Tensor, "query key"], *, counted: Bool[Tensor, " query"] | None = None
 ) -> Discrimination:
-    """Cross-entropy of the first entry against the others, mean over the counted queries, in nats.
+    """Return the cross-entropy of the first entry against the others, mean over the counted queries, in nats.
 
-    Without any counted query the loss is zero with a gradient of zero.
+    If no query counts, the loss is zero with a gradient of zero.
 
     Source: arXiv:1911.05722, eq. 1.
     """

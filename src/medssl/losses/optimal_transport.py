@@ -1,4 +1,4 @@
-"""Matching two sets of points by optimal transport with a dustbin for those without a partner."""
+"""The matching loss of KAF: optimal transport between two sets of points, with a dustbin for unmatched points."""
 
 from typing import Literal
 
@@ -23,17 +23,17 @@ def log_transport(
     row_valid: Bool[Tensor, "b m"] | None = None,
     column_valid: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b m+1 n+1"]:
-    """Logarithm of the transport plan, scaled so that valid rows and columns sum to 1 and dustbins to what is left.
+    """Return the logarithm of the transport plan, scaled so that valid rows and columns sum to 1.
 
-    The last row and column are the dustbins: every entry there has the score `dustbin`. Padded rows and columns get
-    nothing. Differentiable; call it in float32.
+    The last row and column are the dustbins: every entry there has the score `dustbin`, and they take what is left.
+    Padded rows and columns get nothing. Differentiable; call it in float32.
 
     Args:
-        scores: of each pair of points.
-        dustbin: score of having no partner.
-        num_iterations: of Sinkhorn's algorithm; 50 are within 1e-5 of its limit for scores of a few units.
-        row_valid: which points of the first set there are; None for all.
-        column_valid: likewise of the second.
+        scores: Score of each pair of points.
+        dustbin: Score of having no partner.
+        num_iterations: Iterations of Sinkhorn's algorithm; 50 are within 1e-5 of its limit for scores of a few units.
+        row_valid: Which rows are points of the first set; None for all.
+        column_valid: Which columns are points of the second set; None for all.
 
     Source: arXiv:1911.11763, section 3.2; arXiv:1306.0895.
     """
@@ -60,7 +60,7 @@ def log_transport(
 
 
 def _marginal(own: Tensor, other: Tensor, total: Tensor, valid: Tensor) -> Tensor:
-    """Logarithms of the masses of points (one each) and of the dustbin (one for each point of the other set)."""
+    """Return logarithms of the masses of points (one each) and of the dustbin (one for each point of the other set)."""
     points = (-total).expand(-1, valid.shape[1] - 1)
     bin_mass = other.log().clamp(min=NEVER) - total  # a dustbin without anything to take gets nothing
     return torch.cat([points, bin_mass], dim=1).masked_fill(~valid, NEVER)
@@ -72,16 +72,16 @@ def matching_loss(
     *,
     reduction: Reduction = "weighted_mean",
 ) -> Float[Tensor, ""]:
-    """Minus the log-probability of the true partners, the dustbin being that of points without one.
+    """Return minus the log-probability of the true partners; the partner of an unmatched point is the dustbin.
 
-    `weighted_mean`: 0.45 times the mean over matched pairs plus the mean over unmatched points, each averaged over the
-    samples first; a sample without any of a kind counts as zero. `sum`: over all, as in the paper. In nats; single
-    terms are at most 100.
+    In nats; single terms are at most 100.
 
     Args:
-        log_plan: of `log_transport`.
-        pairs: (sample, point of the first set, point of the second); -1 is the dustbin.
-        reduction: see above.
+        log_plan: Result of `log_transport`.
+        pairs: Rows (sample, point of the first set, point of the second set); -1 is the dustbin.
+        reduction: `weighted_mean` is 0.45 times the mean over matched pairs plus the mean over unmatched points. Both
+            means are taken within each sample and then over the samples; a sample without terms of a kind counts as
+            zero. `sum` is the sum over all terms, as in the paper.
 
     Source: arXiv:2310.01680, eq. 2; repository zshyang/kaf, network/superglue.py.
     """
@@ -97,7 +97,7 @@ def matching_loss(
 
 
 def matching_accuracy(log_plan: Float[Tensor, "b rows columns"], pairs: Int64[Tensor, "pair 3"]) -> Float[Tensor, ""]:
-    """Share of the points of the first set whose likeliest partner, or the dustbin, is the true one; no gradient."""
+    """Return the share of points of the first set whose likeliest partner or dustbin is the true one; no gradient."""
     sample, first, second = pairs[pairs[:, 1] >= 0].unbind(1)
     if not len(sample):
         return log_plan.new_zeros(())

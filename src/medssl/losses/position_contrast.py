@@ -1,4 +1,4 @@
-"""Supervised contrast whose positives are views of nearly the same position, also of other volumes."""
+"""The contrast of KAF and MACL: positives are views of nearly the same position, also of other volumes."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ EPSILON = 1e-8
 
 
 def equal_labels(label: Int64[Tensor, " row"]) -> Bool[Tensor, "row row"]:
-    """Which rows have the same label, such as the two views of an image."""
+    """Return which rows have the same label, such as the two views of an image."""
     return label[:, None] == label
 
 
@@ -27,21 +27,23 @@ def contrast_of_positives(
     compared: Bool[Tensor, "row row"] | None = None,
     missing: Missing = "drop",
 ) -> Float[Tensor, ""]:
-    """Minus the mean log-probability of each row's positives among all other rows, times temperature over base.
+    """Return minus the mean log-probability of each row's positives among all other rows.
 
-    Mean over the rows that have a positive, in nats; zero with a gradient of zero where none has. A row is no positive
-    of itself, whatever the mask says. `base_temperature=temperature` gives the equation of the paper. Half precision
-    is computed in float32, also under autocast.
+    The loss is multiplied by `temperature / base_temperature`; `base_temperature=temperature` gives the equation of the
+    paper. Mean over the rows that have a positive, in nats; zero with a gradient of zero where none has. A row is no
+    positive of itself, whatever the mask says. Half precision is computed in float32, also under autocast.
 
     Args:
-        vectors: of any length but zero; they are compared by their cosine.
-        positive: the mask of positives.
-        temperature: of the cosines.
-        base_temperature: what the loss is scaled by.
-        compared: which rows a row is compared with; None for all. What is not compared is no positive either.
-        missing: `drop` leaves rows without a positive out, `raise` refuses them.
+        vectors: Vectors of any length but zero; they are compared by their cosine.
+        positive: Mask of positives.
+        temperature: Temperature of the cosines.
+        base_temperature: Divisor of the scale of the loss.
+        compared: Which rows a row is compared with; None for all. Rows that are not compared are no positives either.
+        missing: `drop` leaves out rows without a positive, `raise` refuses them.
 
-    Raises: ValueError: a row has no positive, and `missing` is `raise`.
+    Raises:
+        ValueError: A row has no positive, and `missing` is `raise`.
+
     Source: arXiv:2004.11362, eq. 2; arXiv:2106.09157, eq. 3; repository zshyang/kaf, loss/contrast_loss.py; with
         `missing="raise"` repository stevezs315/MACL, loss/contrast_loss.py.
     """
@@ -53,7 +55,11 @@ def contrast_of_positives(
 def masks(
     positive: Bool[Tensor, "row row"], compared: Bool[Tensor, "row row"] | None, *, missing: Missing = "drop"
 ) -> tuple[Bool[Tensor, "row row"], Bool[Tensor, "row row"]]:
-    """The positives that count and the rows that are compared, both without the row itself."""
+    """Return the positives that count and the rows that are compared, both without the row itself.
+
+    Raises:
+        ValueError: A row has no positive, and `missing` is `raise`.
+    """
     other = ~torch.eye(len(positive), dtype=torch.bool, device=positive.device)
     compared = other if compared is None else compared & other
     counted = positive & compared
@@ -70,15 +76,16 @@ def contrast_of_rows(
     compared: Bool[Tensor, "row row"],
     temperature: float,
 ) -> Float[Tensor, " place"]:
-    """Minus the mean log-probability of positives at each place; as `contrast_of_positives` with `masks`, unscaled.
+    """Return minus the mean log-probability of positives at each place.
 
-    Half precision is computed in float32, also under autocast.
+    This is `contrast_of_positives` without its scale, for the result of `masks`. Half precision is computed in
+    float32, also under autocast.
 
     Args:
-        rows: of any length but zero; they are compared by their cosine.
-        counted: positives, the same at all places.
-        compared: rows compared, the same at all places.
-        temperature: of the cosines.
+        rows: Vectors of any length but zero; they are compared by their cosine.
+        counted: Mask of positives, the same at all places.
+        compared: Mask of the rows that a row is compared with, the same at all places.
+        temperature: Temperature of the cosines.
     """
     with torch.autocast(rows.device.type, enabled=False):
         rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows

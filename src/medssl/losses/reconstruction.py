@@ -1,4 +1,4 @@
-"""Losses of masked autoencoders."""
+"""The loss of masked autoencoders, such as GL-MAE's: reconstruction of masked patches."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,7 +8,7 @@ from torch import Tensor
 def patch_statistics(
     patches: Float[Tensor, "batch token voxel"],
 ) -> tuple[Float[Tensor, "batch token 1"], Float[Tensor, "batch token 1"]]:
-    """Mean and standard deviation of each patch vector; the variance is unbiased and 1e-6 is added to it."""
+    """Return mean and standard deviation of each patch vector; 1e-6 is added to the unbiased variance."""
     variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
@@ -20,10 +20,10 @@ def masked_mse(
     *,
     norm_pix: bool = True,
 ) -> Float[Tensor, ""]:
-    """Squared error averaged over the voxels of each masked patch, then over all masked patches of the batch.
+    """Return the squared error averaged over the voxels of each masked patch, then over all masked patches.
 
-    With `norm_pix` each target patch is first reduced by its mean and divided by its standard deviation. Half precision
-    is computed in float32. Zero, with a gradient of zero, where nothing is masked.
+    With `norm_pix` the mean of each target patch is subtracted and the patch divided by its standard deviation. Half
+    precision is computed in float32. The loss is zero, with a gradient of zero, where nothing is masked.
 
     Source: arXiv:2111.06377.
     """
