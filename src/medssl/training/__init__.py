@@ -1,1 +1,1 @@
-"""What surrounds a method while it trains: loop, optimiser, files of a run."""
+"""Training of a method: loop, optimiser, and the files of a run."""

@@ -17,20 +17,20 @@ class StepCallback(L.Callback):
     step: int
 
     def start(self, trainer: L.Trainer) -> None:
-        """The loop is about to begin, or to go on, at `step`."""
+        """Act before the loop begins, or continues, at `step`."""
 
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
-        """Optimiser step number `step` is done; `batch` was its last micro-batch."""
+        """Act when optimiser step number `step` is done; `batch` was its last micro-batch."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See `start`."""
+        """Call `start` at the step of the trainer."""
         self.step = trainer.global_step
         self.start(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See `after_step`."""
+        """Call `after_step` if this micro-batch completed an optimiser step."""
         if trainer.global_step > self.step:
             self.step = trainer.global_step
             assert isinstance(pl_module, MethodModule)

@@ -1,4 +1,4 @@
-"""last.ckpt, written every so often and when the run is asked to stop."""
+"""The checkpoint of a run, last.ckpt: written at regular steps and when the run is asked to stop."""
 
 import contextlib
 from pathlib import Path
@@ -24,13 +24,13 @@ class LastCheckpoint(StepCallback):
         self.saved_step = -1
 
     def start(self, trainer: L.Trainer) -> None:
-        """From here on a signal waits for the end of the step."""
+        """Let signals wait for the end of the step."""
         self.saved_step = self.step
         self.signals.install()
         self.signals.training = True
 
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
-        """Save where it is time to, or the run is asked to stop."""
+        """Save if this step is due, or if the run is asked to stop."""
         stop = trainer.strategy.reduce_boolean_decision(bool(self.signals.requested), all=False)
         if stop or self.step % self.every == 0:
             self.save(trainer)
@@ -40,13 +40,17 @@ class LastCheckpoint(StepCallback):
             trainer.limit_val_batches = 0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of the run."""
+        """Save the last state of the run."""
         if self.saved_step != self.step:
             self.save(trainer)
         self.signals.training = False
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint of this very moment. Raises: ValueError: its weights are not finite."""
+        """Write the checkpoint of the current step.
+
+        Raises:
+            ValueError: The weights are not finite.
+        """
         if not all(bool(weight.isfinite().all()) for weight in trainer.lightning_module.parameters()):
             raise ValueError(
                 f"step {self.step}: weights are not finite; {self.path} stays as it was before;"
@@ -58,7 +62,12 @@ class LastCheckpoint(StepCallback):
 
 
 def check_checkpoint(path: Path, module: MethodModule, *, may_be_done: bool = False) -> None:
-    """Raises: ValueError: not a checkpoint of ours, of another network or optimiser, or nothing is left to train."""
+    """Check that a run can continue from a checkpoint.
+
+    Raises:
+        ValueError: The file is not a checkpoint of ours, belongs to another network or optimiser, or leaves nothing to
+            train.
+    """
     try:
         saved = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         step, groups, _ = saved["global_step"], saved["optimizer_states"][0]["param_groups"], saved["loops"]

@@ -1,4 +1,4 @@
-"""What leaves a run: the networks of a method with the card that says how to rebuild and feed them."""
+"""The exports of a run: the networks of a method with the card that says how to rebuild and feed them."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -16,17 +16,17 @@ from medssl.training.method_module import MethodModule
 from medssl.weights import save_weights
 
 COURSE = ("method", "views", "sampler", "optimizer", "batch_size", "accumulate")
-"""Settings that tell one training from another, besides data, length and seed; the card holds their hash."""
+"""Settings that distinguish one training from another, besides data, length and seed; the card holds their hash."""
 
 
 def build_card(method: Method, config: Mapping[str, Any], store: VolumeStore, cases: Sequence[int]) -> dict[str, Any]:
     """Return the card of a run: architecture, reading recipe, data, versions.
 
-    `transfers` names the parts that a segmenter starts from, as the method says. The fingerprint of the data holds the
-    volumes that are trained on, `cases`, and no held-out ones.
+    `transfers` names the parts that a segmenter starts from, as the method says. The fingerprint of the data covers
+    the volumes that are trained on, `cases`, and no held-out ones.
 
     Args:
-        method: What is trained.
+        method: The method that is trained.
         config: The resolved settings of the run.
         store: The data.
         cases: Numbers of the cases that are trained on.
@@ -52,7 +52,7 @@ def build_card(method: Method, config: Mapping[str, Any], store: VolumeStore, ca
 
 
 def _recipe_at(settings: Any, place: str) -> Any:
-    """What nested settings hold at a dotted place; None where there is nothing."""
+    """Return the entry of nested settings at a dotted place; None where there is nothing."""
     for key in place.split("."):
         settings = settings.get(key) if isinstance(settings, Mapping) else None
     return settings
@@ -65,12 +65,12 @@ class Export(StepCallback):
         self.path, self.card, self.every = path, card, every
 
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
-        """Export where it is time to."""
+        """Export if this step is due."""
         if self.every and self.step % self.every == 0:
             self._write(trainer, module, self.path.with_stem(f"{self.path.stem}-{self.step:07d}"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export the state in which training ended, also where it was asked to stop."""
+        """Export the state in which training ended, even if it was asked to stop."""
         assert isinstance(pl_module, MethodModule)
         self._write(trainer, pl_module, self.path)
 

@@ -1,4 +1,4 @@
-"""Pictures of what a method does, into the run folder and to the logger."""
+"""Pictures of a method at work, for the run folder and the logger."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ class Pictures(StepCallback):
         self.folder, self.every = folder, every
 
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
-        """Draw them from the batch of the step just done."""
+        """Draw the pictures from the batch of the step just done."""
         due = self.step == trainer.max_steps or (self.every and self.step % self.every == 0)
         if not due or not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""What every training run is made of: its store, its trainer, the module under it, and the fit itself."""
+"""The fit of every training run: its trainer, the module under it, its callbacks and its logger."""
 
 import logging
 import shutil
@@ -28,11 +28,12 @@ from medssl.training.progress_bar import ProgressBar
 
 
 def check_trainer(config: DictConfig) -> int:
-    """The number of processes that will train.
+    """Check the settings of the trainer, and return the number of processes that will train.
 
-    Raises: ValueError: Lightning refuses the `trainer` settings, or this machine lacks the devices.
+    Raises:
+        ValueError: Lightning refuses the `trainer` settings, or this machine lacks the devices.
     """
-    settings = {key: config.trainer[key] for key in config.trainer if key != "max_steps"}  # which may await the data
+    settings = {key: config.trainer[key] for key in config.trainer if key != "max_steps"}  # it may depend on the data
     try:
         return L.Trainer(**instantiate(settings, _convert_="all"), logger=False, enable_checkpointing=False).world_size
     except (ValueError, TypeError, MisconfigurationException) as error:
@@ -50,24 +51,24 @@ def fit(
     validates: bool,
     may_be_done: bool = False,
 ) -> L.Trainer:
-    """Train to the end or to a stop signal, and write the run folder. The trainer tells how far it came.
+    """Train to the end or to a stop signal, and write the run folder; return the trainer, which holds the last step.
 
     Args:
         run: The start of the run.
-        method: What is trained.
+        method: The method that is trained.
         data: The batches.
-        settings: Those of the run.
+        settings: The settings of the run.
         metrics: The table of the run.
-        callbacks: What the run does besides, in order; `LastCheckpoint` behind all that must be in the checkpoint.
+        callbacks: Further callbacks, in order; `LastCheckpoint` comes behind those with a state for the checkpoint.
         validates: Whether the trainer runs its validation loop every `validate_every` steps.
-        may_be_done: Whether a checkpoint of the last step will do, where something is left to do after training.
+        may_be_done: Whether a checkpoint of the last step is accepted, since work is left after training.
 
     Raises:
         ValueError: The optimiser refuses a setting, or the checkpoint is of another network or run.
     """
     module = build_module(run, method, settings, may_be_done=may_be_done)
     every = settings.validate_every if validates else None
-    # a job that SLURM starts again goes on from last.ckpt; the trainer's own requeueing would leave another checkpoint
+    # a job that SLURM starts again continues from last.ckpt; the trainer's requeueing would leave another checkpoint
     environment = {"plugins": SLURMEnvironment(auto_requeue=False)} if SLURMEnvironment.detect() else {}
     trainer = L.Trainer(
         **{**environment, **instantiate(settings.trainer, _convert_="all")},
@@ -92,7 +93,7 @@ def fit(
         enable_model_summary=False,
     )
     if process_rank() == 0:
-        run.folder.clear(checkpoint=run.checkpoint)  # not before: a slip in the new run must not cost the old one
+        run.folder.clear(checkpoint=run.checkpoint)  # not earlier: a mistake in the new run must not delete the old one
         weights = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         size = f"{len(data.training_cases)} volumes, {weights / 1e6:.1f} M weights to train"
         print(f"{size}, {trainer.max_steps} steps -> {run.folder.root}", flush=True)
@@ -118,7 +119,7 @@ def build_module(run: Run, method: Method, settings: RunSettings, *, may_be_done
         steps_per_epoch=settings.steps_per_epoch,
         seed=settings.seed,
     )
-    module.new_optimizer()  # a setting that it refuses is refused here
+    module.new_optimizer()  # checks the settings before training
     if run.checkpoint is not None:
         check_checkpoint(run.checkpoint, module, may_be_done=may_be_done)
         earlier = run_of(run.checkpoint) / run.folder.config.name
@@ -140,7 +141,7 @@ def build_logger(run: Run, settings: RunSettings) -> Any:
 def describe(
     run: Run, settings: RunSettings, data: VolumeDataModule, trainer: L.Trainer, module: L.LightningModule
 ) -> None:
-    """Write what the run is made of, on rank 0: config.yaml, the rejected files, the parameters of loggers."""
+    """Write the description of the run, on rank 0: config.yaml, the rejected files, the parameters of loggers."""
     if not trainer.is_global_zero:
         return
     run.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(settings.values)), command=run.command)
@@ -153,7 +154,7 @@ def describe(
 
 
 def quiet() -> None:
-    """Silence what the trainer says about itself; our own callbacks tell what a user needs."""
+    """Silence the trainer's own messages; our callbacks print what a user needs."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")

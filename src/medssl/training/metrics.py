@@ -1,4 +1,4 @@
-"""metrics.csv: one row per optimiser step, sent to the logger as well."""
+"""The table of a run, metrics.csv: one row per optimiser step, sent to the logger as well."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from medssl.training.method_module import MethodModule
 
 
 class MetricsTable:
-    """A CSV file that grows by rows and can be taken back to a step."""
+    """A CSV file that grows by rows and can be cut back to a step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,7 +25,7 @@ class MetricsTable:
         self.last_offset = 0
 
     def take_back(self, *, step: int) -> None:
-        """Drop the rows after `step` (the run is about to do those again) and a line that was cut off in writing."""
+        """Drop the rows after `step`, which the run is about to repeat, and a line that was cut off in writing."""
         if not self.path.is_file():
             return
         with self.path.open(newline="") as file:
@@ -63,7 +63,7 @@ class MetricsTable:
 
 
 def float32(value: float) -> float:
-    """The value in as many digits as a 32-bit number has."""
+    """Return the value rounded to the digits of a 32-bit number."""
     return float(f"{value:.9g}")
 
 
@@ -71,16 +71,16 @@ class Metrics(StepCallback):
     """Writes the row of each optimiser step: loss, its terms, learning rate, speed, shares of waiting and drawing.
 
     Args:
-        path: of metrics.csv.
-        batch_size: samples per optimiser step over all ranks.
-        validation: the column of what a validation gives, None where there is none.
+        path: Path of metrics.csv.
+        batch_size: Samples per optimiser step over all ranks.
+        validation: The column for the value of a validation; None if there is none.
     """
 
     def __init__(self, path: Path, *, batch_size: int, validation: str | None) -> None:
         self.table, self.batch_size, self.validation = MetricsTable(path), batch_size, validation
 
     def start(self, trainer: L.Trainer) -> None:
-        """Open the table where the run stands."""
+        """Open the table at the current step of the run."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, VolumeDataModule)
         self.timers = data.timers
@@ -89,11 +89,11 @@ class Metrics(StepCallback):
         self.since = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Note the learning rate of the step, before its schedule moves on."""
+        """Record the learning rate of the step, before its schedule moves on."""
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
-        """Write the row."""
+        """Write the row of the step."""
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         timers = self.timers.take()
@@ -109,12 +109,12 @@ class Metrics(StepCallback):
                 logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=self.step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the loss on held-out volumes."""
+        """Add the loss on held-out volumes to the row of the step just done."""
         assert isinstance(pl_module, MethodModule)
         self.add_validation(trainer, pl_module.validation_loss())
 
     def add_validation(self, trainer: L.Trainer, value: float) -> None:
-        """Add what a validation gave to the row of the step just done; its time does not count as training."""
+        """Add the value of a validation to the row of the step just done; its time does not count as training."""
         assert self.validation is not None
         if trainer.is_global_zero:
             self.table.amend(**{self.validation: float32(value)})

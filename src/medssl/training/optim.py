@@ -19,9 +19,9 @@ def warmup_cosine(
     final_fraction: float = 0.0,
     least_fraction: float = 0.0,
 ) -> float:
-    """The share of the peak learning rate at `step`: linear from 0, then half a cosine down to `final_fraction`.
+    """Return the share of the peak learning rate at `step`: linear from 0, then half a cosine down to `final_fraction`.
 
-    Where the cosine would fall below `least_fraction` the share stays there.
+    The share stays at `least_fraction` where the cosine would fall below it.
 
     Source: arXiv:2111.06377, appendix A.1; updated every step.
     """
@@ -32,15 +32,15 @@ def warmup_cosine(
 
 
 class RateAndDecay(LambdaLR):
-    """A schedule of the learning rate that moves the weight decay of some groups along.
+    """A schedule of the learning rate and of the weight decay of some groups.
 
-    Neither is part of its state: a restored run goes on with the schedules of its new settings.
+    Neither function is part of its state: a restored run continues with the schedules of its new settings.
 
     Args:
-        optimizer: whose groups are scheduled.
-        rate: share of each group's learning rate, by step.
-        decay: weight decay by step.
-        decayed: numbers of the groups that have this weight decay.
+        optimizer: The optimiser with the groups.
+        rate: Share of each group's learning rate, by step.
+        decay: Weight decay by step.
+        decayed: Numbers of the groups that have this weight decay.
     """
 
     def __init__(
@@ -60,26 +60,27 @@ class RateAndDecay(LambdaLR):
             self.optimizer.param_groups[number]["weight_decay"] = self.decay(self.last_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands."""
+        """Return the state of the schedule, without its functions."""
         return {key: value for key, value in super().state_dict().items() if key not in ("decay", "decayed")}
 
 
 def build_optimizer(
     settings: dict[str, Any], groups: Sequence[dict[str, Any]], *, total_steps: int
 ) -> tuple[Optimizer, LambdaLR]:
-    """The optimiser over `groups` and its schedule, one call of `step()` per optimiser step.
+    """Return the optimiser over `groups` and its schedule, one call of `step()` per optimiser step.
 
     Args:
         settings: `_target_` and arguments of a torch optimiser, with `warmup_steps`, `final_fraction` and `clip_norm`
             beside them (clipping is done by the trainer). `weight_decay_end` lets `weight_decay` follow half a cosine
-            that ends there; without it the decay is constant. `hold_steps` lets the schedule stand for as many steps,
-            `least_fraction` is a share of the rate that it does not fall below after the warm-up.
-        groups: parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`, and its `lr_scale`
-            is a share of the learning rate there.
-        total_steps: length of the run, where the cosine ends.
+            that ends there; without it the decay is constant. `hold_steps` keeps each value for that many steps.
+            `least_fraction` is the share of the rate below which the schedule does not fall after the warm-up.
+        groups: Parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`, and its `lr_scale` is
+            a share of the learning rate there.
+        total_steps: Length of the run, where the cosine ends.
 
-    Raises: ValueError: the warm-up is as long as the run, the optimiser does not know a key, or a decay is to move
-        and has no beginning.
+    Raises:
+        ValueError: The warm-up is as long as the run, the optimiser does not know a key, or a decay is to move and has
+            no beginning.
     """
     ours = ("warmup_steps", "final_fraction", "clip_norm", "weight_decay_end", "hold_steps", "least_fraction")
     arguments = {key: value for key, value in settings.items() if key not in ours}
@@ -130,9 +131,9 @@ def build_optimizer(
 
 
 def restate(optimizer: Optimizer, schedule: LambdaLR, *, settings: Optimizer) -> None:
-    """Let a restored optimiser and its schedule go on with the settings of another one over the same groups.
+    """Give a restored optimiser and its schedule the settings of another optimiser over the same groups.
 
-    The restored values are those of the run so far; here its `lr`, decay and length may be given anew.
+    The restored values are those of the run so far; new settings may change its `lr`, decay and length.
     """
     schedule.base_lrs = [group["initial_lr"] for group in settings.param_groups]
     shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]

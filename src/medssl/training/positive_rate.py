@@ -1,4 +1,4 @@
-"""The threshold of positions that makes a wanted share of a run's pairs positives, found before the run."""
+"""The threshold of positions that makes a given share of a run's pairs positives, found before the run."""
 
 import math
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ NUM_PAIRS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class PositiveRate:
-    """The threshold of positions that a run with `threshold: auto` takes; for `facts_from` of a method's YAML.
+    """The computation of the threshold for a run with `threshold: auto`; for `facts_from` of a method's YAML.
 
     Args:
-        axes: As those of `PositionRule`.
-        frame: Likewise.
-        norm: Likewise.
-        cross_group: Likewise.
-        gather: Compare the samples of all processes, see `is_gathered`.
-        rate: Wanted share of positives among the compared pairs.
+        axes: `axes` of the run's `PositionRule`.
+        frame: `frame` of the run's `PositionRule`.
+        norm: `norm` of the run's `PositionRule`.
+        cross_group: `cross_group` of the run's `PositionRule`.
+        gather: Whether the samples of all processes are compared, see `is_gathered`.
+        rate: Share of positives among the compared pairs.
     """
 
     axes: Sequence[str]
@@ -50,7 +50,7 @@ class PositiveRate:
         """Return the threshold for `world` processes that train on `data`.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is no such threshold.
         """
         rule = PositionRule(axes=self.axes, frame=self.frame, norm=self.norm, cross_group=self.cross_group)
         return automatic_threshold(
@@ -83,26 +83,27 @@ def automatic_threshold(
     num_pairs: int = NUM_PAIRS,
     seed: int = 0,
 ) -> float:
-    """The threshold, to three digits, with which a share of `rate` of the compared pairs would be positives.
+    """Return the threshold, to three digits, with which a share of `rate` of the compared pairs would be positives.
 
-    The batches are those that a run with this seed starts with, placed and not read; a pair is two samples of one
-    batch that the rule compares. A pure function of its arguments.
+    The batches are those that a run with this seed starts with; their crops are placed and not read. A pair is two
+    samples of one batch that the rule compares. The result depends on the arguments alone.
 
     Args:
-        store: where cases lie.
-        plan: its first group is placed.
-        sampler: of the cases.
-        rule: how positions are compared, its own thresholds left aside.
-        cases: to choose from.
-        batch_size: samples of a step, over all processes and micro-batches.
-        world: number of processes.
-        accumulate: micro-batches a step.
-        gather: compare the samples of all processes, see `is_gathered`.
-        rate: wanted share.
-        num_pairs: looked at, about.
-        seed: of the run.
+        store: The store of the cases.
+        plan: The view plan; its first group is placed.
+        sampler: The sampler of the cases.
+        rule: The rule that compares positions; its own thresholds are ignored.
+        cases: Numbers of the cases to choose from.
+        batch_size: Samples of a step, over all processes and micro-batches.
+        world: Number of processes.
+        accumulate: Micro-batches per step.
+        gather: Whether the samples of all processes are compared, see `is_gathered`.
+        rate: Share of positives among the compared pairs.
+        num_pairs: Number of pairs that are looked at, about.
+        seed: Seed of the run.
 
-    Raises: ValueError: no pair is compared, or no threshold above 0 has the rate.
+    Raises:
+        ValueError: No pair is compared, or no threshold above 0 has the rate.
     """
     each = batch_size // (world * accumulate)
     size = each * world if is_gathered(gather, each) else each
@@ -122,11 +123,12 @@ def automatic_threshold(
 
 
 def threshold_at(distances: Float64[np.ndarray, " pair"], *, rate: float) -> float:
-    """The number, to three digits, below which about a share of `rate` of the distances lies.
+    """Return the number, to three digits, below which about a share of `rate` of the distances lies.
 
-    It lies in the middle between two distances that occur, since crops on whole voxels have few of them.
+    It is the middle between two distances that occur, since crops on whole voxels have few different distances.
 
-    Raises: ValueError: there is no such number.
+    Raises:
+        ValueError: There is no such number.
     """
     if not 0 < rate < 1:
         raise ValueError(f"the rate of positives must lie between 0 and 1, got {rate}")
@@ -150,7 +152,7 @@ def pair_distances(
     rule: PositionRule,
     compared_size: int,
 ) -> Float64[np.ndarray, " pair"]:
-    """How far compared pairs of each `compared_size` places lie apart; infinitely where they can be no positives."""
+    """Return the distances of compared pairs of each `compared_size` places; infinity if they cannot be positives."""
     records = [store.record(case) for case, _ in places]
 
     def table(rows: list[np.ndarray]) -> torch.Tensor:
@@ -183,6 +185,6 @@ def pair_distances(
 def _place(
     store: VolumeStore, spec: ViewSpec, request: Request, *, key: tuple[int, int, int, str]
 ) -> tuple[int, Placement]:
-    """The case of a request's first view, and where it lies."""
+    """Return the case of a request's first view, and where it lies."""
     placement = spec.place(Scene(store, request), {}, counter_generator("place", *key))[0]
     return request.cases[placement.slot], placement

@@ -82,10 +82,10 @@ def pretrain(run: Run) -> None:
 
 
 def try_method(config: DictConfig, views: ViewPlan) -> None:
-    """Build the method once, unless its settings follow from facts that only the prepared data tell.
+    """Build the method once, unless its settings follow from facts that only the prepared data give.
 
     Raises:
-        ValueError: It refuses its settings.
+        ValueError: The method refuses its settings.
     """
     known: dict[str, Any] = {"crop_voxel": views.first_size, "num_channels": 1}  # sizes do not follow from channels
     known |= {} if views.tables else {"num_locations": views.num_locations}
@@ -101,7 +101,7 @@ def try_method(config: DictConfig, views: ViewPlan) -> None:
 
 
 def fact_recipes(config: DictConfig) -> dict[str, Any]:
-    """Return what computes the facts that settings of the method await, by name.
+    """Return the objects that compute the facts that settings of the method await, by name.
 
     `facts_from` of a method's YAML names such a fact and the class that computes it; a setting of this name that is
     `auto` awaits it.
@@ -114,10 +114,10 @@ def fact_recipes(config: DictConfig) -> dict[str, Any]:
 
 
 def method_facts(config: DictConfig, data: VolumeDataModule, *, world: int) -> dict[str, Any]:
-    """Return the facts that the method wants to know of the data of `world` processes.
+    """Return the facts that the method needs of the data of `world` processes.
 
     Raises:
-        ValueError: One cannot be computed.
+        ValueError: A fact cannot be computed.
     """
     return {name: compute(data, world=world) for name, compute in fact_recipes(config).items()}
 
@@ -129,7 +129,7 @@ def build_method(settings: Any, *, seed: int) -> Method:
 
 
 def summary(run: Run, *, step: int, total: int, shape: tuple[int, ...]) -> str:
-    """Return where the results lie, and how to use them (on an image of `shape`) or go on."""
+    """Return lines that say where the results lie, and how to use them (on an image of `shape`) or continue."""
     folder = run.folder
     if run.signals.requested:
         return f"stopped by {run.signals.requested} after step {step} of {total}; {folder.resume_hint()}"

@@ -1,4 +1,4 @@
-"""One line that says how far the run is."""
+"""The progress bar of a run: one line that says how far it is."""
 
 import sys
 
@@ -14,7 +14,7 @@ class ProgressBar(StepCallback):
     """Steps done and to come, speed and loss, on stderr of rank 0; rarely refreshed where that is a file."""
 
     def start(self, trainer: L.Trainer) -> None:
-        """Open the bar where the run stands."""
+        """Open the bar at the current step of the run."""
         self.bar = tqdm(
             total=trainer.max_steps,
             initial=self.step,
@@ -26,7 +26,7 @@ class ProgressBar(StepCallback):
         )
 
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
-        """Advance."""
+        """Advance by one step."""
         self.bar.set_postfix(loss=f"{module.scalars.mean()['loss']:.4g}", refresh=False)
         self.bar.update()
 
@@ -35,6 +35,6 @@ class ProgressBar(StepCallback):
         self.bar.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the line back before an error message is printed."""
+        """End the line before an error message is printed."""
         if hasattr(self, "bar"):
             self.bar.close()

@@ -1,4 +1,4 @@
-"""Loss, terms and gradient norm of a step, averaged over ranks; a run stops at the first that is not finite."""
+"""The scalars of a step: loss, terms and gradient norm, over all ranks; a value that is not finite ends the run."""
 
 import math
 
@@ -21,7 +21,11 @@ class StepScalars:
         self.grad_norm = math.nan
 
     def add(self, output: StepOutput, batch: Batch, *, strategy: Strategy) -> None:
-        """Take the loss and the terms of a micro-batch. Raises: ValueError: one is not finite on this rank."""
+        """Add the loss and the terms of a micro-batch.
+
+        Raises:
+            ValueError: A value is not finite on this rank.
+        """
         if batch.micro == 0:
             self.rows, self.cases = [], []
         terms = {"loss": output.loss, **output.logs}
@@ -31,28 +35,32 @@ class StepScalars:
             values = zip(terms, local.tolist(), strict=True)
             faults = [f"{name} = {value}" for name, value in values if not math.isfinite(value)]
             if not faults:
-                raise SystemExit(2)  # the rank at fault tells
+                raise SystemExit(2)  # the rank at fault prints the message
             raise ValueError(f"step {batch.step + 1}: {', '.join(faults)}; cases {', '.join(batch.cases)}; {ADVICE}")
         self.rows.append(dict(zip(terms, mean, strict=True)))
         self.cases += batch.cases
 
     def add_gradients(self, gradients: list[Tensor], *, step: int, may_overflow: bool) -> None:
-        """Take their total norm, the same on all ranks. Raises: ValueError: it is not finite and must be."""
+        """Record the total norm of the gradients, the same on all ranks.
+
+        Raises:
+            ValueError: The norm is not finite, and `may_overflow` is false.
+        """
         self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(self.grad_norm) and not may_overflow:
             cases = gathered(self.cases)
             if cases is None:
-                raise SystemExit(2)  # rank 0 tells
+                raise SystemExit(2)  # rank 0 prints the message
             raise ValueError(f"step {step + 1}: grad_norm = {self.grad_norm}; cases {', '.join(cases)}; {ADVICE}")
 
     def mean(self) -> dict[str, float]:
-        """Loss and terms averaged over the micro-batches, and the norm of the gradient before clipping."""
+        """Return loss and terms averaged over the micro-batches, and the norm of the gradient before clipping."""
         means = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in self.rows[0]}
         return {**means, "grad_norm": self.grad_norm}
 
 
 def gathered(cases: list[str]) -> list[str] | None:
-    """The cases of all ranks on rank 0, None on the others."""
+    """Return the cases of all ranks on rank 0, and None on the others."""
     if not torch.distributed.is_initialized():
         return cases
     lists: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
