@@ -1,1 +1,1 @@
-"""Segmentation: fine-tuning, evaluation and prediction."""
+"""Segmentation by a trained network: fine-tuning, evaluation and prediction."""

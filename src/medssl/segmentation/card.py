@@ -1,4 +1,4 @@
-"""What a segmentation run says of itself: the card of its network, and the setting that its numbers stand under."""
+"""The self-description of a segmentation run: the card of its network, and the setting that its numbers belong to."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -15,11 +15,11 @@ COURSE = (
     *("freeze", "layer_decay", "decoder_lr", "deep_supervision", "batch_size", "accumulate", "window_hu", "outside"),
     *("label_share", "overlap", "optimizer", "loss", "normalise", "augment"),
 )
-"""Settings that tell one experiment from another, besides network, weights, data and length."""
+"""Settings that distinguish one experiment from another, besides network, weights, data and length."""
 
 
 def build_card(plan: Plan, store: VolumeStore, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the card of the segmenter that a plan trains, `recipe` that of its networks."""
+    """Return the card of the segmenter that a plan trains; `recipe` is the recipe of its networks."""
     return {
         "kind": "segmenter",
         **recipe,
@@ -38,7 +38,7 @@ def build_card(plan: Plan, store: VolumeStore, recipe: Mapping[str, Any]) -> dic
 
 
 def setting(plan: Plan, segmenter: Segmenter, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells a run from others: runs that agree in it and differ in their seed are repetitions."""
+    """Return the entries that distinguish a run; runs that agree in them and differ in their seed are repetitions."""
     values, spacing = plan.settings.values, plan.spacing_mm
     weights = sum(parameter.numel() for parameter in segmenter.parameters())
     kinds = [type(getattr(part, "net", part)).__name__ for part in (segmenter.encoder, segmenter.decoder)]
@@ -55,9 +55,9 @@ def setting(plan: Plan, segmenter: Segmenter, recipe: Mapping[str, Any]) -> dict
 
 
 def fingerprint(initial: Initial, store: VolumeStore, cases: Sequence[int]) -> list[str] | None:
-    """Return hashes of the volumes that the network has seen: here, and before in the run of its file.
+    """Return hashes of the volumes that the network has seen, in this run and in the run of its file.
 
-    None where that file does not say: then nobody can tell.
+    The result is None if that file does not state them.
     """
     before = [] if initial.card is None else initial.card.get("data", {}).get("voxel_hashes")
     if before is None:

@@ -1,4 +1,4 @@
-"""Saved segmenters, one or several, made ready to predict."""
+"""An ensemble of saved segmenters, one or several, ready to predict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +18,15 @@ LABEL_TYPES = (np.uint8, np.int16, np.int32)
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Networks that know the same classes.
+    """Networks that predict the same classes.
 
     Args:
-        members: networks that share a reading are one member.
-        classes: value and name of each class, in the order of the network's outputs.
-        channels: which channels of a file are read.
-        num_channels: of the images that the networks read.
-        modality: "ct" or "mr" where networks were trained on that alone; None where they say nothing, or disagree.
-        device: where the networks are.
+        members: The members; networks that share a reading are one member.
+        classes: Value and name of each class, in the order of the network's outputs.
+        channels: The channels of a file that are read.
+        num_channels: Number of channels that the networks read.
+        modality: "ct" or "mr" if the networks were trained on that alone; None if they state nothing, or disagree.
+        device: The device of the networks.
     """
 
     members: tuple[Member, ...]
@@ -45,10 +45,10 @@ class Ensemble:
         device: torch.device,
         allow_modules: Sequence[str] = (),
     ) -> "Ensemble":
-        """The ensemble in files of saved segmenters.
+        """Return the ensemble of the networks in files of saved segmenters.
 
         Raises:
-            ValueError: no such file, not a segmenter, or networks of other classes or channels than the first.
+            ValueError: A file does not exist or holds no segmenter, or has other classes or channels than the first.
         """
         groups: list[tuple[Reading, list[nn.Module]]] = []
         first: tuple[Any, ...] = ()
@@ -66,7 +66,7 @@ class Ensemble:
                         f"{_short(others)}"
                     )
             modalities.add(reading.modality)
-            reading = replace(reading, modality=None)  # networks of one grid are one member whatever they say of it
+            reading = replace(reading, modality=None)  # networks of one grid are one member whatever their modality
             alike = [networks for known, networks in groups if known == reading]
             if not alike:
                 alike = [[]]
@@ -82,11 +82,11 @@ class Ensemble:
 
     @property
     def takes_coordinate(self) -> bool:
-        """Whether a network wants to know where in the body each voxel lies."""
+        """Whether a network needs the place in the body of each voxel."""
         return any(takes_coordinate(member.predict) for member in self.members)
 
     def label_values(self) -> np.ndarray:
-        """The label value of each class, in the smallest type that holds all."""
+        """Return the label value of each class, in the smallest type that holds all."""
         values = [int(c["value"]) for c in self.classes]
         fitting = next(kind for kind in LABEL_TYPES if np.iinfo(kind).max >= max(values))
         return np.array(values, dtype=fitting)

@@ -1,4 +1,4 @@
-"""Predicting whole labelled cases with the network of a run: quickly while it trains, in full at its end."""
+"""The evaluator of a run: predicts whole labelled cases, quickly while the network trains, in full at its end."""
 
 import hashlib
 import sys
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Found:
-    """What a pass over some cases found, on every rank the same; `contents` are hashes of image and classes."""
+    """The results of a pass over some cases, the same on every rank; `contents` are hashes of image and classes."""
 
     dice: dict[str, np.ndarray] = field(default_factory=dict)
     contents: dict[str, str] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Found:
     pictures: list[CasePicture] = field(default_factory=list)
 
     def mean_dice(self) -> float:
-        """Mean over cases of the mean over the classes that are there; 0 where there is none."""
+        """Return the mean over cases of the mean over the classes that are present; 0 if there is none."""
         means = [float(np.nanmean(dice)) for dice in self.dice.values() if not np.isnan(dice).all()]
         return float(np.mean(means)) if means else 0.0
 
@@ -41,12 +41,12 @@ class Evaluator:
     """Predicts cases of a store window by window and scores them on their own grid; ranks share the cases.
 
     Args:
-        store: where the cases lie.
-        reading: how images are drawn for the network.
-        label_values: the label value of each class.
-        overlap: of neighbouring windows.
-        window_batch: windows predicted at once.
-        tolerance_mm: of the normalised surface Dice.
+        store: The store of the cases.
+        reading: How images are drawn for the network.
+        label_values: The label value of each class.
+        overlap: Share that neighbouring windows have in common.
+        window_batch: Windows predicted at once.
+        tolerance_mm: Tolerance of the normalised surface Dice.
     """
 
     store: VolumeStore
@@ -66,7 +66,7 @@ class Evaluator:
         title: str,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Found | None:
-        """Dice by class of each case and, with `full`, surface distances too; None where it was stopped."""
+        """Return the Dice of each case and class and, with `full`, surface distances too; None if it was stopped."""
         rank, world = _rank_and_world()
         own, stopped = Found(), False
         was_training = network.training
@@ -101,7 +101,7 @@ class Evaluator:
         return found
 
     def truth(self, case: int) -> Integer[np.ndarray, "x y z"]:
-        """The classes of a case on its own grid."""
+        """Return the classes of a case on its own grid."""
         record = self.store.record(case)
         label = self.store.read_label(case, (0, 0, 0), record.shape).result()[0]
         values = np.array(self.label_values)

@@ -119,10 +119,10 @@ def build(plan: Plan) -> tuple[Plan, Segmenter, dict[str, Any]]:
 
 
 def build_method(plan: Plan, segmenter: Segmenter) -> Segmentation:
-    """Return what is trained.
+    """Return the method that is trained.
 
     Raises:
-        ValueError: A choice does not exist, or the encoder cannot be trained so.
+        ValueError: A choice does not exist, or the encoder cannot be trained that way.
     """
     values = plan.settings.values
     return Segmentation(
@@ -163,7 +163,7 @@ def decoder_lr_scale(values: Mapping[str, Any]) -> float:
     """Return the learning rate of the decoder over that of the encoder.
 
     Raises:
-        ValueError: The latter is 0.
+        ValueError: The learning rate of the encoder is 0.
     """
     if values["decoder_lr"] is None:
         return 1.0
@@ -173,7 +173,7 @@ def decoder_lr_scale(values: Mapping[str, Any]) -> float:
 
 
 def keep_best(run: Run) -> None:
-    """Bring the best weights along where a run continues in another folder."""
+    """Copy the best weights into the folder of a run that continues one in another folder."""
     if run.checkpoint is not None:
         best = run_of(run.checkpoint) / run.folder.best_segmenter.name
         if best.is_file() and best.resolve() != run.folder.best_segmenter.resolve():

@@ -1,4 +1,4 @@
-"""Where the network of a segmentation run comes from: a preset or a file's card, with or without the file's weights."""
+"""The start of a segmentation run: a network from a preset or a file's card, with or without the file's weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class Initial:
         card: Its card.
         layout: The layout of a published file.
         branch: `student` or `teacher`.
-        model: Recipes of the network, as in the group `model`; what follows from the data is not resolved.
-        decoder: What of the file's decoder is taken: `all`, the blocks that pre-training `trained`, or `none`.
+        model: Recipes of the network, as in the group `model`; entries that follow from the data are not resolved.
+        decoder: The part of the file's decoder that is taken: `all`, the blocks that pre-training `trained`, or `none`.
     """
 
     path: Path | None
@@ -41,7 +41,7 @@ class Initial:
 
     @property
     def name(self) -> str:
-        """What stands for the file in tables: method, length, data and settings of its training, or `scratch`."""
+        """The name of the file in tables: method, length, data and settings of its training, or `scratch`."""
         if self.card is None:
             return "scratch"
         method = self.layout or str(self.card.get("method", "?")).rpartition(".")[2].lower()
@@ -88,7 +88,7 @@ def find_initial(config: DictConfig) -> Initial:
 
 
 def _network_of(like: Path, model: Mapping[str, Any], *, layout: str | None, branch: str) -> dict[str, Any]:
-    """Return the recipes of a file's network; what `model` states besides wins."""
+    """Return the recipes of a file's network; further entries of `model` replace those of the file."""
     encoder = encoder_recipe(like, layout=layout, branch=branch)
     if (keypoints := model.get("keypoints")) is not None:
         net = encoder.get("net", encoder)
@@ -104,17 +104,18 @@ def _network_of(like: Path, model: Mapping[str, Any], *, layout: str | None, bra
 
 
 def transferred(card: Mapping[str, Any]) -> list[str]:
-    """The parts of a file that a segmenter starts from: both of a segmenter's, else what the card states."""
+    """Return the parts of a file that a segmenter starts from: both parts of a segmenter, else those in the card."""
     return ["encoder", "decoder"] if card.get("kind") == "segmenter" else list(card.get("transfers", ["encoder"]))
 
 
 def load_initial(initial: Initial, segmenter: Segmenter) -> list[str]:
-    """Load the parts that the file has for this network, all of their tensors; lines that say what came of it.
+    """Load the parts that the file has for this network, with all of their tensors, and return lines for the user.
 
-    The encoder always, and the decoder where the file has one for segmenters and it is of the same class, or of it the
-    blocks that were trained alone; the head starts anew.
+    The encoder is always loaded. The decoder is loaded if the file has one for segmenters and of the same class, or
+    only those of its blocks that were trained. The head starts from scratch.
 
-    Raises: ValueError: tensors do not match; nothing was loaded.
+    Raises:
+        ValueError: Tensors do not match, and nothing was loaded.
     """
     if initial.path is None or initial.card is None:
         return ["weights: none, the network starts from scratch"]

@@ -1,4 +1,4 @@
-"""Supervised segmentation as a method: what fine-tuning and training from scratch run."""
+"""Supervised segmentation as a method, for fine-tuning and training from scratch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,15 +19,16 @@ class Segmentation(Method):
     """Trains a `Segmenter` on labelled crops, the view group `crop`.
 
     Args:
-        segmenter: the network.
-        label_values: the label value of each class, 0 for the background first; other values count as background.
-        loss: of logits (b k x y z) and class numbers (b 1 x y z).
-        freeze: `none`, `encoder`, or `all_but_head`. What is frozen stays in evaluation mode and keeps its weights.
-        layer_decay: learning rate of a transformer block over that of the next deeper one, 1 for none
+        segmenter: The network.
+        label_values: The label value of each class, 0 for the background first; other values count as background.
+        loss: The loss of logits (b k x y z) and class numbers (b 1 x y z).
+        freeze: `none`, `encoder`, or `all_but_head`. Frozen parts stay in evaluation mode and keep their weights.
+        layer_decay: Learning rate of a transformer block over that of the next deeper one, 1 for none
             (arXiv:2106.08254, appendix).
-        decoder_lr_scale: learning rate of decoder and head over that of the encoder.
+        decoder_lr_scale: Learning rate of decoder and head over that of the encoder.
 
-    Raises: ValueError: a choice that does not exist, or a layer decay for an encoder without blocks.
+    Raises:
+        ValueError: A choice does not exist, or a layer decay is given for an encoder without blocks.
     """
 
     lookup: Int64[Tensor, " value"]
@@ -71,19 +72,22 @@ class Segmentation(Method):
         return self.segmenter.encoder
 
     def train(self, mode: bool = True) -> "Segmentation":
-        """As usual, but for what is frozen."""
+        """Set the mode of all parts but the frozen ones."""
         super().train(mode)
         for part in self.frozen:
             part.eval()
         return self
 
     def classes_of(self, label: Int[Tensor, "*size"]) -> Int64[Tensor, "*size"]:
-        """Label values to class numbers."""
+        """Return the class numbers of label values."""
         known = label < len(self.lookup)
         return torch.where(known, self.lookup[torch.where(known, label, 0)], 0)
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
-        """Loss on the crops; with deep supervision the coarser outputs count half as much as the one before."""
+        """Return the loss on the crops.
+
+        With deep supervision each coarser output counts half as much as the one before.
+        """
         view = batch["crop"]
         assert view.label is not None
         target = self.classes_of(view.label.flatten(0, 1))  # (n 1 x y z)
@@ -98,7 +102,7 @@ class Segmentation(Method):
         return StepOutput(loss, {"foreground_share": (target > 0).float().mean()})
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups by share of the learning rate, norms and biases without weight decay."""
+        """Return groups by share of the learning rate; norms and biases have no weight decay."""
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.segmenter.named_parameters():
             if parameter.requires_grad:
@@ -121,12 +125,12 @@ class Segmentation(Method):
         return self.layer_decay ** (depth - self.layer_numbers[key])
 
     def parts(self) -> dict[str, nn.Module]:
-        """Encoder, decoder and head."""
+        """Return encoder, decoder and head."""
         return {"encoder": self.segmenter.encoder, "decoder": self.segmenter.decoder, "head": self.segmenter.head}
 
 
 def _layer_numbers(encoder: nn.Module) -> dict[str, int]:
-    """Depth of the embedding (0), of each block and of what follows them."""
+    """Return the depth of the embedding (0), of each block and of the norm behind them."""
     blocks = getattr(getattr(encoder, "net", encoder), "blocks", None)
     if blocks is None:
         kind = type(encoder).__name__
@@ -136,7 +140,7 @@ def _layer_numbers(encoder: nn.Module) -> dict[str, int]:
 
 
 def _coarser(target: Tensor, output: Tensor) -> Tensor:
-    """The classes on the grid of a coarser output, nearest neighbour."""
+    """Return the classes on the grid of a coarser output, nearest neighbour."""
     if target.shape[2:] == output.shape[2:]:
         return target
     return F.interpolate(target.float(), size=output.shape[2:], mode="nearest-exact").long()

@@ -1,4 +1,4 @@
-"""Class probabilities on the way back from the working grid to the image's own, slice by slice."""
+"""The way of class probabilities from the working grid back to the image's own grid, slice by slice."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ SAFETY = 0.99
 def planes(
     slabs: Iterable[tuple[int, Tensor]], positions: Float64[np.ndarray, " slice"]
 ) -> Iterator[Float32[Tensor, "k x y"]]:
-    """Probabilities at ascending positions along the last axis, linear between the two slices next to each.
+    """Yield the probabilities at ascending positions along the last axis, linear between the two nearest slices.
 
     Args:
-        slabs: number of the first slice, and the slab (k x y height), from the first slice on without a gap.
-        positions: within the slices of the slabs.
+        slabs: Pairs of the number of the first slice and the slab (k x y height), from the first slice without a gap.
+        positions: Positions within the slices of the slabs.
     """
     lower = np.floor(positions).astype(int)
     weights = positions - lower
@@ -45,7 +45,7 @@ def planes(
 
 @dataclass(frozen=True)
 class _Axis:
-    """From an axis of the working grid to that of the volume: a matrix, or a cut where voxels are the same."""
+    """The map from an axis of the working grid to that of the volume: a matrix, or a cut where voxels are the same."""
 
     cut: slice
     matrix: Float32[Tensor, "voxel working"] | None
@@ -63,15 +63,15 @@ class NativePlane:
     """Brings planes (k x y) of a working grid to the x and y of the volume.
 
     Args:
-        grid: the working grid.
-        device: of the planes.
+        grid: The working grid.
+        device: Device of the planes.
     """
 
     def __init__(self, grid: WorkingGrid, device: torch.device) -> None:
         self.x, self.y = (_Axis.of(grid, axis, device) for axis in (0, 1))
 
     def __call__(self, plane: Float32[Tensor, "k x y"]) -> Float32[Tensor, "k x2 y2"]:
-        """The plane, interpolated linearly."""
+        """Return the plane on the volume's grid, interpolated linearly."""
         plane = plane[:, self.x.cut, self.y.cut]
         if self.y.matrix is not None:
             plane = torch.matmul(plane, self.y.matrix.mT)
@@ -81,7 +81,7 @@ class NativePlane:
 def mean_plane(
     found: Sequence[Float32[Tensor, "k _ _"]], natives: Sequence[NativePlane], weights: Sequence[float]
 ) -> Float32[Tensor, "k x y"]:
-    """The weighted mean of one slice as several networks see it, each on a working grid of its own."""
+    """Return the weighted mean of one slice as several networks see it, each on a working grid of its own."""
     (first, *others), (native, *other_natives), (weight, *other_weights) = found, natives, weights
     mean = native(first) * weight if others else native(first)
     for plane, to_native, share in zip(others, other_natives, other_weights, strict=True):
@@ -92,10 +92,10 @@ def mean_plane(
 def most_probable(
     found: Sequence[Float32[Tensor, "k _ _"]], natives: Sequence[NativePlane], weights: Sequence[float]
 ) -> Int64[Tensor, "x y"]:
-    """The most probable class of `mean_plane`, the first of those that tie.
+    """Return the most probable class of `mean_plane`, the first of those that tie.
 
-    Classes that stay below 1 / k everywhere can be none, for probabilities sum to one and interpolation gives no
-    larger values; they are left out of the work.
+    Classes that stay below 1 / k everywhere cannot be the most probable ones, for probabilities sum to one and
+    interpolation gives no larger values. They are left out of the computation.
     """
     tops = [plane.amax((1, 2)) * weight for plane, weight in zip(found, weights, strict=True)]
     candidates = torch.stack(tops).sum(0).ge(SAFETY / len(found[0])).nonzero()[:, 0]

@@ -10,10 +10,10 @@ from medssl.phantoms.torso import draw_phantom
 
 
 def drawn_phantom(given: Path, output_dir: Path) -> Path:
-    """The path of the scan: `given`, or, where that is `phantom:SEED`, the phantom of that seed drawn as a NIfTI.
+    """Return the path of the scan: `given`, or for `phantom:SEED` the phantom of that seed, drawn as a NIfTI file.
 
     Image and true label map lie in `phantoms/images` and `phantoms/labels` of `output_dir`; they are synthetic.
-    `data=phantoms` draws the seeds 0 to 31, others are unseen by what was trained on it.
+    `data=phantoms` draws the seeds 0 to 31; networks that were trained on it have not seen other seeds.
     """
     wanted = re.fullmatch(r"phantom:(\d+)", str(given))
     if wanted is None:

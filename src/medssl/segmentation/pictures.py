@@ -16,15 +16,15 @@ PLANES = ("sagittal", "coronal", "axial")
 
 @dataclass(frozen=True)
 class CasePicture:
-    """Three slices of a case, one an axis, each through the largest part of its label.
+    """Three slices of a case, one per axis, each through the largest part of its label.
 
     Args:
-        case: its name.
-        dice: mean over the classes that are there.
-        image: grey values of each slice.
-        truth: classes of each slice.
-        prediction: predicted classes of each slice.
-        aspect: height over width of a pixel of each slice.
+        case: Name of the case.
+        dice: Mean Dice over the classes that are present.
+        image: Grey values of each slice.
+        truth: Classes of each slice.
+        prediction: Predicted classes of each slice.
+        aspect: Height over width of a pixel of each slice.
     """
 
     case: str
@@ -43,7 +43,7 @@ def picture_case(
     *,
     dice: float,
 ) -> CasePicture:
-    """The slices of a case through the largest part of its label; only these are read from the store."""
+    """Return the picture of a case; only its three slices are read from the store."""
     record = store.record(case)
     images, truths, predictions, aspects = [], [], [], []
     for axis in range(3):
@@ -62,7 +62,10 @@ def picture_case(
 
 
 def case_figure(picture: CasePicture, *, num_classes: int, title: str = "") -> "Figure":
-    """Image, label and prediction side by side, a plane a row. Anterior and superior point up."""
+    """Return a figure of image, label and prediction side by side, one row per plane.
+
+    Anterior and superior point up.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a segmentation run is going to do, found from its settings, its data and its file before anything is trained."""
+"""The plan of a segmentation run, found from its settings, its data and its file before anything is trained."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,21 +24,21 @@ CROP_STEP_VOXEL = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """What a segmentation run does.
+    """The decisions of a segmentation run.
 
     Args:
-        settings: Of the run, resolved.
-        initial: The file that it starts from.
-        split: Its cases.
+        settings: The settings of the run, resolved.
+        initial: The file that the run starts from.
+        split: The split of the cases.
         subset: The training cases whose labels are used.
         classes: Label values and their names, the background first.
-        spacing_mm: Of the grid that crops are drawn on; `native` for each image's own.
+        spacing_mm: Spacing of the grid that crops are drawn on; `native` for each image's own.
         crop_voxel: Sides of a crop, and of a window of predictions.
-        modality: That of all training cases; None where they differ.
+        modality: The modality of all training cases; None if they differ.
         leakage: The comparison of the evaluation cases with those of pre-training.
         choice: The weights that are evaluated, `best` or `last`.
         unlearnable: Classes that no training label holds.
-        other_reading: How images were read otherwise in pre-training, a line each.
+        other_reading: Differences in how images were read in pre-training, a line each.
     """
 
     settings: RunSettings
@@ -119,12 +119,12 @@ class Plan:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the foreground classes."""
+        """The names of the foreground classes."""
         return list(self.classes.values())[1:]
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How images are read, as the card of the network says it."""
+        """Return how images are read, as the card of the network says it."""
         values = self.settings.values
         return {
             "channels": values["data"].get("channels"),
@@ -159,11 +159,11 @@ def modality(store: VolumeStore, cases: Sequence[int]) -> str | None:
 
 
 def format_plan(plan: Plan, store: VolumeStore, *, model: str) -> list[str]:
-    """Return what the run is about to do, a line each: cases, classes, crops, and what to beware of.
+    """Return a description of the run in lines: cases, classes, crops, and warnings.
 
     Args:
-        plan: Of the run.
-        store: Its cases.
+        plan: The plan of the run.
+        store: The store of its cases.
         model: The network in words.
     """
     split, subset, names = plan.split, plan.subset, plan.class_names
@@ -196,9 +196,10 @@ def _plain(value: Any) -> Any:
 
 
 def find_classes(store: VolumeStore, split: CaseSplit, *, wanted: Any) -> dict[int, str]:
-    """Label values and their names, the background first: all that the labelled cases of the split hold, or `wanted`.
+    """Return label values and their names, the background first: all in the labelled cases of the split, or `wanted`.
 
-    Raises: ValueError: a wanted value is in no case, or there is no value at all.
+    Raises:
+        ValueError: A value of `wanted` is in no case, or there is no value at all.
     """
     cases = (*split.training, *split.validation, *split.test)
     found = sorted({value for case in cases for value in store.record(case).labels})
@@ -216,9 +217,10 @@ def find_classes(store: VolumeStore, split: CaseSplit, *, wanted: Any) -> dict[i
 
 
 def find_spacing(store: VolumeStore, cases: Sequence[int], working_spacing_mm: Any) -> str | list[float]:
-    """The spacing crops are drawn at: `native`, three millimetre numbers, or the median over `cases`, axis by axis.
+    """Return the spacing of crops: `native`, three numbers in millimetres, or the median over `cases`, axis by axis.
 
-    Raises: ValueError: something else is asked for.
+    Raises:
+        ValueError: `working_spacing_mm` is something else.
     """
     if working_spacing_mm == "native":
         return "native"
@@ -236,9 +238,10 @@ def find_spacing(store: VolumeStore, cases: Sequence[int], working_spacing_mm: A
 def find_crop(
     store: VolumeStore, cases: Sequence[int], *, crop_voxel: Any, spacing_mm: str | Sequence[float]
 ) -> list[int]:
-    """The sides of a crop: those given, else 96, or about those of the median volume where that is smaller.
+    """Return the sides of a crop: those given, else 96, or about those of the median volume if that is smaller.
 
-    Raises: ValueError: what is given are not three whole numbers above 0.
+    Raises:
+        ValueError: `crop_voxel` is not three whole numbers above 0.
     """
     if crop_voxel is not None:
         return list(triple("crop_voxel", crop_voxel if isinstance(crop_voxel, Sequence) else [crop_voxel]))
@@ -251,15 +254,15 @@ def find_crop(
 
 
 def unlearnable(store: VolumeStore, cases: Sequence[int], classes: Mapping[int, str]) -> list[str]:
-    """Names of the classes that no training label holds."""
+    """Return the names of the classes that no training label holds."""
     held = {value for case in cases for value in store.record(case).labels}
     return [name for value, name in classes.items() if value and value not in held]
 
 
 def other_reading(card: Mapping[str, Any] | None, reading: Mapping[str, Any]) -> list[str]:
-    """In which the images of this run are read otherwise than those of pre-training, a line each.
+    """Return the differences between how this run and pre-training read their images, a line each.
 
-    Where `reading` has one modality, the range that `ByModality` has for others does not count.
+    If `reading` has one modality, the range that `ByModality` has for other modalities does not count.
     """
     groups = (card or {}).get("reading", {}).get("views", {}).get("groups", {})
     names = ("Window", "Percentiles", "ZScore", "ByModality", "MinMax", "Standardise")
@@ -289,7 +292,11 @@ def _short(value: Any) -> str:
 
 
 def check_resumed(earlier: Path, split: CaseSplit, subset_hash: str, classes: Mapping[int, str]) -> None:
-    """Raises: ValueError: the run whose `split.json` is `earlier` has other cases, labels or classes."""
+    """Check that the run that wrote `earlier`, its `split.json`, has the same cases, labels and classes.
+
+    Raises:
+        ValueError: The run has other cases, labels or classes.
+    """
     if not earlier.is_file():
         return
     then = json.loads(earlier.read_text())
@@ -303,7 +310,11 @@ def check_resumed(earlier: Path, split: CaseSplit, subset_hash: str, classes: Ma
 
 
 def check_grid(store: VolumeStore) -> None:
-    """Raises: ValueError: the volumes of the store were resampled, so that their own grid is lost."""
+    """Check that the volumes of the store are on their own grid.
+
+    Raises:
+        ValueError: The volumes were resampled, so that their own grid is lost.
+    """
     if (spacing_mm := store.recipe.get("spacing_mm")) is not None:
         raise ValueError(
             f"{store.root} was resampled to {spacing_mm} mm while it was prepared, but numbers are those of the files'"
@@ -314,11 +325,12 @@ def check_grid(store: VolumeStore) -> None:
 def find_overlap(
     card: Mapping[str, Any] | None, store: VolumeStore, split: CaseSplit, *, path: Path | None, allowed: bool
 ) -> dict[str, Any]:
-    """How many volumes of the evaluation cases the pre-training saw: by the first digits of their voxels' hash.
+    """Return the number of evaluation cases that the pre-training saw, by the first digits of the hash of their voxels.
 
-    `checked` is False where the file carries no fingerprint of its data.
+    `checked` is False if the file carries no fingerprint of its data.
 
-    Raises: ValueError: it saw some, and that is not allowed.
+    Raises:
+        ValueError: The pre-training saw some, and that is not allowed.
     """
     if path is None:
         return {"checked": True, "overlap": 0, "allowed": allowed}

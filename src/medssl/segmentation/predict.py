@@ -1,4 +1,4 @@
-"""All images of a folder to segmentations: one line an image, and what is broken does not stop the others."""
+"""Prediction of all images of a folder: one line per image; a broken image does not stop the others."""
 
 import errno
 import json
@@ -60,13 +60,17 @@ def predict_all(settings: PredictSettings) -> int:
 
 
 def outputs_of(name: str, settings: PredictSettings) -> list[Path]:
-    """The files that an image becomes: its segmentation and, where wanted, its probabilities and their classes."""
+    """Return the files of an image: its segmentation and, if asked for, its probabilities and their classes."""
     endings = [".nii.gz", *(["_probabilities.nii.gz", "_probabilities.json"] if settings.probabilities else [])]
     return [settings.output_dir / f"{name}{ending}" for ending in endings]
 
 
 def check_outputs(inputs: Sequence[Input], settings: PredictSettings) -> None:
-    """Raise a ValueError where two images would be written to one file, also on disks that ignore case."""
+    """Check that no two images would be written to one file, even on disks that ignore case.
+
+    Raises:
+        ValueError: Two images would be written to one file.
+    """
     writer: dict[str, Input] = {}
     for image in inputs:
         for path in outputs_of(image.name, settings):
@@ -79,9 +83,10 @@ def check_outputs(inputs: Sequence[Input], settings: PredictSettings) -> None:
 
 
 def predict_one(image: Input, ensemble: Ensemble, settings: PredictSettings) -> str:
-    """Predict one image and say in a line what came of it: "predicted", "skipped" or "failed".
+    """Predict one image, print a line about it, and return "predicted", "skipped" or "failed".
 
-    Raises: OSError: the disk is full, so that the next image could not be written either.
+    Raises:
+        OSError: The disk is full, so that the next image could not be written either.
     """
     outputs = outputs_of(image.name, settings)
     target = outputs[0]
@@ -125,7 +130,7 @@ def predict_one(image: Input, ensemble: Ensemble, settings: PredictSettings) -> 
 
 
 def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings: PredictSettings) -> str:
-    """Write those files of an image that are wanted; what there is to say of it."""
+    """Write the files `wanted` of an image, and return its line."""
     start = time.monotonic()
     target, *others = outputs_of(image.name, settings)
     file = _read(image, ensemble, settings)
@@ -151,7 +156,7 @@ def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings:
 
 
 def _modality(file: ImageFile, ensemble: Ensemble, settings: PredictSettings) -> tuple[str, str]:
-    """Which modality an image is read as, and what its line says of that: nothing where there is no doubt."""
+    """Return the modality that an image is read as, and a note for its line, empty if there is no doubt."""
     if settings.modality is not None:
         return settings.modality, ""
     guess = guess_modality(file.volume.array)
@@ -174,7 +179,7 @@ def _read(image: Input, ensemble: Ensemble, settings: PredictSettings) -> ImageF
 def _segmented(
     file: ImageFile, name: str, ensemble: Ensemble, settings: PredictSettings, *, modality: str, probable: bool
 ) -> Classes:
-    """The class numbers of an image, with a progress bar; with `probable` its probabilities are written on the way."""
+    """Return the class numbers of an image, with a progress bar; with `probable`, write its probabilities too."""
     with _Bar(name) as on_window, tempfile.TemporaryFile(dir=settings.output_dir) as scratch:
         probabilities = None
         if probable:
@@ -202,7 +207,7 @@ def _segmented(
 def _write_probabilities(
     target: Path, probabilities: Float16[np.ndarray, "k x y z"], file: ImageFile, ensemble: Ensemble
 ) -> None:
-    """A 4-D NIfTI (float32: it knows no shorter floats), and which class each of its channels is."""
+    """Write a 4-D NIfTI file (float32, the shortest floats it has) and the class of each of its channels."""
     planes = (plane for one in probabilities for plane in slices_of(file.in_file_order(one)))
     shape = (*file.shape[:3], len(probabilities))
     write_nifti(target.with_name(f"{target.name}.nii.gz"), planes, like=file, shape=shape, dtype=np.dtype(np.float32))
@@ -210,13 +215,13 @@ def _write_probabilities(
 
 
 def _reserve(file: IO[bytes], num_bytes: int) -> None:
-    """Take the room on disk now: a mapped file that finds none later kills the process without a word."""
+    """Reserve space on disk now: a mapped file that finds none later kills the process without a message."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
         except OSError as error:
             if error.errno in DISK_FULL:
-                raise  # others: a file system that knows no reserving
+                raise  # other errors: a file system that cannot reserve
 
 
 class _Bar:

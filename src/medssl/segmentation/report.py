@@ -41,12 +41,12 @@ def report_run(
 
     Args:
         trainer: The trainer, at the end of training.
-        method: What was trained.
+        method: The method that was trained.
         evaluator: Predicts and scores cases.
-        folder: Where everything is written.
-        plan: What the numbers are to be read with.
-        card: That of the network.
-        setting: What tells this run from others, but for its seed.
+        folder: The folder that everything is written to.
+        plan: The plan of the run, which the results state.
+        card: The card of the network.
+        setting: The entries that distinguish this run from others, besides its seed.
     """
     device, step = trainer.strategy.root_device, trainer.global_step
     if trainer.is_global_zero:
@@ -106,13 +106,13 @@ def report_run(
 
 
 def training_seconds(metrics: Path, batch_size: int) -> float:
-    """Time of all steps of a run, over all its parts, without validation."""
+    """Return the time of all steps of a run, over all its parts, without validation."""
     with metrics.open(newline="") as file:
         return sum(batch_size / float(row["samples_per_s"]) for row in csv.DictReader(file))
 
 
 def peak_memory_mb(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process, and of the GPU where there is one."""
+    """Return the peak memory of this process, and of the GPU where there is one."""
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes there, kilobytes elsewhere
     peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
     if device.type == "cuda":
@@ -121,7 +121,7 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
 
 
 def results_in_words(results: dict[str, Any], folder: RunFolder, pictures: Sequence[Path]) -> str:
-    """The table of a run, and where everything lies."""
+    """Return the table of a run, and the paths of its results."""
     split, labelled = results["split"], results["labelled"]
     heading = (
         f"{split['num_cases']} {split['evaluated_on']} cases of split {split['name']} [{split['hash']}],"

@@ -1,4 +1,4 @@
-"""From a volume to the class of each of its voxels, on its own grid."""
+"""The segmentation of a volume: the class of each of its voxels, on its own grid."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -25,9 +25,9 @@ class Averaged:
     """Class probabilities of windows: the mean over networks and flips of their softmax.
 
     Args:
-        networks: each gives logits (b k x y z) for windows (b c x y z).
-        flips: axes; every combination of flips along them is averaged over.
-        dtype: of automatic mixed precision; None leaves that to the surroundings.
+        networks: The networks; each gives logits (b k x y z) for windows (b c x y z).
+        flips: Axes of flips; predictions are averaged over every combination of flips along them.
+        dtype: The type of automatic mixed precision; None leaves that to the caller.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Averaged:
     def __call__(
         self, windows: Float[Tensor, "b c x y z"], coordinate: Float[Tensor, "b 3 x y z"] | None = None
     ) -> Float32[Tensor, "b k x y z"]:
-        """The probabilities of the windows; `coordinate` says where each voxel lies, for networks that take it."""
+        """Return the probabilities of the windows; `coordinate` places each voxel, for networks that take it."""
         total, own = None, self.dtype is not None
         for network in self.networks:
             for dims in self.flips:
@@ -61,7 +61,7 @@ class Averaged:
 
 @dataclass(frozen=True)
 class Member:
-    """A part of an ensemble: probabilities, the reading they want, and the weight they have."""
+    """A part of an ensemble: the networks that predict, their reading, and their weight in the mean."""
 
     predict: Predict
     reading: Reading
@@ -69,7 +69,7 @@ class Member:
 
 
 class NotFiniteError(ValueError):
-    """A network that gave NaN or infinity for a case."""
+    """The error of a network that gave NaN or infinity for a case."""
 
     def __init__(self, case: str) -> None:
         super().__init__(
@@ -94,23 +94,24 @@ def segment(
     on_window: Callable[[int, int], None] | None = None,
     probabilities: Float16[np.ndarray, "k x y z"] | None = None,
 ) -> Classes | None:
-    """The most probable class of every voxel of a case, by the mean of the members; None where it was stopped.
+    """Return the most probable class of every voxel of a case, by the mean of the members; None if it was stopped.
 
-    Slice by slice: what is held besides the result does not grow with the number of slices.
+    The work is done slice by slice: memory besides the result does not grow with the number of slices.
 
     Args:
-        members: networks, each with its own reading.
-        fetch: gives voxels of the case.
-        record: of the case.
-        num_classes: background included.
-        device: where images are drawn and predictions are summed.
-        overlap: share that windows have in common.
-        window_batch: windows a call of a network.
-        should_stop: asked after every batch of windows.
-        on_window: told how many windows are done, and of how many.
-        probabilities: array that receives the probabilities; written slice by slice.
+        members: Networks, each with its own reading.
+        fetch: The function that gives voxels of the case.
+        record: The record of the case.
+        num_classes: Number of classes, background included.
+        device: The device on which images are drawn and predictions are summed.
+        overlap: Share that neighbouring windows have in common.
+        window_batch: Windows per call of a network.
+        should_stop: Called after every batch of windows; True stops the work.
+        on_window: Called after every batch with the number of windows that are done, and the number of all.
+        probabilities: Array that receives the probabilities; written slice by slice.
 
-    Raises: NotFiniteError: a network gave NaN or infinity.
+    Raises:
+        NotFiniteError: A network gave NaN or infinity.
     """
     device = torch.device(device)
     windows = [SlidingWindow(m.reading.crop_voxel, overlap, batch_size=window_batch) for m in members]
@@ -171,7 +172,7 @@ def segment_volume(
     on_window: Callable[[int, int], None] | None = None,
     probabilities: Float16[np.ndarray, "k x y z"] | None = None,
 ) -> Classes | None:
-    """`segment` with one network, of a volume in memory (canonical RAS); `record_of` makes its record."""
+    """Call `segment` with one network, for a volume in memory (canonical RAS); `record_of` makes its record."""
     return segment(
         [Member(predict, reading)],
         fetch_from(voxels),
@@ -200,7 +201,7 @@ def segment_stored(
     on_window: Callable[[int, int], None] | None = None,
     probabilities: Float16[np.ndarray, "k x y z"] | None = None,
 ) -> Classes | None:
-    """`segment` with one network, of a case of a store, which is read slab by slab."""
+    """Call `segment` with one network, for a case of a store, which is read slab by slab."""
     return segment(
         [Member(predict, reading)],
         lambda lower, upper: store.read(case, 0, lower, upper).result(),
@@ -216,12 +217,16 @@ def segment_stored(
 
 
 def takes_coordinate(predict: Predict) -> bool:
-    """Whether networks want to know where in the body each voxel lies; `predict` then has a second argument for it."""
+    """Return whether networks need the place in the body of each voxel, as a second argument of `predict`."""
     return getattr(predict, "takes_coordinate", False)
 
 
 def _finite(slabs: Iterable[tuple[int, Tensor]], record: Record) -> Iterator[tuple[int, Tensor]]:
-    """The slabs. Raises: NotFiniteError: one of them holds NaN or infinity, which its sum then is too."""
+    """Yield the slabs, checked by their sums, which NaN or infinity in a slab makes NaN or infinity.
+
+    Raises:
+        NotFiniteError: A slab holds NaN or infinity.
+    """
     for first, slab in slabs:
         if not slab.sum().isfinite():
             raise NotFiniteError(record.case or record.source)
@@ -229,7 +234,7 @@ def _finite(slabs: Iterable[tuple[int, Tensor]], record: Record) -> Iterator[tup
 
 
 def _normalised(member: Member, record: Record, device: torch.device) -> Predict:
-    """The member's network behind its normalisation; mixed precision, where the caller is in it, for that alone."""
+    """Return the member's network behind its normalisation; the caller's mixed precision is for the network alone."""
     normalise = member.reading.normaliser(record)
     mixed, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     located = takes_coordinate(member.predict)

@@ -12,7 +12,7 @@ from medssl.data.reading import check_channels
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """What is predicted, by which networks, and how; checked.
+    """The checked settings of a prediction: which images, by which networks, and how.
 
     Args:
         weights: Files of the networks, whose predictions are averaged.
@@ -21,12 +21,12 @@ class PredictSettings:
         device: `auto`, `cpu` or `cuda`.
         flips: Axes (0 to 2) whose mirror images are averaged over.
         overlap: Share that neighbouring windows have in common.
-        window_batch: Windows a call of the network.
+        window_batch: Windows per call of the network.
         probabilities: Whether the probability of every class is written too.
         overwrite: Whether results that exist are replaced; they are skipped otherwise.
         include_labels: Whether images that look like label maps are predicted too.
-        channels: What is taken from images with several channels; None for what the card says.
-        modality: `ct` or `mr`; None for that of the card, or else what the voxels look like.
+        channels: The channels that are taken from images with several; None for those of the card.
+        modality: `ct` or `mr`; None for that of the card, or else that which the voxels look like.
         allow_modules: Packages whose networks a file may name.
     """
 
@@ -46,7 +46,7 @@ class PredictSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> "PredictSettings":
-        """Check a configuration.
+        """Return the settings of a configuration, checked.
 
         Raises:
             ValueError: A setting is missing or wrong, or names a file that is not there.

@@ -1,4 +1,4 @@
-"""Sliding-window prediction that hands on finished slabs: it holds predictions for one window's height, not for all."""
+"""Sliding-window prediction by slabs: it holds predictions for the height of one window, not for the whole image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -24,9 +24,9 @@ class SlidingWindow:
     Places, padding and weights are those of MONAI's `SlidingWindowInferer(mode="gaussian")`.
 
     Args:
-        window_voxel: sides of the window along x, y, z.
-        overlap: share of the window that neighbours have in common, in [0, 1).
-        batch_size: windows a call of the network.
+        window_voxel: Sides of the window along x, y, z.
+        overlap: Share of the window that neighbours have in common, in [0, 1).
+        batch_size: Windows per call of the network.
     """
 
     def __init__(self, window_voxel: Sequence[int], overlap: float = 0.5, *, batch_size: int = 2) -> None:
@@ -37,14 +37,14 @@ class SlidingWindow:
         self.overlap, self.batch_size = overlap, batch_size
 
     def num_windows(self, sides: Sequence[int]) -> int:
-        """Windows on an image of these sides."""
+        """Return the number of windows on an image of these sides."""
         x, y, z = (len(starts) for starts in self._starts(sides))
         return x * y * z
 
     def __call__(
         self, image: Float[Tensor, "c x y z"], predict: Predict, *, on_window: Callable[[int], None] | None = None
     ) -> Float32[Tensor, "k x y z"]:
-        """The class probabilities of a whole image; one smaller than the window is padded with zeros on both sides."""
+        """Return the class probabilities of a whole image; a small one is padded with zeros on both sides."""
         sides = [max(n, w) for n, w in zip(image.shape[1:], self.window, strict=True)]
         before = [(side - n) // 2 for side, n in zip(sides, image.shape[1:], strict=True)]
         after = [side - n - b for side, n, b in zip(sides, image.shape[1:], before, strict=True)]
@@ -64,15 +64,15 @@ class SlidingWindow:
         *,
         on_window: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, Float32[Tensor, "k x y height"]]]:
-        """Class probabilities from the first slice to the last: number of the first slice of a slab, and the slab.
+        """Yield slabs of class probabilities from the first slice to the last, each with the number of its first slice.
 
-        A slab is a view of memory that is used again: it holds until the next one is asked for.
+        A slab is a view of memory that is used again: it is valid until the next one is taken.
 
         Args:
-            layer: gives slices of the image; asked for one window's height at a time, upwards.
-            sides: of the image, none shorter than the window.
-            predict: the network.
-            on_window: is told after each batch how many windows it held.
+            layer: The function that gives slices of the image; called for one window's height at a time, upwards.
+            sides: Sides of the image, none shorter than the window.
+            predict: The network.
+            on_window: Called after each batch with the number of its windows.
         """
         yield from self._run(layer, _Sums(sides, depth=self.window[2]), predict, on_window)
 
@@ -96,7 +96,7 @@ class SlidingWindow:
                     raise ValueError(f"the network must give maps (b k x y z) of the window's sides, got {shapes}")
                 for (x, y), prediction in zip(places, predictions, strict=True):
                     sums.add(prediction.float(), importance, (x, y, z))
-                del windows, predictions, prediction  # or they would lie beside the next batch
+                del windows, predictions, prediction  # frees their memory before the next batch
                 if on_window is not None:
                     on_window(len(places))
             yield from sums.finished(z, following)
@@ -106,7 +106,11 @@ class SlidingWindow:
 
 
 def check_windows(overlap: object, batch_size: object) -> None:
-    """Raise a ValueError for what cannot be an overlap of windows or a number of them."""
+    """Check the overlap of windows and the number of windows in a batch.
+
+    Raises:
+        ValueError: The overlap does not lie in [0, 1), or the number is not a whole number from 1 up.
+    """
     if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0 <= overlap < 1:
         raise ValueError(f"overlap must lie in [0, 1), got {overlap!r}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -114,7 +118,7 @@ def check_windows(overlap: object, batch_size: object) -> None:
 
 
 class _Sums:
-    """Weighted sums of predictions on the `depth` slices of z that windows still touch, in a ring."""
+    """Weighted sums of predictions on the `depth` slices of z that windows still touch, in a ring buffer."""
 
     def __init__(self, sides: Sequence[int], *, depth: int) -> None:
         self.sides, self.depth = tuple(sides), depth
@@ -134,7 +138,7 @@ class _Sums:
             self.weights[x, y, ring] += weight[..., window]
 
     def finished(self, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """The means of slices that no window touches any more; their place is free afterwards."""
+        """Yield the means of slices that no window touches any more; their place is free afterwards."""
         for ring, part in self._pieces(first, last):
             values, weights = self.values[..., ring], self.weights[..., ring]
             yield first + part.start, values.div_(weights)
@@ -143,7 +147,7 @@ class _Sums:
                 weights.zero_()
 
     def _pieces(self, first: int, last: int) -> Iterator[tuple[slice, slice]]:
-        """Where slices lie in the ring: one piece, or two where they run over its end."""
+        """Yield the places of slices in the ring: one piece, or two if they run over its end."""
         done = 0
         while first + done < last:
             start = (first + done) % self.depth
@@ -153,7 +157,7 @@ class _Sums:
 
 
 def window_starts(side: int, window: int, overlap: float) -> list[int]:
-    """Where windows start along an axis: equal steps, the last one moved back to end with the axis."""
+    """Return the starts of windows along an axis: equal steps, the last window moved back to end with the axis."""
     if side < window:
         raise ValueError(f"a side of {side} voxels is shorter than the window of {window}; pad the image first")
     step = window if side == window else max(1, int(window * (1 - overlap)))
@@ -161,7 +165,7 @@ def window_starts(side: int, window: int, overlap: float) -> list[int]:
 
 
 def importance_map(window: Sequence[int], device: torch.device | str = "cpu") -> Float32[Tensor, "x y z"]:
-    """The weight of each voxel of a window: a Gaussian about its middle, nowhere below 0.001."""
+    """Return the weight of each voxel of a window: a Gaussian about its middle, nowhere below 0.001."""
     axes = []
     for side in window:
         offset = torch.arange(side, dtype=torch.float32, device=device) - (side - 1) / 2

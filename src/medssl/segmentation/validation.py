@@ -1,4 +1,4 @@
-"""Validation of a segmentation run: whole cases by sliding window, every so often; the best weights are kept."""
+"""Validation of a segmentation run: whole cases by sliding window, at regular steps; the best weights are kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +23,14 @@ class Validation(StepCallback):
     A stop signal ends it between two windows; the resumed run then begins with this validation.
 
     Args:
-        evaluator: predicts and scores.
-        cases: numbers of the validation cases; with none nothing is done.
-        every: steps between two validations, None for none.
-        metrics: the table that gets the mean Dice.
-        best: file of the best weights.
-        card: of that file.
-        figures: folder of the pictures.
-        signals: of the run.
+        evaluator: The evaluator that predicts and scores.
+        cases: Numbers of the validation cases; without any, nothing is done.
+        every: Steps between two validations, None for none.
+        metrics: The table that gets the mean Dice.
+        best: File of the best weights.
+        card: Card of that file.
+        figures: Folder of the pictures.
+        signals: The stop signals of the run.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class Validation(StepCallback):
         self.best, self.card, self.figures, self.signals = best, card, figures, signals
 
     def start(self, trainer: L.Trainer) -> None:
-        """Do the validation that a stop signal cut short."""
+        """Run the validation that a stop signal interrupted."""
         module = trainer.lightning_module
         assert isinstance(module, MethodModule)
         if self.step and self._due(trainer) and int(self._method(module).validated_step) != self.step:
             self._validate(trainer, module)
 
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
-        """Validate where it is time to."""
+        """Validate if this step is due."""
         if self._due(trainer) and not self._is_stopping(trainer):
             self._validate(trainer, module)
 
     def _is_stopping(self, trainer: L.Trainer) -> bool:
-        """Whether a rank was asked to stop: all of them validate, or none."""
+        """Return whether a rank was asked to stop: all of them validate, or none."""
         return trainer.strategy.reduce_boolean_decision(bool(self.signals.requested), all=False)
 
     def _due(self, trainer: L.Trainer) -> bool:
@@ -107,7 +107,7 @@ class Validation(StepCallback):
 def write_pictures(
     pictures: Sequence[CasePicture], folder: Path, *, name: str, step: int, num_classes: int
 ) -> list[Path]:
-    """Save the worst and the best case as `NAME-worst-STEP.png` and `NAME-best-STEP.png`; the paths."""
+    """Save the worst and the best case as `NAME-worst-STEP.png` and `NAME-best-STEP.png`, and return the paths."""
     paths = []
     for which, picture in zip(("worst", "best")[: len(pictures)], pictures, strict=True):
         path = folder / f"{name}-{which}-{step:07d}.png"
