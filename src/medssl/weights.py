@@ -45,7 +45,7 @@ class LoadReport:
 
     @property
     def fits(self) -> bool:
-        """Return whether every tensor of the part came from the file, and all of the file's were used or left out."""
+        """Whether every tensor of the part came from the file, and all of the file's were used or left out by rule."""
         return not (self.missing or self.unexpected or self.ill_shaped)
 
     def __str__(self) -> str:
