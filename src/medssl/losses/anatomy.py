@@ -294,7 +294,7 @@ def _mine_coarse(
     mining: CoarseMining,
     noise: Float[Tensor, "most hard"],
 ) -> tuple[Rows, Bool[Tensor, "row voxel"] | None]:
-    """Return the comparisons of one pair and the ignored voxels of each row; None where voxels are their own positive."""
+    """Return the comparisons of one pair and the ignored voxels of each row; None where voxels are own positives."""
     half, all_near = len(vectors) // 2, distances(place, place)
     queries, positives = [], []
     for first, second, height_mm in ((0, half, mining.height_mm[0]), (half, 0, mining.height_mm[1])):

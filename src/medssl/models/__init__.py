@@ -1,1 +1,1 @@
-"""Encoders, decoders and heads, one family a file."""
+"""Encoders, decoders and heads, one family in each file."""

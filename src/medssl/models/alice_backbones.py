@@ -1,4 +1,4 @@
-"""What Alice needs of a network: tokens of a masked crop at two depths, and the crop back again."""
+"""The backbone of Alice: a network that gives tokens of a masked crop at two depths and reconstructs the crop."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ MASK_MODES = ("zero", "token")
 
 
 class BackboneOutput(NamedTuple):
-    """Mean bottleneck token, bottleneck, first (coarsest) decoded map, and image of a batch of crops."""
+    """Mean bottleneck token, bottleneck, first (coarsest) decoded map and reconstruction of a batch of crops."""
 
     pooled: Float[Tensor, "batch cb"]
     bottleneck: Float[Tensor, "batch cb i j k"]
@@ -27,10 +27,10 @@ class Backbone(nn.Module):
     """Encoder and decoder, as a segmenter takes them, and one convolution that reconstructs the image.
 
     Args:
-        encoder: gives maps described by its `channels` and `strides`; the last is the bottleneck.
-        decoder: gives decoded maps, fine to coarse; the last of them was made first.
-        mask_mode: `zero` sets masked voxels to 0; `token` puts the encoder's mask token in the place of masked tokens
-            besides, for encoders that take `masked`.
+        encoder: Network of maps described by its `channels` and `strides`; the last map is the bottleneck.
+        decoder: Network of decoded maps, fine to coarse; the coarsest is the first that it computes.
+        mask_mode: `zero` sets masked voxels to 0. `token` also replaces masked tokens by the encoder's mask token, for
+            encoders that take `masked`.
 
     The attributes `bottleneck_channels` and `decoded_channels` hold the widths of the two token maps.
 
@@ -56,10 +56,10 @@ class Backbone(nn.Module):
         image: Float[Tensor, "batch channel x y z"],
         mask: Bool[Tensor, "#batch 1 i j k"] | Float[Tensor, "#batch 1 i j k"] | None = None,
     ) -> BackboneOutput:
-        """Run the crops without what `mask` (1 or true = masked, on any grid that divides the crop) covers.
+        """Run the crops without the voxels that `mask` covers (1 or true = masked, on any grid that divides the crop).
 
         Raises:
-            ValueError: the crop is no multiple of the grid of the mask, or does not fit the encoder.
+            ValueError: The crop is no multiple of the grid of the mask, or does not fit the encoder.
         """
         options: dict[str, Tensor] = {}
         if mask is not None:
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         return BackboneOutput(bottleneck.mean((2, 3, 4)), bottleneck, decoded[-1], self.reconstruction(decoded[0]))
 
     def parts(self) -> dict[str, nn.Module]:
-        """The named networks that a file holds."""
+        """Return the networks that a file holds, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder, "reconstruction": self.reconstruction}
 
 
@@ -90,10 +90,10 @@ def build_backbone(
     mask_mode: str = "zero",
     allow_modules: Sequence[str] = (),
 ) -> Backbone:
-    """A backbone with fresh weights from the recipes of a segmenter's encoder and decoder (`configs/model`).
+    """Build a backbone with fresh weights from the recipes of a segmenter's encoder and decoder (`configs/model`).
 
     Raises:
-        ValueError: a class outside the trusted packages, or networks that do not fit together.
+        ValueError: A class lies outside the trusted packages, or the networks do not fit together.
     """
     in_channels = encoder.get("net", encoder).get("in_channels", 1)
     built_encoder, built_decoder, _ = build_networks(

@@ -19,19 +19,19 @@ class HeadOutput(NamedTuple):
 
 
 class AliceHead(nn.Module):
-    """Projects the pooled vector, the bottleneck and the first decoder map of a backbone onto prototypes.
+    """Head that projects the pooled vector, the bottleneck and the first decoder map of a backbone onto prototypes.
 
-    Tokens go through a linear layer of their map first; all go through one MLP and a normalisation. Tokens meet
-    prototypes of their own, `token_layer`, or those of the crop where `shared` is set.
+    Tokens first go through a linear layer of their map; then all vectors go through one MLP and a normalisation.
+    Tokens are compared with prototypes of their own, `token_layer`, or with those of the crop where `shared` is set.
 
     Args:
-        bottleneck_channels: of the bottleneck, and of the pooled vector.
-        decoded_channels: of the first decoder map.
-        hidden_dim: of the MLP.
-        bottleneck_dim: of the vectors that are compared with prototypes.
-        num_prototypes: of each set.
-        init_std: of the MLP; narrow heads want 0.1 (see `ProjectionHead`).
-        shared: one set of prototypes for crops and tokens.
+        bottleneck_channels: Channels of the bottleneck and of the pooled vector.
+        decoded_channels: Channels of the first decoder map.
+        hidden_dim: Width of the MLP.
+        bottleneck_dim: Width of the vectors that are compared with prototypes.
+        num_prototypes: Number of prototypes in each set.
+        init_std: Standard deviation of the MLP's first weights; narrow heads need 0.1 (see `ProjectionHead`).
+        shared: Whether crops and tokens share one set of prototypes.
 
     Source: repository alibaba-damo-academy/alice, models/head.py.
     """
@@ -65,7 +65,7 @@ class AliceHead(nn.Module):
         bottleneck: Float[Tensor, "batch channel i j k"],
         decoded: Float[Tensor, "batch width p q r"],
     ) -> HeadOutput:
-        """Logits between -1 and 1."""
+        """Return logits between -1 and 1."""
         maps = [bottleneck.flatten(2).mT, decoded.flatten(2).mT]  # (batch token channel)
         tokens = [layer(x) for layer, x in zip((self.bottleneck_layer, self.decoded_layer), maps, strict=True)]
         crops = self.projector(pooled)
@@ -75,14 +75,14 @@ class AliceHead(nn.Module):
         return HeadOutput(crops, *prototypes(embedded).unflatten(0, (len(pooled), -1)).split(counts, dim=1))
 
     def last_layers(self) -> list[nn.Module]:
-        """The layers that hold prototypes."""
+        """Return the layers that hold prototypes."""
         return [layer for layer in (self.projector.last_layer, self.token_layer) if layer is not None]
 
     def teacher(self, *, shared: bool) -> "AliceHead":
-        """A frozen copy. A shared one has one set of prototypes, which starts as those of the tokens.
+        """Return a frozen copy; with `shared` it has one set of prototypes, which starts as that of the tokens.
 
-        So it is in the released code: its teacher takes the token prototypes on loading, and the moving average then
-        draws them towards those of the crops.
+        The released code does the same: its teacher takes the token prototypes on loading, and the moving average then
+        moves them towards those of the crops.
         """
         copy = frozen_copy(self)
         if shared and copy.token_layer is not None:

@@ -1,4 +1,4 @@
-"""The decoder of the attention U-Net: what comes from below says where each skip is let through."""
+"""The decoder of the attention U-Net: the up-sampled map decides where each skip passes."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from medssl.models.skip_decoder import SkipDecoder
 
 
 class AttentionGate(nn.Module):
-    """Multiplies a skip by a number from 0 to 1 a voxel, which the skip and the up-sampled map determine together.
+    """Gate that multiplies each voxel of a skip by a weight from 0 to 1, computed from skip and up-sampled map.
 
-    Both are projected to half the channels by a 1x1 convolution with norm; their rectified sum is projected to one
-    channel with norm, whose logistic function is the number.
+    Both maps are projected to half the channels by a 1x1 convolution with norm. Their rectified sum is projected to
+    one channel with norm, and the logistic function of that is the weight.
 
     Args:
-        channels: of both maps.
-        spatial_dims: 2 or 3.
-        norm: after each convolution, `batch`, `instance` or `group`.
+        channels: Channels of both maps.
+        spatial_dims: Number of spatial axes, 2 or 3.
+        norm: Norm after each convolution: `batch`, `instance` or `group`.
 
     Source: arXiv:1804.03999, eq. 1 and 2, with the gating signal at the resolution of the skip.
     """
@@ -41,7 +41,7 @@ class AttentionGate(nn.Module):
     def forward(
         self, up: Float[Tensor, "batch channel *spatial"], skip: Float[Tensor, "batch channel *spatial"]
     ) -> Float[Tensor, "batch channel *spatial"]:
-        """The skip, weighted voxel by voxel."""
+        """Return the skip, weighted voxel by voxel."""
         return skip * torch.sigmoid(self.to_weight(torch.relu(self.from_up(up) + self.from_skip(skip))))
 
 
@@ -50,7 +50,7 @@ class AttentionUNetDecoder(SkipDecoder):
 
     Gates of blocks that are not run are not trained either.
 
-    Source: arXiv:1804.03999; as one of the backbones of arXiv:2309.11876, fig. 6.
+    Source: arXiv:1804.03999; one of the backbones of arXiv:2309.11876, fig. 6.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class AttentionUNetDecoder(SkipDecoder):
     def skip(
         self, level: int, up: Float[Tensor, "batch channel *spatial"], encoded: Float[Tensor, "batch channel *spatial"]
     ) -> Float[Tensor, "batch channel *spatial"]:
-        """The encoder's map through the gate of that level."""
+        """Return the encoder's map after the gate of that level."""
         return self.gates[level](up, encoded)
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights, those of slices fitted to volumes as `MACLUNetDecoder` does."""
+        """Return the same weights, those of slices fitted to volumes as in `MACLUNetDecoder`."""
         return fit_axes(tensors, self)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 class CAFA(nn.Module):
     """One cross-attention layer: attention, residual, norm; two linear layers, residual, norm.
 
-    There is no position in it, so the order of the context does not matter. Called CASA in the released code.
+    It takes no positions, so the order of the context does not matter. The released code calls it CASA.
 
     Args:
-        dim: width of queries and context.
-        hidden_dim: of the two linear layers.
-        num_heads: attention heads.
-        head_dim: width of one head.
-        dropout: of attention weights and of both residual branches.
+        dim: Width of queries and context.
+        hidden_dim: Width between the two linear layers.
+        num_heads: Number of attention heads.
+        head_dim: Width of one head.
+        dropout: Dropout rate of attention weights and of both residual branches.
 
     Source: arXiv:2302.05615; repository alibaba-damo-academy/alice, CASA/CASA_Module.py.
     """
@@ -41,7 +41,7 @@ class CAFA(nn.Module):
     def forward(
         self, queries: Float[Tensor, "batch token dim"], context: Float[Tensor, "batch source dim"]
     ) -> Float[Tensor, "batch token dim"]:
-        """The queries after attending to the context, normed."""
+        """Return the queries after attending to the context, normed."""
         query, key, value = (
             layer(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (batch head token head_dim)
             for layer, tokens in ((self.query, queries), (self.key, context), (self.value, context))

@@ -21,13 +21,13 @@ LAYERS = (
     *(("downsample3.", 1, 1, 8), ("downsample3.", 2, 1, 8), ("downsample3.", 3, 2, 16)),
     *(("", 3, 1, 16), ("", 4, 2, 32)),
 )
-"""Block, number in it, stride, and voxels of the image between two of the layer's."""
+"""Block, number in the block, stride, and voxels of the image between two voxels of the layer."""
 MAP_AFTER = (0, 1, 4, 7, 11, 12)
 """Layers whose output is one of the maps."""
 
 
 class Places(NamedTuple):
-    """Where the samples of a batch lie: the rows of `coordinate`, or every voxel of it."""
+    """Places of the samples of a batch: the rows of `coordinate`, or every voxel of it."""
 
     coordinate: Tensor  # (place 3), or (batch 3 x y z)
     counts: tuple[int, ...] = ()  # samples of each place, in the order of the samples
@@ -43,11 +43,11 @@ class ConditionalConv(nn.Module):
     """A 3x3x3 convolution with experts' kernels (`weight`), one bias, and a router from a coordinate to gates.
 
     Args:
-        in_channels: of its input.
-        out_channels: of its output.
-        stride: of the convolution.
-        step: voxels of the image between two of the output.
-        num_experts: kernels.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the convolution.
+        step: Voxels of the image between two of the output.
+        num_experts: Number of kernels.
         init: `official` draws kernels and bias from +-1 / sqrt(27 in_channels out_channels), as released: with an axis
             of experts in front, the output channels were counted as inputs. `per_expert` draws them from
             +-1 / sqrt(27 in_channels), as a plain convolution does.
@@ -70,7 +70,7 @@ class ConditionalConv(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channel x y z"], places: Places, *, gates: Tensor | None, impl: str
     ) -> Float[Tensor, "batch width i j k"]:
-        """Filtered for the place of each sample (`gates`), or without gates of each voxel."""
+        """Filter each sample with the kernel of its place (`gates`), or without gates with that of each voxel."""
         if gates is None:
             step = self.step
             return convolve_voxelwise(
@@ -91,20 +91,20 @@ class ConditionedEncoder(nn.Module):
     """Thirteen location-conditioned convolutions, each with batch norm and ELU; five halvings.
 
     A location is a coordinate of three numbers in [-1, 1] with one meaning for all subjects. Names of tensors are those
-    of published files but for the routers. The maps come after conv1, conv2, downsample1, downsample2, conv3 and conv4.
-    It was released for patches of 32 voxels of 1 mm, which end in a single voxel.
+    of published files except for the routers. The maps come after conv1, conv2, downsample1, downsample2, conv3 and
+    conv4. It was released for patches of 32 voxels of 1 mm, which end in a single voxel.
 
     Args:
-        in_channels: of the image.
-        widths: channels after conv1, conv2, the three downsampling blocks and conv3.
-        rep_dim: channels after conv4, which are those of the representation.
-        num_experts: kernels of each convolution; with 1 the location only scales it.
-        init: `official` or `per_expert`, see `ConditionalConv`.
-        impl: how kernels and samples are brought together: `plain` (a convolution for each place), `grouped` (one, with
-            a group for each sample), `mixture` (all experts, then their sum), `loop` (a convolution for each sample) or
-            `auto`, the fastest for each layer. All give the same, and a map of locations has one way of its own.
-        num_maps: 6, or 5 for a network without conv4, which has no representation: for dense prediction, where sides
-            then need be multiples of 16 only.
+        in_channels: Channels of the image.
+        widths: Channels after conv1, conv2, the three downsampling blocks and conv3.
+        rep_dim: Channels after conv4, which are those of the representation.
+        num_experts: Kernels of each convolution; with 1 the location only scales it.
+        init: Initialisation, `official` or `per_expert`, see `ConditionalConv`.
+        impl: Implementation: `plain` (a convolution for each place), `grouped` (one convolution, with a group for each
+            sample), `mixture` (all experts, then their sum), `loop` (a convolution for each sample) or `auto`, the
+            fastest for each layer. All give the same result. A map of locations has an implementation of its own.
+        num_maps: 6, or 5 for a network without conv4. With 5 it has no representation and serves dense prediction,
+            where sides must be multiples of 16 only.
 
     Source: arXiv:2302.10390; repository batmanlab/DrasCLR, models/cnn3d.py.
     """
@@ -153,16 +153,16 @@ class ConditionedEncoder(nn.Module):
         coordinate: Tensor | None = None,
         index: Int[Tensor, " batch"] | None = None,
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """The maps, fine to coarse.
+        """Return the maps, fine to coarse.
 
         Args:
-            image: any size; the maps have a stride of 1, 2, 4, ... voxels.
-            coordinate: that of each place (u 3), or of every voxel of the image (b 3 x y z): every layer takes those
-                of the voxels that its own are centred on. None is the middle, coordinate 0, everywhere.
-            index: each sample's place, a row of `coordinate`. Without it there is a place for each sample, or one.
+            image: Image of any size; the maps have a stride of 1, 2, 4, ... voxels.
+            coordinate: Coordinate of each place (u 3), or of every voxel of the image (b 3 x y z); every layer takes
+                those of the voxels that its own are centred on. None is the middle, coordinate 0, everywhere.
+            index: Each sample's place, a row of `coordinate`. Without it there is a place for each sample, or one.
 
         Raises:
-            ValueError: the shapes do not fit together, or a coordinate is no number or far outside [-1, 1].
+            ValueError: The shapes do not fit together, or a coordinate is no number or far outside [-1, 1].
         """
         places = self._places(image, coordinate, index)
         maps = self._maps(image, places)
@@ -174,10 +174,12 @@ class ConditionedEncoder(nn.Module):
         coordinate: Tensor | None = None,
         index: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch dim"]:
-        """The last map, averaged over its voxels (one, for images of up to 32 voxels). Arguments as of `forward`.
+        """Return the last map, averaged over its voxels (one voxel for images of up to 32 voxels).
+
+        The arguments are those of `forward`.
 
         Raises:
-            ValueError: as in `forward`, or the network has no conv4.
+            ValueError: The network has no conv4, or `forward` would refuse the arguments.
         """
         if len(self.channels) < 6:
             raise ValueError("this encoder was built without conv4 (num_maps=5) and has no representation; use 6 maps")
@@ -186,7 +188,7 @@ class ConditionedEncoder(nn.Module):
         return pooled if places.order is None else pooled[places.order.argsort()]
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights with the first convolution fitted to this network's channels, and conv4 if it has one."""
+        """Return the weights with the first convolution fitted to this network's channels, and conv4 if it has one."""
         fitted = dict(tensors)
         weight = fitted.get("conv1.weight")
         if weight is not None and weight.ndim == 6:
@@ -196,7 +198,7 @@ class ConditionedEncoder(nn.Module):
         return {key: tensor for key, tensor in fitted.items() if not key.startswith(last)}
 
     def _places(self, image: Tensor, coordinate: Tensor | None, index: Tensor | None) -> Places:
-        """The places of a batch, checked, with those that no sample has left out."""
+        """Check the places of a batch and return those that have samples."""
         batch = len(image)
         if image.shape[1] != self.in_channels:
             raise ValueError(f"the encoder reads {self.in_channels} channels, the image has {image.shape[1]}")
@@ -234,7 +236,7 @@ class ConditionedEncoder(nn.Module):
         return Places(coordinate[used], counts, None if rows == sorted(rows) else index.argsort(stable=True))
 
     def _maps(self, image: Tensor, places: Places) -> list[Tensor]:
-        """The maps in the order of the places."""
+        """Return the maps in the order of the places."""
         x = image if places.order is None else image[places.order]
         layers = [
             (self.get_submodule(f"{block}conv{number}"), self.get_submodule(f"{block}bn{number}"))
@@ -248,7 +250,7 @@ class ConditionedEncoder(nn.Module):
         return maps
 
     def _gates(self, convs: Sequence[nn.Module], places: Places) -> Sequence[Tensor | None]:
-        """Gates of the places for each layer, all routers at once; None where every voxel has its own."""
+        """Return gates of the places for each layer, all routers at once; None where every voxel has its own."""
         if places.is_map:
             return [None] * len(convs)
         routers: list[nn.Linear] = [conv.router for conv in convs]  # type: ignore[misc]

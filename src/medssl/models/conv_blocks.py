@@ -1,4 +1,4 @@
-"""What the pooled U-Nets of slices and volumes are made of: convolution blocks, steps of their maps, inflation."""
+"""Parts of the pooled U-Nets of slices and volumes: convolution blocks, steps of their maps, inflation of kernels."""
 
 import math
 from collections import OrderedDict
@@ -21,10 +21,10 @@ BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def norm_layer(channels: int, *, spatial_dims: int, norm: str) -> nn.Module:
-    """Batch, instance or group norm, each with a weight and a bias a channel.
+    """Build a batch, instance or group norm with a weight and a bias for each channel.
 
     Raises:
-        ValueError: there is no such norm.
+        ValueError: There is no such norm.
     """
     choice("norm", norm, NORMS)
     if norm == "batch":
@@ -35,7 +35,7 @@ def norm_layer(channels: int, *, spatial_dims: int, norm: str) -> nn.Module:
 
 
 def conv_block(in_channels: int, out_channels: int, *, spatial_dims: int, norm: str) -> nn.Sequential:
-    """Convolution with bias, norm, leaky rectifier in place."""
+    """Build a convolution with bias, a norm and a leaky rectifier in place."""
     conv = CONVOLUTIONS[spatial_dims](in_channels, out_channels, 3, padding=1)
     layer = norm_layer(out_channels, spatial_dims=spatial_dims, norm=norm)
     return nn.Sequential(OrderedDict(conv=conv, norm=layer, act=nn.LeakyReLU(SLOPE, inplace=True)))
@@ -50,12 +50,12 @@ def initialise(module: nn.Module) -> None:
 
 
 def pooled(x: Float[Tensor, "batch channel *spatial"], step: Sequence[int]) -> Float[Tensor, "batch channel *coarse"]:
-    """The largest value of every cell of `step` voxels, two or three axes."""
+    """Return the largest value of every cell of `step` voxels, along two or three axes."""
     return F.max_pool3d(x, tuple(step)) if x.ndim == 5 else F.max_pool2d(x, tuple(step))
 
 
 def inflated(kernel: Float[Tensor, "out channel side side"]) -> Float[Tensor, "out channel side side side"]:
-    """The kernel (odd sides) in the middle plane of the last axis, zeros in the others."""
+    """Return the kernel (odd sides) in the middle plane of a new last axis, with zeros in the other planes."""
     half = kernel.shape[-1] // 2
     return F.pad(kernel[..., None], (half, half))
 
@@ -63,10 +63,10 @@ def inflated(kernel: Float[Tensor, "out channel side side"]) -> Float[Tensor, "o
 def steps_of(
     strides: Sequence[int | Sequence[int]] | None, *, num_maps: int, spatial_dims: int
 ) -> list[tuple[int, ...]]:
-    """One step an axis for each map: an integer stands for all axes, None for a first 1 and then 2.
+    """Return one step along each axis for each map; an integer stands for all axes, None for 1 and then 2.
 
     Raises:
-        ValueError: an entry is missing or has another number of axes, or the first is not 1.
+        ValueError: An entry is missing or has another number of axes, or the first is not 1.
     """
     entries: list[Any] = [1] + [2] * (num_maps - 1) if strides is None else list(strides)
     steps = [(entry,) * spatial_dims if isinstance(entry, int) else tuple(entry) for entry in entries]
@@ -80,7 +80,7 @@ def steps_of(
 
 
 def strides_of(steps: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Product of the steps up to each map."""
+    """Return the product of the steps up to each map."""
     done = [steps[0]]
     for step in steps[1:]:
         done.append(tuple(a * b for a, b in zip(done[-1], step, strict=True)))
@@ -88,7 +88,11 @@ def strides_of(steps: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
 
 
 def check_image(image: Float[Tensor, "batch channel *spatial"], stride: Sequence[int]) -> None:
-    """Raise a ValueError where an image has other axes than `stride`, or sides that are no multiples of it."""
+    """Check that an image fits a network of the coarsest stride `stride`.
+
+    Raises:
+        ValueError: The image has another number of axes than `stride`, or sides that are no multiples of it.
+    """
     size = tuple(image.shape[2:])
     if len(size) != len(stride) or any(side % step for side, step in zip(size, stride, strict=True)):
         raise ValueError(f"an image of {size} voxels does not fit; sides must be multiples of {tuple(stride)}")

@@ -1,4 +1,4 @@
-"""Projection heads."""
+"""Projection heads: prototypes of self-distillation, and the MLP of contrastive methods."""
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,14 @@ class PrototypeLayer(nn.Module):
         nn.init.uniform_(self.weight_v, -(in_dim**-0.5), in_dim**-0.5)
 
     def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch prototype"]:
-        """Logits."""
+        """Return logits, one for each prototype."""
         return F.linear(features, self.weight_g * F.normalize(self.weight_v, dim=1))
 
 
 class ProjectionHead(nn.Module):
-    """MLP, L2-normalisation, prototypes: the head of self-distillation. No batch statistics.
+    """The head of self-distillation: MLP, L2-normalisation and prototypes, without batch statistics.
 
-    Narrow heads want `init_std=0.1`: at 0.02 the bottleneck before the normalisation is so short that the first
+    Narrow heads need `init_std=0.1`: at 0.02 the bottleneck before the normalisation is so short that the first
     gradients explode.
 
     Source: arXiv:2104.14294.
@@ -57,11 +57,11 @@ class ProjectionHead(nn.Module):
         self.last_layer = PrototypeLayer(bottleneck_dim, num_prototypes)
 
     def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch prototype"]:
-        """Logits, one a prototype."""
+        """Return logits, one for each prototype."""
         return self.last_layer(self.embed(features))
 
     def embed(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch bottleneck"]:
-        """Vectors of unit length, which the prototypes are compared with."""
+        """Return vectors of unit length, which are compared with the prototypes."""
         bottleneck = self.mlp(features)
         eps = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12  # 1e-12 is zero in half precision
         return F.normalize(bottleneck, dim=1, eps=eps)
@@ -78,5 +78,5 @@ class MLPHead(nn.Module):
         self.fc = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
     def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch out"]:
-        """Vectors that are not normalised."""
+        """Return vectors that are not normalised."""
         return self.fc(features)

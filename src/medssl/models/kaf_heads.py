@@ -1,4 +1,4 @@
-"""What KAF trains besides its encoder: embeddings of image and keypoints, and the tokens that are matched."""
+"""The heads of KAF: embeddings of image and keypoints, and the tokens that are matched."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from medssl.models.keypoint_attention import TokenBatchNorm, token_mlp
 
 
 class KAFEmbeddings(NamedTuple):
-    """Embeddings of a batch of views, not normalised, and fused tokens (0 where there is none)."""
+    """Embeddings of a batch of views, not normalised, and fused tokens (0 where there is no keypoint)."""
 
     image: Float[Tensor, "batch embed"]
     keypoints: Float[Tensor, "batch embed"]
@@ -23,11 +23,11 @@ class KAFHeads(nn.Module):
     """The bottleneck head, the fusion of the levels' tokens, and the head of their mean.
 
     Args:
-        bottleneck_channels: of the encoder's last map.
-        token_channels: of the encoder's tokens, all levels together.
-        dim: of the fused tokens.
-        embed_dim: of all embeddings.
-        local: whether single keypoints are embedded too.
+        bottleneck_channels: Channels of the encoder's last map.
+        token_channels: Channels of the encoder's tokens, summed over all levels.
+        dim: Width of the fused tokens.
+        embed_dim: Width of all embeddings.
+        local: Whether single keypoints are embedded as well.
 
     Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
     """
@@ -49,7 +49,7 @@ class KAFHeads(nn.Module):
         self.local = token_mlp((dim, dim, embed_dim)) if local else None
 
     def forward(self, output: KAFOutput) -> KAFEmbeddings:
-        """Embeddings of a batch.
+        """Return the embeddings of a batch.
 
         A view without keypoints has a keypoint embedding of zeros, and no share in the batch norm of the others.
         """

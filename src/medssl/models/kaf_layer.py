@@ -1,4 +1,4 @@
-"""The keypoint-augmented fusion layer: features at keypoints, attention among them, and a map of what they learnt."""
+"""The keypoint-augmented fusion layer: features at keypoints, attention among them, and a map of the result."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -23,20 +23,20 @@ class Keypoints(NamedTuple):
     packing: Packing
 
     def voxel(self, stride: Sequence[int]) -> Int[Tensor, "token axis"]:
-        """The voxel of each in a map of this stride: that which holds the voxel next to the point."""
+        """Return the voxel of each keypoint in a map of this stride: the one that holds the image's nearest voxel."""
         nearest = nearest_voxel(self.points).long()
         return nearest.div(nearest.new_tensor(stride), rounding_mode="floor")
 
 
 def nearest_voxel(points: Float[Tensor, "*row axis"]) -> Float[Tensor, "*row axis"]:
-    """The voxel that holds each point, as a whole number."""
+    """Return the voxel that holds each point, as a whole number."""
     return (points + 0.5).floor()
 
 
 def find_tokens(
     points: Float[Tensor, "batch n axis"], valid: Bool[Tensor, "batch n"], *, size_voxel: Sequence[int]
 ) -> tuple[Keypoints, Bool[Tensor, "batch n"]]:
-    """The valid keypoints whose nearest voxel lies in an image of this size, and where they are among the rows."""
+    """Return the valid keypoints whose nearest voxel lies in an image of this size, and which rows they are."""
     points = points.float()  # first: rounding may move a point into the next voxel
     nearest, sides = nearest_voxel(points), torch.tensor(size_voxel, device=points.device)
     valid = valid & ((nearest >= 0) & (nearest < sides)).all(-1)  # not a number compares false
@@ -45,26 +45,26 @@ def find_tokens(
 
 
 class KAFLayer(nn.Module):
-    """Tokens from a map and their keypoints, and a map of the same width from the tokens.
+    """Fusion layer that makes tokens from a map and its keypoints, and a map of the same width from the tokens.
 
     Features at the keypoints are embedded, get a code of their place, and pass `2 * num_layers` layers of
     self-attention. The tokens are written into zeros and spread by two convolutions with a batch norm between.
 
     Args:
-        channels: of the map.
-        spatial_dims: 2 or 3.
-        dim: of the tokens.
-        num_heads: of the attention.
-        num_layers: pairs of attention layers.
-        hidden: channels between the two convolutions.
-        position_widths: hidden layers of the position code.
-        gather: `nearest` voxel or `trilinear` (in two dimensions bilinear).
-        scatter: tokens of one voxel leave their `mean`, or the last one by `overwrite`.
-        sparse_first_conv: convolve tokens instead of a map of them; the result is the same.
-        token_norm: of the MLPs over tokens, `batch` or `layer`.
-        bn_momentum: of the batch norms in the attention layers. 0.19 is two updates with 0.1 at once, which the
-            released code does.
-        axis_swap: see `medssl.models.keypoint_attention.normalised`.
+        channels: Channels of the map.
+        spatial_dims: Number of spatial axes, 2 or 3.
+        dim: Width of the tokens.
+        num_heads: Heads of the attention.
+        num_layers: Pairs of attention layers.
+        hidden: Channels between the two convolutions.
+        position_widths: Widths of the hidden layers of the position code.
+        gather: Feature at a keypoint: of the `nearest` voxel, or `trilinear` (in two dimensions bilinear).
+        scatter: Value of a voxel with several tokens: their `mean`, or the last one by `overwrite`.
+        sparse_first_conv: Convolve tokens instead of a map of them; the result is the same.
+        token_norm: Norm of the MLPs over tokens, `batch` or `layer`.
+        bn_momentum: Momentum of the batch norms in the attention layers. 0.19 equals two updates with 0.1, as in the
+            released code.
+        axis_swap: See `medssl.models.keypoint_attention.normalised`.
 
     Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
     """
@@ -103,7 +103,7 @@ class KAFLayer(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch channel *spatial"], keypoints: Keypoints, *, stride: Sequence[int]
     ) -> tuple[Float[Tensor, "batch channel *spatial"], Float[Tensor, "token dim"]]:
-        """The map of the keypoints and their tokens; `stride` is that of `features`, in voxels of the image."""
+        """Return the map of the keypoints and their tokens; `stride` is that of `features`, in voxels of the image."""
         size, packing = features.shape[2:], keypoints.packing
         voxel = keypoints.voxel(stride)
         if self.gather == "nearest":
@@ -125,7 +125,7 @@ class KAFLayer(nn.Module):
         batch: int,
         size_voxel: Sequence[int],
     ) -> Float[Tensor, "batch hidden *spatial"]:
-        """The first convolution over the map that holds the tokens at their voxels and is zero elsewhere."""
+        """Apply the first convolution to the map that holds the tokens at their voxels and is zero elsewhere."""
         number = voxel_number(voxel, sample, size_voxel=size_voxel)
         num_voxels = batch * int(torch.Size(size_voxel).numel())
         share = voxel_share(number, num_voxels=num_voxels, scatter=self.scatter, dtype=tokens.dtype)
@@ -141,7 +141,7 @@ def interpolate(
     points: Float[Tensor, "token axis"],
     sample: Int[Tensor, " token"],
 ) -> Float[Tensor, "token channel"]:
-    """Features at points (in voxels of the map), linear along every axis; beyond the outermost centres, theirs."""
+    """Return features at points (in voxels of the map), linear along every axis; outside, the edge is repeated."""
     flat, size = features.flatten(2), features.shape[2:]
     last = torch.tensor(size, device=points.device) - 1
     low = points.floor()
@@ -159,5 +159,5 @@ def _number(voxel: Tensor, size_voxel: Sequence[int]) -> Tensor:
 
 
 def _level_points(points: Tensor, stride: Sequence[int]) -> Tensor:
-    """Points in voxels of a map of this stride, whose voxels are cells of the image's."""
+    """Return points in voxels of a map of this stride, each of which covers a cell of image voxels."""
     return (points + 0.5) / points.new_tensor(stride) - 0.5

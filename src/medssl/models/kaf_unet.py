@@ -1,4 +1,4 @@
-"""The U-Net whose levels know their keypoints: encoder, and decoder for segmentation."""
+"""KAF's U-Net, whose levels use keypoints: encoder, and decoder for segmentation."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -30,7 +30,7 @@ NORMS = ("batch", "instance")
 
 
 class KAFOutput(NamedTuple):
-    """Maps of a batch, the tokens of all levels on top of each other (0 where there is none), and where tokens are."""
+    """Maps of a batch, the stacked tokens of all levels (0 where there is no keypoint), and where tokens are."""
 
     bottleneck: Float[Tensor, "batch channel *coarsest"]
     skips: list[Tensor]
@@ -39,33 +39,33 @@ class KAFOutput(NamedTuple):
 
 
 class KAFEncoder(nn.Module):
-    """Levels of two convolutions, whose map is joined by that of a `KAFLayer` and pooled, and two convolutions at last.
+    """Encoder of L levels, each two convolutions joined with the map of a `KAFLayer` and pooled, and a bottleneck.
 
-    Level l of L has `base_channels * 2^l` channels before and twice as many after the joining. The five (L + 1) maps
-    are those after joining and the bottleneck.
+    Level l has `base_channels * 2^l` channels before and twice as many after the joining. The bottleneck is two
+    convolutions. The L + 1 maps (five by default) are those after joining and the bottleneck.
 
     Args:
-        spatial_dims: 2 or 3 axes of image and keypoints.
-        in_channels: of the image.
-        base_channels: of the first level.
-        dim: of the tokens.
-        num_heads: of the attention.
-        num_layers: pairs of attention layers at each level.
-        hidden: channels between the two convolutions that spread tokens.
-        levels: for each level whether it has a `KAFLayer`; where not, zeros are joined.
-        strides: step to each map, a number or one an axis, the first is 1; null is 1, then 2.
-        position_widths: hidden layers of the position codes.
-        detector: finds keypoints where none are given; null is `DifferenceOfGaussians` with its defaults.
-        max_points: keypoints that are looked for in an image.
+        spatial_dims: Axes of image and keypoints, 2 or 3.
+        in_channels: Channels of the image.
+        base_channels: Channels of the first level.
+        dim: Width of the tokens.
+        num_heads: Heads of the attention.
+        num_layers: Pairs of attention layers at each level.
+        hidden: Channels between the two convolutions that spread tokens.
+        levels: Whether each level has a `KAFLayer`; where not, zeros are joined.
+        strides: Step to each map, one number or one for each axis, the first is 1; null is 1, then 2.
+        position_widths: Widths of the hidden layers of the position codes.
+        detector: Detector of keypoints where none are given; null is `DifferenceOfGaussians` with its defaults.
+        max_points: Largest number of keypoints in an image.
         mode: `use` keypoints, or for comparison join a `duplicate` of the map or `zero` and have no `KAFLayer`.
-        gather: see `KAFLayer`, like `scatter`, `sparse_first_conv`, `token_norm`, `bn_momentum` and `axis_swap`.
-        scatter: see `KAFLayer`.
-        sparse_first_conv: see `KAFLayer`.
-        token_norm: see `KAFLayer`.
-        bn_momentum: see `KAFLayer`.
-        axis_swap: see `KAFLayer`.
-        norm: of the convolutions at the levels, `batch` or `instance`.
-        max_channels: limit for the channels of the maps.
+        gather: See `KAFLayer`.
+        scatter: See `KAFLayer`.
+        sparse_first_conv: See `KAFLayer`.
+        token_norm: See `KAFLayer`.
+        bn_momentum: See `KAFLayer`.
+        axis_swap: See `KAFLayer`.
+        norm: Norm of the convolutions at the levels, `batch` or `instance`.
+        max_channels: Limit for the channels of the maps.
 
     The attributes `channels` and `strides` describe the maps, `token_channels` the tokens, `usual_decoder` is a recipe.
 
@@ -151,16 +151,16 @@ class KAFEncoder(nn.Module):
         points: Float[Tensor, "batch n axis"] | None = None,
         valid: Bool[Tensor, "batch n"] | None = None,
     ) -> list[Tensor]:
-        """The maps, fine to coarse; `coordinate` is accepted and not used.
+        """Return the maps, fine to coarse; `coordinate` is accepted and not used.
 
         Args:
-            image: sides are multiples of the coarsest stride.
-            coordinate: see above.
-            points: keypoints in voxels of the image; without them the detector finds some on the image as it is.
-            valid: which of the points count; null is all. Points that are no numbers or lie outside never do.
+            image: Image whose sides are multiples of the coarsest stride.
+            coordinate: Accepted and not used.
+            points: Keypoints in voxels of the image; without them the detector finds some in the image as it is.
+            valid: Which of the points count; null is all. Points that are no numbers or lie outside never count.
 
         Raises:
-            ValueError: the image does not fit.
+            ValueError: The image has the wrong number of axes, or sides that are no multiples of the coarsest stride.
         """
         if points is None:
             points, valid = self.find(image)
@@ -173,7 +173,7 @@ class KAFEncoder(nn.Module):
         points: Float[Tensor, "batch n axis"],
         valid: Bool[Tensor, "batch n"] | None = None,
     ) -> KAFOutput:
-        """Maps and tokens; arguments as of `forward`."""
+        """Return maps and tokens; the arguments are those of `forward`."""
         check_image(image, self.strides[-1])
         size = tuple(image.shape[2:])
         known = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device) if valid is None else valid
@@ -192,7 +192,7 @@ class KAFEncoder(nn.Module):
 
     @torch.compiler.disable  # its many small steps take minutes to compile and gain little
     def find(self, image: Float[Tensor, "batch channel *spatial"]) -> tuple[Tensor, Tensor]:
-        """Keypoints of images and which of them count; none where the network has no use for them."""
+        """Return keypoints of images and which of them count; none where the network does not use them."""
         if not len(self.kaf):
             nothing = image.new_zeros(len(image), 0, self.spatial_dims)
             return nothing, torch.zeros(len(image), 0, dtype=torch.bool, device=image.device)
@@ -200,10 +200,10 @@ class KAFEncoder(nn.Module):
         return found.points, found.valid
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights without those of levels that have no `KAFLayer` here, and fitted to this network.
+        """Return the weights fitted to this network, without those of levels that have no `KAFLayer` here.
 
-        Fitted are input channels, and weights of two dimensions to three: kernels stand in the middle plane of the last
-        axis, whose coordinate counts nothing.
+        Input channels are fitted, and weights of two dimensions are extended to three: kernels stand in the middle
+        plane of the last axis, and its coordinate has a weight of zero.
         """
         fitted = {
             key: inflated(tensor) if self.spatial_dims == 3 and tensor.ndim == 4 else tensor
@@ -218,7 +218,7 @@ class KAFEncoder(nn.Module):
         return fit_stem(fitted, "stages.0.0.conv.weight", self.in_channels)
 
     def _joined(self, x: Tensor, level: int, keypoints: Keypoints) -> tuple[Tensor, list[Tensor]]:
-        """What is joined to the map of a level, and the tokens if there are any."""
+        """Return the map that is joined to that of a level, and the tokens if there are any."""
         if str(level) in self.kaf:
             joined, tokens = self.kaf[str(level)](x, keypoints, stride=self.strides[level])
             return joined.to(x.dtype), [tokens]
@@ -226,16 +226,16 @@ class KAFEncoder(nn.Module):
 
 
 class KAFDecoder(SkipDecoder):
-    """The decoder of that U-Net, see `SkipDecoder`: no attention, no heads.
+    """The decoder of KAF's U-Net: a `SkipDecoder`, without attention and without heads.
 
-    With a 1x1x1 convolution without bias, which a `Segmenter` has with bias, this is the decoder of the paper.
+    With a final 1x1x1 convolution without bias it is the decoder of the paper; a `Segmenter` has one with bias.
 
     Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
     """
 
 
 def _one_row_at_least(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of keypoints, or a single one that is none: attention needs something to look at."""
+    """Return the rows of keypoints, or a single invalid row where there are none: attention needs a key."""
     if points.shape[1]:
         return points, valid
     return points.new_zeros(len(points), 1, points.shape[2]), valid.new_zeros(len(points), 1)

@@ -22,10 +22,10 @@ class Packing:
     """Which of the padded rows (batch, length) are tokens.
 
     Args:
-        rows: their numbers in the flattened rows, in order.
-        batch: samples.
-        length: rows of each.
-        keys: which rows attention may look at; None where all are tokens. Where a sample has none, those who look at it
+        rows: Their numbers in the flattened rows, in order.
+        batch: Samples.
+        length: Rows of each.
+        keys: Which rows attention may look at; None where all are tokens. Where a sample has none, those who look at it
             get its padding, which keeps numbers finite: in cross-attention the tokens of the other view, from zeros.
     """
 
@@ -119,11 +119,11 @@ class PositionCode(nn.Module):
     """An MLP from normalised voxel numbers to a code that is added to the token; never in half precision.
 
     Args:
-        spatial_dims: axes.
-        dim: of the code.
-        widths: of the hidden layers.
-        norm: of the hidden layers, `batch` or `layer`.
-        axis_swap: see `normalised`.
+        spatial_dims: Axes.
+        dim: Width of the code.
+        widths: Widths of the hidden layers.
+        norm: Norm of the hidden layers, `batch` or `layer`.
+        axis_swap: See `normalised`.
     """
 
     def __init__(
@@ -147,9 +147,9 @@ class MessageLayer(nn.Module):
     projections start equal.
 
     Args:
-        dim: of tokens and source.
-        num_heads: attention heads.
-        norm: of the MLP, `batch` or `layer`.
+        dim: Width of tokens and source.
+        num_heads: Attention heads.
+        norm: Norm of the MLP, `batch` or `layer`.
         bn_momentum: of its running statistics.
 
     Source: arXiv:2310.01680, arXiv:1911.11763 section 3.1.

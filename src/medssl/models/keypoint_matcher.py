@@ -20,12 +20,12 @@ class KeypointMatcher(nn.Module):
 
     Args:
         spatial_dims: 2 or 3.
-        dim: of the tokens.
-        num_heads: of the attention.
+        dim: Width of the tokens.
+        num_heads: Heads of the attention.
         layers: `self` and `cross`, in order.
-        position_widths: hidden layers of the position code.
-        token_norm: of the MLPs over tokens, `batch` or `layer`.
-        axis_swap: see `medssl.models.keypoint_attention.normalised`.
+        position_widths: Hidden layers of the position code.
+        token_norm: Norm of the MLPs over tokens, `batch` or `layer`.
+        axis_swap: See `medssl.models.keypoint_attention.normalised`.
 
     Source: arXiv:2310.01680 and arXiv:1911.11763, section 3.
     """
@@ -62,10 +62,10 @@ class KeypointMatcher(nn.Module):
         """The score of every pair, a product over the root of `dim`, in single precision; 0 beside valid keypoints.
 
         Args:
-            first: fused tokens of one view.
-            second: fused tokens of the other.
-            points: keypoints of both views, in voxels of them.
-            valid: which of them count.
+            first: Fused tokens of one view.
+            second: Fused tokens of the other.
+            points: Keypoints of both views, in voxels of them.
+            valid: Which of them count.
             size_voxel: of both views.
         """
         tokens, packings = [], []

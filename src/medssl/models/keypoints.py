@@ -35,8 +35,8 @@ class Detections(NamedTuple):
 
     Args:
         points: in voxels of the image, whole numbers are centres.
-        valid: whether there is a keypoint.
-        scale: sigma in voxels of the image.
+        valid: Whether there is a keypoint.
+        scale: Sigma in voxels of the image.
         response: that of the detector; with differences of Gaussians negative at bright blobs, positive at dark ones.
     """
 
@@ -92,9 +92,9 @@ def detect(
 
     Args:
         image: in any unit.
-        max_points: rows of the result.
-        detector: finds them.
-        mask: where keypoints may lie; the voxel next to a point decides.
+        max_points: Rows of the result.
+        detector: Finds them.
+        mask: Where keypoints may lie; the voxel next to a point decides.
 
     Raises:
         ValueError: `max_points` is not positive, or the image has neither two nor three axes.
@@ -137,15 +137,15 @@ class DifferenceOfGaussians:
 
     Args:
         sigma0: of the finest Gaussian, in voxels. 1.6 as in SIFT without the doubled image finds few points in volumes.
-        levels_per_octave: scales at which blobs are looked for before the image is halved.
-        contrast: keypoints have a difference of at least this over `levels_per_octave`, in units of `value_range`.
-        edge_ratio: largest ratio of curvatures; plates, tubes and edges exceed it.
-        border: voxels at the faces, in each octave, without keypoints.
-        refine: whether place and scale are those of a parabola; otherwise of the voxel and the level, in each octave.
+        levels_per_octave: Scales at which blobs are looked for before the image is halved.
+        contrast: Keypoints have a difference of at least this over `levels_per_octave`, in units of `value_range`.
+        edge_ratio: Largest ratio of curvatures; plates, tubes and edges exceed it.
+        border: Voxels at the faces, in each octave, without keypoints.
+        refine: Whether place and scale are those of a parabola; otherwise of the voxel and the level, in each octave.
         neighbourhood: `full`: larger than all that touch it in place and scale, 80 in a volume; `cross`: than those
             that touch it with a face and these at the scales next to it, 20 in a volume.
         num_octaves: of scales; null is log2 of the shortest side less 3, at least 1.
-        value_range: what counts as contrast 1, for instance [0, 1] for windowed images; null is each image's own range.
+        value_range: What counts as contrast 1, for instance [0, 1] for windowed images; null is each image's own range.
 
     Source: Lowe, IJCV 2004; arXiv:2310.01680 takes OpenCV's detector, whose finest sigma is 0.8 pixels.
     """
@@ -253,10 +253,10 @@ class Foerstner:
 
     Args:
         sigma: of the smoothing of the tensor, in voxels.
-        window: side of the cube in which a keypoint has the largest response, odd.
-        threshold: responses exceed it, in squared units of `value_range` a voxel.
-        border: voxels at the faces without keypoints.
-        value_range: values that become 0 and 1; null is each image's own range.
+        window: Side of the cube in which a keypoint has the largest response, odd.
+        threshold: Responses exceed it, in squared units of `value_range` a voxel.
+        border: Voxels at the faces without keypoints.
+        value_range: Values that become 0 and 1; null is each image's own range.
 
     Source: Foerstner and Guelch 1987; repository multimodallearning/Lung250M-4B, corrfield/corrfield.py.
     """
@@ -317,7 +317,7 @@ class RandomPoints:
     They depend on the seed and the size of the image (and the mask) alone, so all images of a batch get the same.
 
     Args:
-        seed: of the draw.
+        seed: Seed of the draw.
     """
 
     seed: int = 0

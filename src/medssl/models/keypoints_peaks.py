@@ -24,10 +24,10 @@ class Peaks(NamedTuple):
     """Tops of parabolas.
 
     Args:
-        place: sample, then the voxel along each axis of the field.
+        place: Sample, then the voxel along each axis of the field.
         offset: from the voxel to the top, at most `OWN` voxels along each axis where it is kept.
         value: at the top.
-        hessian: second derivatives at the voxel, per voxel squared.
+        hessian: Second derivatives at the voxel, per voxel squared.
     """
 
     place: Int64[Tensor, "k index"]
@@ -87,10 +87,10 @@ def refine(
     Where a top is not a voxel's own, the next voxel in its direction is tried, at most five times.
 
     Args:
-        field: values.
-        place: sample and voxel.
-        lower: first voxel along each axis that a top may lie next to; it needs a neighbour before it.
-        upper: last such voxel.
+        field: Values.
+        place: Sample and voxel.
+        lower: First voxel along each axis that a top may lie next to; it needs a neighbour before it.
+        upper: Last such voxel.
 
     Source: Brown and Lowe, Invariant features from interest point groups, BMVC 2002.
     """
@@ -176,10 +176,10 @@ class Slab(NamedTuple):
     """A part of an octave along its first axis.
 
     Args:
-        read: what to read of that axis; it ends `halo` voxels beyond what the slab answers for, or with the image.
-        first: voxel of the whole image.
-        last: one past the last.
-        sides: of the whole image.
+        read: What to read of that axis; it ends `halo` voxels beyond what the slab answers for, or with the image.
+        first: Voxel of the whole image.
+        last: One past the last.
+        sides: Sides of the whole image.
     """
 
     read: slice

@@ -14,14 +14,14 @@ class MACLHeads(nn.Module):
     The decoded map of the dominant branch is compared as it is, unless `dominant_pixel` gives it convolutions too.
 
     Args:
-        bottleneck_channels: of the encoder's last map.
-        decoded_channels: of the decoded map.
+        bottleneck_channels: Channels of the encoder's last map.
+        decoded_channels: Channels of the decoded map.
         spatial_dims: 2 or 3 axes of the maps.
-        hidden_dim: of the heads over means, four times the base channels of the U-Net.
-        proj_dim: of the embeddings.
-        norm: of the convolutions, `batch`, `instance` or `group`.
+        hidden_dim: Width of the heads over means, four times the base channels of the U-Net.
+        proj_dim: Width of the embeddings.
+        norm: Norm of the convolutions, `batch`, `instance` or `group`.
         dominant_pixel: see above.
-        global_from: what the dominant branch's mean is taken of, its map `decoder` or its bottleneck (`encoder`).
+        global_from: What the dominant branch's mean is taken of, its map `decoder` or its bottleneck (`encoder`).
 
     Source: arXiv:2309.11876; repository stevezs315/MACL, network/unet2d.py.
     """

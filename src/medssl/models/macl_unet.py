@@ -32,12 +32,12 @@ class MACLUNetEncoder(nn.Module):
 
     Args:
         spatial_dims: 2 for slices, 3 for volumes.
-        in_channels: of the image.
-        base_channels: of the first level.
+        in_channels: Channels of the image.
+        base_channels: Channels of the first level.
         num_levels: that are pooled.
-        norm: of the levels, `batch`, `instance` or `group`.
-        strides: step to each map, a number or one an axis, the first is 1; null is 1, then 2.
-        checkpoint_activations: recompute activations in the backward pass; batch statistics count once.
+        norm: Norm of the levels, `batch`, `instance` or `group`.
+        strides: Step to each map, a number or one an axis, the first is 1; null is 1, then 2.
+        checkpoint_activations: Recompute activations in the backward pass; batch statistics count once.
 
     The attributes `channels` and `strides` describe the maps, `usual_decoder` is a recipe.
 
@@ -85,7 +85,7 @@ class MACLUNetEncoder(nn.Module):
         """The maps, fine to coarse; `coordinate` is accepted and not used.
 
         Raises:
-            ValueError: a side is no multiple of the coarsest stride.
+            ValueError: A side is no multiple of the coarsest stride.
         """
         check_image(image, self.strides[-1])
         maps = [image]

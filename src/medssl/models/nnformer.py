@@ -107,19 +107,19 @@ class NnFormerEncoder(nn.Module):
     so are the shapes of the bias tables: weights of one home size load into another where the clipped windows agree.
 
     Args:
-        in_channels: of the image.
-        size_voxel: home size, see above; other sizes may be read.
-        feature_size: channels of the finest map.
-        depths: blocks in each of the four stages.
-        num_heads: attention heads in each stage.
-        window_tokens: side of the attention windows in each stage, in tokens of that stage.
-        drop_path: largest rate at which residual branches are dropped; it grows with depth from 0.
-        ape: what is added to the tokens for their place: `sincos` (fixed, computed for the grid at hand), `none`, or
+        in_channels: Channels of the image.
+        size_voxel: Home size, see above; other sizes may be read.
+        feature_size: Channels of the finest map.
+        depths: Blocks in each of the four stages.
+        num_heads: Attention heads in each stage.
+        window_tokens: Side of the attention windows in each stage, in tokens of that stage.
+        drop_path: Largest rate at which residual branches are dropped; it grows with depth from 0.
+        ape: What is added to the tokens for their place: `sincos` (fixed, computed for the grid at hand), `none`, or
             `random_frozen`, truncated normal numbers that are never trained, as in Alice's code, but kept with the
             weights and resized for other grids.
         relative_index: `published` or `correct`, see `nnformer_blocks.relative_index`. Tables learnt under one rule
             mean nothing under the other.
-        checkpoint_activations: recompute activations in the backward pass.
+        checkpoint_activations: Recompute activations in the backward pass.
 
     Source: arXiv:2109.03201; sizes and masking as in Alice (arXiv:2302.05615, alibaba-damo-academy/alice
     models/nnFormer.py).
@@ -188,7 +188,7 @@ class NnFormerEncoder(nn.Module):
         `coordinate` is accepted and not used.
 
         Raises:
-            ValueError: another number of channels, or sides that are no multiples of 16.
+            ValueError: Another number of channels, or sides that are no multiples of 16.
         """
         if image.shape[1] != self.in_channels:
             raise ValueError(f"the encoder reads {self.in_channels} channels, the image has {image.shape[1]}")
@@ -225,16 +225,16 @@ class NnFormerDecoder(nn.Module):
     A segmenter or a reconstruction goes on to full resolution with one transposed convolution, as nnFormer does.
 
     Args:
-        in_channels: of the image, which is not used.
-        encoder_channels: of the encoder's maps, fine to coarse.
-        encoder_strides: of the encoder's maps, in voxels.
-        size_voxel: home size, to whose grids the windows are clipped.
-        depths: blocks at each of the three resolutions, fine to coarse; the first of them attends to the skip.
-        num_heads: attention heads, fine to coarse.
-        window_tokens: side of the attention windows, fine to coarse, in tokens.
-        drop_path: largest rate at which residual branches are dropped; it grows from 0 at the coarsest resolution.
+        in_channels: Channels of the image, which is not used.
+        encoder_channels: Channels of the encoder's maps, fine to coarse.
+        encoder_strides: Strides of the encoder's maps, in voxels.
+        size_voxel: Home size, to whose grids the windows are clipped.
+        depths: Blocks at each of the three resolutions, fine to coarse; the first of them attends to the skip.
+        num_heads: Attention heads, fine to coarse.
+        window_tokens: Side of the attention windows, fine to coarse, in tokens.
+        drop_path: Largest rate at which residual branches are dropped; it grows from 0 at the coarsest resolution.
         relative_index: as in the encoder.
-        checkpoint_activations: recompute activations in the backward pass.
+        checkpoint_activations: Recompute activations in the backward pass.
 
     Source: arXiv:2109.03201.
     """
@@ -290,7 +290,7 @@ class NnFormerDecoder(nn.Module):
         """Decoded maps, fine to coarse; with `num_blocks` those of the first (coarsest) alone. `image` is not used.
 
         Raises:
-            ValueError: there are fewer blocks.
+            ValueError: There are fewer blocks.
         """
         *skips, tokens = (level.permute(0, 2, 3, 4, 1) for level in features)
         count, decoded = blocks_to_run(num_blocks, len(self.layers)), []

@@ -24,7 +24,7 @@ def relative_index(window: Triple, *, rule: str = "published") -> Int64[Tensor, 
     (115 of 343 rows are, for windows of 4).
 
     Raises:
-        ValueError: another rule.
+        ValueError: Another rule.
     """
     choice("relative_index", rule, RELATIVE_INDICES)
     places = torch.cartesian_prod(*(torch.arange(side) for side in window)).reshape(-1, 3)

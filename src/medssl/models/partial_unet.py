@@ -23,9 +23,9 @@ class ScaleLaw:
     that double. Both bottlenecks then have whole sizes if a crop is a multiple of `multiple_voxel`.
 
     Args:
-        bottleneck: stride of the encoder's last map, in voxels.
-        decoded: strides of the decoder's maps, fine to coarse.
-        num_blocks: blocks of the decoder that run, from the coarsest.
+        bottleneck: Stride of the encoder's last map, in voxels.
+        decoded: Strides of the decoder's maps, fine to coarse.
+        num_blocks: Blocks of the decoder that run, from the coarsest.
 
     Source: arXiv:2309.11876, table IV; the factors of single axes are ours.
     """
@@ -93,9 +93,9 @@ class PartialUNet(nn.Module):
     The other blocks keep their first weights and are in the state all the same, so that a segmenter can start from it.
 
     Args:
-        encoder: gives maps, fine to coarse, described by its `channels` and `strides`.
-        decoder: gives decoded maps described likewise; takes `num_blocks`.
-        num_blocks: blocks from the coarsest on.
+        encoder: Gives maps, fine to coarse, described by its `channels` and `strides`.
+        decoder: Gives decoded maps described likewise; takes `num_blocks`.
+        num_blocks: Blocks from the coarsest on.
 
     The attributes `bottleneck_channels` and `decoded_channels` hold the widths of the two maps that it gives.
     """
@@ -173,7 +173,7 @@ def build_partial_unet(
     """Networks with fresh weights from the recipes of a segmenter's encoder and decoder (`configs/model`).
 
     Raises:
-        ValueError: a class outside the trusted packages, or networks that do not fit together.
+        ValueError: A class outside the trusted packages, or networks that do not fit together.
     """
     in_channels = encoder.get("net", encoder).get("in_channels", 1)
     built_encoder, built_decoder, _ = build_networks(

@@ -15,8 +15,8 @@ class Reoriented(nn.Module):
     """Gives a network the axes it was trained with and returns its maps in ours.
 
     Args:
-        net: an encoder with `channels` and `strides`.
-        axes: what the axes of `net` are, the first of them first: an order of the letters x, y and z (`"zyx"`; ours is
+        net: An encoder with `channels` and `strides`.
+        axes: What the axes of `net` are, the first of them first: an order of the letters x, y and z (`"zyx"`; ours is
             `"xyz"`), or the directions in which its indices grow (`"SPL"`; ours is `"RAS"`), which may also turn axes
             round.
     """

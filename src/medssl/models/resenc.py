@@ -32,13 +32,13 @@ class ResidualEncoder(nn.Module):
     """A stem convolution, then stages of residual blocks as in nnU-Net's ResEnc, the first of each stage strided.
 
     Args:
-        in_channels: of the image.
-        widths: channels of the stages.
-        strides: step of each stage, an integer or one a axis; null is 1, then 2. The attribute `strides` holds what
+        in_channels: Channels of the image.
+        widths: Channels of the stages.
+        strides: Step of each stage, an integer or one a axis; null is 1, then 2. The attribute `strides` holds what
             has been stepped so far, in voxels.
-        blocks: residual blocks in each stage.
-        kernels: one odd side for all stages, or one (or three) a stage.
-        checkpoint_activations: recompute activations in the backward pass.
+        blocks: Residual blocks in each stage.
+        kernels: One odd side for all stages, or one (or three) a stage.
+        checkpoint_activations: Recompute activations in the backward pass.
 
     Source: arXiv:2404.09556.
     """
@@ -76,7 +76,7 @@ class ResidualEncoder(nn.Module):
         """One map a stage, fine to coarse; `coordinate` is accepted and not used.
 
         Raises:
-            ValueError: the coarsest map would have a single voxel, which instance norm turns to zero.
+            ValueError: The coarsest map would have a single voxel, which instance norm turns to zero.
         """
         check_coarsest(image, self.strides[-1])
         maps = [self.stem(image)]

@@ -118,9 +118,9 @@ class SamResNet(nn.Module):
     `SPL` feeds it our views. Names of tensors are those of published files. Batch norm runs over all images of a batch.
 
     Args:
-        base_channels: width of the stem; the stages have 1, 2, 4 and 8 times as many.
-        emb_dim: channels of both maps.
-        in_channels: of the image.
+        base_channels: Width of the stem; the stages have 1, 2, 4 and 8 times as many.
+        emb_dim: Channels of both maps.
+        in_channels: Channels of the image.
 
     Source: arXiv:2012.02383.
     """
@@ -150,7 +150,7 @@ class SamResNet(nn.Module):
         `coordinate` is accepted and not used.
 
         Raises:
-            ValueError: the image is a single slice.
+            ValueError: The image is a single slice.
         """
         if image.shape[2] < 2:
             raise ValueError(f"the embedding network halves z: it needs two slices or more, got {image.shape[2]}")

@@ -23,11 +23,11 @@ class Segmenter(nn.Module):
     """Encoder, decoder and one output layer a supervised resolution.
 
     Args:
-        encoder: gives maps described by its `channels` and `strides`.
-        decoder: gives decoded maps described by its `channels` and `strides`, fine to coarse. Where the first is
+        encoder: Gives maps described by its `channels` and `strides`.
+        decoder: Gives decoded maps described by its `channels` and `strides`, fine to coarse. Where the first is
             coarser than the image (nnFormer), the output layers are transposed convolutions of that stride.
-        num_classes: background included.
-        deep_supervision: number of coarser resolutions at which `outputs` gives logits too.
+        num_classes: Background included.
+        deep_supervision: Number of coarser resolutions at which `outputs` gives logits too.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, num_classes: int, *, deep_supervision: int = 0) -> None:
@@ -54,7 +54,7 @@ class Segmenter(nn.Module):
         body box, the nearest face's beyond it.
 
         Raises:
-            ValueError: a side is no multiple of `multiple_voxel`, or the image has another number of channels.
+            ValueError: A side is no multiple of `multiple_voxel`, or the image has another number of channels.
         """
         return self.head[0](self._decoded(image, coordinate)[0])
 
@@ -104,7 +104,7 @@ def build_segmenter(
     sixteenth of the resolution unless its recipe names `num_maps`.
 
     Raises:
-        ValueError: a class outside the trusted packages, or networks that do not fit together.
+        ValueError: A class outside the trusted packages, or networks that do not fit together.
     """
     encoder, decoder, recipes = build_networks(
         encoder_recipe, decoder_recipe, in_channels=in_channels, allow_modules=allow_modules
@@ -123,7 +123,7 @@ def build_networks(
     """Encoder and decoder by the rules of `build_segmenter`, and their completed recipes under these names.
 
     Raises:
-        ValueError: a class outside the trusted packages, or networks that do not fit together.
+        ValueError: A class outside the trusted packages, or networks that do not fit together.
     """
     packages = (*NETWORKS, *allow_modules)
     encoder_recipe, decoder_recipe = dict(encoder_recipe), dict(decoder_recipe) if decoder_recipe else None

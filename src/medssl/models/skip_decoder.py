@@ -15,11 +15,11 @@ class SkipDecoder(nn.Module):
     """Blocks of one transposed convolution and two convolutions over its output joined with the encoder's map.
 
     Args:
-        in_channels: of the image, which it does not look at.
-        encoder_channels: of the encoder's maps, fine to coarse.
-        encoder_strides: of the encoder's maps, in voxels, two or three axes; the first is full resolution.
-        norm: of the convolutions, `batch`, `instance` or `group`.
-        checkpoint_activations: recompute activations in the backward pass.
+        in_channels: Channels of the image, which it does not look at.
+        encoder_channels: Channels of the encoder's maps, fine to coarse.
+        encoder_strides: Strides of the encoder's maps, in voxels, two or three axes; the first is full resolution.
+        norm: Norm of the convolutions, `batch`, `instance` or `group`.
+        checkpoint_activations: Recompute activations in the backward pass.
 
     The decoded maps have the channels of the encoder's.
     """
@@ -68,7 +68,7 @@ class SkipDecoder(nn.Module):
         """Decoded maps, the finest first; with `num_blocks` those of the first blocks (the coarsest) alone.
 
         Raises:
-            ValueError: there are fewer blocks.
+            ValueError: There are fewer blocks.
         """
         current, decoded = features[-1], []
         for level in reversed(range(len(self.ups))[-blocks_to_run(num_blocks, len(self.ups)) :]):

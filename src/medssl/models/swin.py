@@ -19,14 +19,14 @@ class SwinEncoder(SwinTransformer):
     bottleneck; `UNetDecoder` takes the maps as they are.
 
     Args:
-        in_channels: of the image.
-        feature_size: channels of the finest map; they double with each map.
-        depths: blocks in each of the four stages.
-        num_heads: attention heads in each stage.
-        window_voxel: side of the attention windows, in tokens.
-        patch_voxel: voxels of a token.
-        drop_path: largest rate at which residual branches are dropped.
-        checkpoint_activations: recompute activations in the backward pass.
+        in_channels: Channels of the image.
+        feature_size: Channels of the finest map; they double with each map.
+        depths: Blocks in each of the four stages.
+        num_heads: Attention heads in each stage.
+        window_voxel: Side of the attention windows, in tokens.
+        patch_voxel: Voxels of a token.
+        drop_path: Largest rate at which residual branches are dropped.
+        checkpoint_activations: Recompute activations in the backward pass.
 
     Source: arXiv:2201.01266.
     """

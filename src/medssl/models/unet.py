@@ -58,7 +58,7 @@ def per_stage(value: PerStage, num_stages: int, *, name: str) -> tuple[Triple, .
     """One triple a stage: an integer stands for all stages, a list must have an entry for each.
 
     Raises:
-        ValueError: the list has another length, or an entry is no positive integer or three of them.
+        ValueError: The list has another length, or an entry is no positive integer or three of them.
     """
     entries = [value] * num_stages if isinstance(value, int) else list(value)
     if len(entries) != num_stages:
@@ -70,13 +70,13 @@ class UNetEncoder(nn.Module):
     """Stages of convolutions as in nnU-Net: one map a stage, each stage begins with a strided convolution.
 
     Args:
-        in_channels: of the image.
-        widths: channels of the stages.
-        strides: step of each stage, an integer or one a axis; null is 1, then 2. The attribute `strides` holds what
+        in_channels: Channels of the image.
+        widths: Channels of the stages.
+        strides: Step of each stage, an integer or one a axis; null is 1, then 2. The attribute `strides` holds what
             has been stepped so far, in voxels.
-        convs_per_stage: convolutions in each stage.
-        kernels: one odd side for all stages, or one (or three) a stage.
-        checkpoint_activations: recompute activations in the backward pass.
+        convs_per_stage: Convolutions in each stage.
+        kernels: One odd side for all stages, or one (or three) a stage.
+        checkpoint_activations: Recompute activations in the backward pass.
 
     Source: arXiv:1809.10486.
     """
@@ -108,7 +108,7 @@ class UNetEncoder(nn.Module):
         """One map a stage, fine to coarse; `coordinate` is accepted and not used.
 
         Raises:
-            ValueError: the coarsest map would have a single voxel, which instance norm turns to zero.
+            ValueError: The coarsest map would have a single voxel, which instance norm turns to zero.
         """
         check_coarsest(image, self.strides[-1])
         maps = [image]
@@ -128,13 +128,13 @@ class UNetDecoder(nn.Module):
     over the image, `image_width` channels wide at full resolution and twice as wide at each step below.
 
     Args:
-        in_channels: of the image.
-        encoder_channels: of the encoder's maps, fine to coarse.
-        encoder_strides: of the encoder's maps, in voxels.
-        convs_per_stage: convolutions at each resolution.
-        kernels: one odd side for all levels, or one (or three) a level, fine to coarse.
+        in_channels: Channels of the image.
+        encoder_channels: Channels of the encoder's maps, fine to coarse.
+        encoder_strides: Strides of the encoder's maps, in voxels.
+        convs_per_stage: Convolutions at each resolution.
+        kernels: One odd side for all levels, or one (or three) a level, fine to coarse.
         image_width: see above; no wider than the encoder's finest map.
-        checkpoint_activations: recompute activations in the backward pass.
+        checkpoint_activations: Recompute activations in the backward pass.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class UNetDecoder(nn.Module):
         """Decoded maps, full resolution first; with `num_blocks` those of the first blocks (the coarsest) alone.
 
         Raises:
-            ValueError: there are fewer blocks.
+            ValueError: There are fewer blocks.
         """
         last = len(self.ups) - blocks_to_run(num_blocks, len(self.ups))
         above = self.image_levels if last <= len(self.ups) - len(features) else None
@@ -205,7 +205,7 @@ def halvings(stride: Triple) -> list[Triple]:
     An axis with fewer halvings than the others takes them at the coarse end, where its spacing has caught up.
 
     Raises:
-        ValueError: a stride is no power of two.
+        ValueError: A stride is no power of two.
     """
     exponents = [side.bit_length() - 1 for side in stride]
     if any(side != 1 << exponent for side, exponent in zip(stride, exponents, strict=True)):

@@ -33,11 +33,11 @@ class UNETRDecoder(nn.Module):
     `ups.0` to `ups.3` its `decoder2` to `5`, `image_level` its `encoder1`.
 
     Args:
-        in_channels: of the image.
-        encoder_channels: of the encoder's maps, shallow to deep.
-        encoder_strides: of the encoder's maps, in voxels, all equal.
-        feature_size: channels at full resolution; they double with each step.
-        checkpoint_activations: recompute activations in the backward pass.
+        in_channels: Channels of the image.
+        encoder_channels: Channels of the encoder's maps, shallow to deep.
+        encoder_strides: Strides of the encoder's maps, in voxels, all equal.
+        feature_size: Channels at full resolution; they double with each step.
+        checkpoint_activations: Recompute activations in the backward pass.
 
     Source: arXiv:2103.10504.
     """
@@ -88,7 +88,7 @@ class UNETRDecoder(nn.Module):
         """Decoded maps, full resolution first; with `num_blocks` those of the first blocks (the coarsest) alone.
 
         Raises:
-            ValueError: there are fewer blocks.
+            ValueError: There are fewer blocks.
         """
         used = features[len(features) - len(self.ups) :]
         current, decoded = used[-1], []

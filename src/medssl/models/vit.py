@@ -41,7 +41,7 @@ def resize_positions(
     """The position table of another grid, trilinear between cell centres; a row for CLS stays as it is.
 
     Raises:
-        ValueError: the table has not one row for each patch of `old_grid`, or one more at the start for CLS.
+        ValueError: The table has not one row for each patch of `old_grid`, or one more at the start for CLS.
     """
     old, new = triple(old_grid), triple(new_grid)
     first = table.shape[1] - math.prod(old)
@@ -151,7 +151,7 @@ class PositionedTransformer(nn.Module):
         """The same weights with the position table at the home grid; a table of another size must come from a cube.
 
         Raises:
-            ValueError: the number of rows is not a cube plus one.
+            ValueError: The number of rows is not a cube plus one.
         """
         table = tensors.get("pos_embed")
         if table is None or table.shape == self.pos_embed.shape or table.shape[2] != self.dim:
