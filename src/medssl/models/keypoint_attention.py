@@ -1,4 +1,4 @@
-"""Attention among keypoints: packed tokens, their norm, a code of their places, one layer of message passing."""
+"""Attention among keypoints: packed tokens, their norm, a code of their places, and a layer of message passing."""
 
 import copy
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from medssl.checks import choice
 
 NORMS = ("batch", "layer")
 SPAN = 0.7
-"""Coordinates are divided by this share of the longest side."""
+"""Share of the longest side by which coordinates are divided."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Which of the padded rows (batch, length) are tokens.
+    """The padded rows (batch, length) that are tokens.
 
     Args:
-        rows: Their numbers in the flattened rows, in order.
-        batch: Samples.
-        length: Rows of each.
-        keys: Which rows attention may look at; None where all are tokens. Where a sample has none, those who look at it
-            get its padding, which keeps numbers finite: in cross-attention the tokens of the other view, from zeros.
+        rows: Numbers of the tokens in the flattened rows, in order.
+        batch: Number of samples.
+        length: Number of rows of each sample.
+        keys: Which rows attention may look at; None where all are tokens. Where a sample has no tokens, its padding is
+            the key, which keeps numbers finite: in cross-attention the other view then attends to zeros.
     """
 
     rows: Int[Tensor, " token"]
@@ -36,7 +36,7 @@ class Packing:
 
     @classmethod
     def of(cls, valid: Bool[Tensor, "batch length"]) -> "Packing":
-        """The packing whose tokens are where `valid` is set."""
+        """Return the packing whose tokens are where `valid` is set."""
         rows = valid.flatten().nonzero().squeeze(1)
         keys = None if len(rows) == valid.numel() else (valid | ~valid.any(1, keepdim=True))[:, None, None]
         batch, length = valid.shape
@@ -48,22 +48,22 @@ class Packing:
         return self.rows // self.length
 
     def pack(self, padded: Float[Tensor, "batch length dim"]) -> Float[Tensor, "token dim"]:
-        """The rows that are tokens."""
+        """Return the rows that are tokens."""
         flat = padded.flatten(0, 1)
         return flat if self.keys is None else flat[self.rows]
 
     def pad(self, tokens: Float[Tensor, "token dim"]) -> Float[Tensor, "batch length dim"]:
-        """Tokens back in their rows, zeros in the others."""
+        """Return the padded rows: tokens in their rows, zeros in the others."""
         if self.keys is not None:
             tokens = tokens.new_zeros(self.batch * self.length, tokens.shape[1]).index_copy(0, self.rows, tokens)
         return tokens.unflatten(0, (self.batch, self.length))
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch norm over tokens; fewer than two, which have no variance, go by the running statistics and leave them."""
+    """Batch norm over tokens; fewer than two, which have no variance, use the running statistics unchanged."""
 
     def forward(self, tokens: Float[Tensor, "token dim"]) -> Float[Tensor, "token dim"]:
-        """Zero mean and unit variance for each channel over all tokens, then scale and shift."""
+        """Normalise each channel over all tokens to mean 0 and variance 1, then scale and shift it."""
         if len(tokens) > 1:
             return super().forward(tokens)
         return F.batch_norm(tokens, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -77,14 +77,14 @@ class TokenLayerNorm(nn.Module):
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
 
     def forward(self, tokens: Float[Tensor, "token dim"]) -> Float[Tensor, "token dim"]:
-        """Zero mean and unit deviation for each token, then scale and shift."""
+        """Normalise each token to mean 0 and deviation 1, then scale and shift it."""
         centred = tokens - tokens.mean(1, keepdim=True)
         deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / (tokens.shape[1] - 1) ** 0.5
         return self.weight * centred / (deviation + self.eps) + self.bias
 
 
 def token_mlp(widths: Sequence[int], *, norm: str = "batch", momentum: float = 0.1) -> nn.Sequential:
-    """Linear layers from the first width to the last, a norm and a rectifier after each but the last.
+    """Build linear layers from the first width to the last, with a norm and a rectifier after each but the last.
 
     The last layer's bias starts at 0.
     """
@@ -104,10 +104,10 @@ def normalised(
     axis_swap: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "token axis"]:
-    """Voxel numbers from the middle of the map, over 0.7 of its longest side.
+    """Return voxel numbers relative to the middle of the map, divided by 0.7 of its longest side.
 
     The middle is size / 2, half a voxel beyond that of the map. `axis_swap` takes the sizes of the axes in reverse
-    order, as released; that differs where sides do.
+    order, as released; that matters where sides differ.
 
     Source: arXiv:2310.01680; repository zshyang/kaf, network/superglue.py.
     """
@@ -119,7 +119,7 @@ class PositionCode(nn.Module):
     """An MLP from normalised voxel numbers to a code that is added to the token; never in half precision.
 
     Args:
-        spatial_dims: Axes.
+        spatial_dims: Number of spatial axes.
         dim: Width of the code.
         widths: Widths of the hidden layers.
         norm: Norm of the hidden layers, `batch` or `layer`.
@@ -134,23 +134,23 @@ class PositionCode(nn.Module):
         self.mlp = token_mlp((spatial_dims, *widths, dim), norm=norm)
 
     def forward(self, voxel: Int[Tensor, "token axis"], size_voxel: Sequence[int]) -> Float[Tensor, "token dim"]:
-        """The code of each voxel in a map of this size."""
+        """Return the code of each voxel in a map of this size."""
         dtype: torch.dtype = self.mlp[0].weight.dtype  # type: ignore[assignment]
         with torch.autocast(voxel.device.type, enabled=False):
             return self.mlp(normalised(voxel, size_voxel, axis_swap=self.axis_swap, dtype=dtype))
 
 
 class MessageLayer(nn.Module):
-    """What tokens gain from a source: attention, and an MLP over token and message.
+    """Layer of message passing from a source to tokens: attention, and an MLP over token and message.
 
     Channel d * heads + head of query, key, value and message belongs to `head`: the head runs fastest. The four
     projections start equal.
 
     Args:
         dim: Width of tokens and source.
-        num_heads: Attention heads.
+        num_heads: Number of attention heads.
         norm: Norm of the MLP, `batch` or `layer`.
-        bn_momentum: of its running statistics.
+        bn_momentum: Momentum of the running statistics of that norm.
 
     Source: arXiv:2310.01680, arXiv:1911.11763 section 3.1.
     """
@@ -168,7 +168,10 @@ class MessageLayer(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "token dim"], source: Float[Tensor, "other dim"], *, at: Packing, of: Packing
     ) -> Float[Tensor, "token dim"]:
-        """The update of each token, from the tokens of the same sample in `source`, which `of` packs as `at` these."""
+        """Return the update of each token from the tokens of the same sample in `source`.
+
+        `at` is the packing of `tokens`, `of` that of `source`.
+        """
         query = self._heads(self.query(at.pad(tokens)))
         padded = of.pad(source)
         mixed = F.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Scores between the keypoints of two views, after attention within and between them."""
+"""The matcher of KAF: scores between the keypoints of two views, after attention within and between them."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,17 @@ LAYERS = ("self", "cross")
 
 
 class KeypointMatcher(nn.Module):
-    """Layers of self- and cross-attention over fused tokens with a code of their place, and products of what they give.
+    """Matcher of fused tokens with a code of their place: self- and cross-attention, then products of the two views.
 
     Both views go through the same layers one after the other, so that batch norm takes its statistics from one view at
-    a time. The parameter `dustbin` is the score of every keypoint with none, for the transport that follows.
+    a time. The parameter `dustbin` is the score of a keypoint without a partner, for the transport that follows.
 
     Args:
-        spatial_dims: 2 or 3.
+        spatial_dims: Number of spatial axes, 2 or 3.
         dim: Width of the tokens.
         num_heads: Heads of the attention.
-        layers: `self` and `cross`, in order.
-        position_widths: Hidden layers of the position code.
+        layers: Kinds of the layers, `self` or `cross`, in order.
+        position_widths: Widths of the hidden layers of the position code.
         token_norm: Norm of the MLPs over tokens, `batch` or `layer`.
         axis_swap: See `medssl.models.keypoint_attention.normalised`.
 
@@ -59,14 +59,14 @@ class KeypointMatcher(nn.Module):
         valid: tuple[Bool[Tensor, "batch n"], Bool[Tensor, "batch m"]],
         size_voxel: Sequence[int],
     ) -> Float[Tensor, "batch n m"]:
-        """The score of every pair, a product over the root of `dim`, in single precision; 0 beside valid keypoints.
+        """Return the score of every pair: product over the root of `dim`, in single precision, 0 for invalid keypoints.
 
         Args:
             first: Fused tokens of one view.
-            second: Fused tokens of the other.
-            points: Keypoints of both views, in voxels of them.
-            valid: Which of them count.
-            size_voxel: of both views.
+            second: Fused tokens of the other view.
+            points: Keypoints of both views, each in voxels of its view.
+            valid: Which of the keypoints count.
+            size_voxel: Size of both views.
         """
         tokens, packings = [], []
         for padded, places, known in zip((first, second), points, valid, strict=True):

@@ -24,20 +24,20 @@ from medssl.models.keypoints_filters import (
 from medssl.models.keypoints_peaks import MOST_MOVES, OWN, Slab, is_blob, local_maxima, refine, slabs, unrefined
 
 INPUT_SIGMA = 0.5
-"""Blur that an image is taken to have, in voxels."""
+"""Blur that an image is assumed to have, sigma in voxels."""
 NEIGHBOURHOODS = ("full", "cross")
 TINY = 1e-20
-"""Below it the second invariant of a structure tensor of images in [0, 1] is rounding."""
+"""Bound below which the second invariant of a structure tensor of images in [0, 1] is rounding."""
 
 
 class Detections(NamedTuple):
-    """Keypoints of a batch, those of the largest response first; rows that are none are 0.
+    """Keypoints of a batch, those of the largest response first; rows without a keypoint are 0.
 
     Args:
-        points: in voxels of the image, whole numbers are centres.
-        valid: Whether there is a keypoint.
+        points: Points in voxels of the image; whole numbers are centres.
+        valid: Whether a row holds a keypoint.
         scale: Sigma in voxels of the image.
-        response: that of the detector; with differences of Gaussians negative at bright blobs, positive at dark ones.
+        response: Response of the detector; for differences of Gaussians negative at bright blobs, positive at dark.
     """
 
     points: Float32[Tensor, "b n axis"]
@@ -47,7 +47,7 @@ class Detections(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Keypoints of a batch in one list; fields as of `Detections`, with the number of each one's image."""
+    """Keypoints of a batch in one list: the fields of `Detections`, and the number of each keypoint's image."""
 
     sample: Int64[Tensor, " k"]
     points: Float32[Tensor, "k axis"]
@@ -55,27 +55,27 @@ class Found(NamedTuple):
     response: Float32[Tensor, " k"]
 
     def chosen(self, rows: Tensor) -> "Found":
-        """Some of them."""
+        """Return the keypoints at `rows`."""
         return Found(*(column[rows] for column in self))
 
     def times(self, factor: int) -> "Found":
-        """The same in an image that is so much finer, whose first voxel has the same centre."""
+        """Return the keypoints in an image finer by `factor` whose first voxel has the same centre."""
         return self._replace(points=self.points * factor, scale=self.scale * factor)
 
 
 def joined(parts: list[Found]) -> Found:
-    """All of them in order."""
+    """Return the keypoints of all parts, in order."""
     return Found(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 @runtime_checkable
 class Detector(Protocol):
-    """What finds keypoints: a small frozen dataclass, named by `_target_` in a recipe."""
+    """Detector of keypoints: a small frozen dataclass, named by `_target_` in a recipe."""
 
     def find(
         self, image: Float32[Tensor, " b *spatial"], *, mask: Bool[Tensor, " b *spatial"] | None, max_points: int
     ) -> Found:
-        """All keypoints, in an order that is the same every time; `mask` and `max_points` are applied once more."""
+        """Return all keypoints in a fixed order; the caller applies `mask` and `max_points` once more."""
 
 
 @torch.no_grad()
@@ -86,15 +86,16 @@ def detect(
     detector: Detector,
     mask: Bool[Tensor, "b 1 *spatial"] | None = None,
 ) -> Detections:
-    """The `max_points` keypoints of each image with the largest absolute response; the same every time.
+    """Return the `max_points` keypoints of each image with the largest absolute response; the result is deterministic.
 
-    The first channel counts. Images that show nothing have no keypoints. Computed in float32, also under autocast.
+    Only the first channel is used. Images without structure have no keypoints. Computed in float32, also under
+    autocast.
 
     Args:
-        image: in any unit.
+        image: Images in any unit.
         max_points: Rows of the result.
-        detector: Finds them.
-        mask: Where keypoints may lie; the voxel next to a point decides.
+        detector: Detector that finds the keypoints.
+        mask: Where keypoints may lie; the voxel nearest to a point decides.
 
     Raises:
         ValueError: `max_points` is not positive, or the image has neither two nor three axes.
@@ -114,7 +115,7 @@ def detect(
 
 
 def _padded(found: Found, *, batch: int, max_points: int) -> Detections:
-    """The strongest keypoints of each image, the first of equals first."""
+    """Return the strongest keypoints of each image; of equal ones the first comes first."""
     order = found.response.abs().sort(descending=True, stable=True).indices
     order = order[found.sample[order].sort(stable=True).indices]
     found = found.chosen(order)
@@ -133,19 +134,20 @@ def _padded(found: Found, *, batch: int, max_points: int) -> Detections:
 
 @dataclass(frozen=True, kw_only=True)
 class DifferenceOfGaussians:
-    """Blobs: extrema of differences of Gaussians over place and scale (SIFT's detector, in two or three dimensions).
+    """Detector of blobs: extrema of differences of Gaussians over place and scale, as SIFT's, in two or three axes.
 
     Args:
-        sigma0: of the finest Gaussian, in voxels. 1.6 as in SIFT without the doubled image finds few points in volumes.
-        levels_per_octave: Scales at which blobs are looked for before the image is halved.
+        sigma0: Sigma of the finest Gaussian, in voxels. SIFT's 1.6 without its doubled image finds few points in
+            volumes.
+        levels_per_octave: Scales at which blobs are searched before the image is halved.
         contrast: Keypoints have a difference of at least this over `levels_per_octave`, in units of `value_range`.
         edge_ratio: Largest ratio of curvatures; plates, tubes and edges exceed it.
         border: Voxels at the faces, in each octave, without keypoints.
         refine: Whether place and scale are those of a parabola; otherwise of the voxel and the level, in each octave.
-        neighbourhood: `full`: larger than all that touch it in place and scale, 80 in a volume; `cross`: than those
-            that touch it with a face and these at the scales next to it, 20 in a volume.
-        num_octaves: of scales; null is log2 of the shortest side less 3, at least 1.
-        value_range: What counts as contrast 1, for instance [0, 1] for windowed images; null is each image's own range.
+        neighbourhood: Neighbours that an extremum exceeds. `full`: all that touch it in place and scale, 80 in a
+            volume. `cross`: those that share a face with it, and these at the adjacent scales, 20 in a volume.
+        num_octaves: Number of octaves of scales; null is log2 of the shortest side less 3, at least 1.
+        value_range: Values of contrast 1 between them, such as [0, 1] for windowed images; null is each image's range.
 
     Source: Lowe, IJCV 2004; arXiv:2310.01680 takes OpenCV's detector, whose finest sigma is 0.8 pixels.
     """
@@ -179,7 +181,7 @@ class DifferenceOfGaussians:
     def find(
         self, image: Float32[Tensor, " b *spatial"], *, mask: Bool[Tensor, " b *spatial"] | None, max_points: int
     ) -> Found:
-        """See `Detector`."""
+        """Find keypoints as described in `Detector`."""
         octaves = self.num_octaves or max(1, int(math.log2(min(image.shape[1:]))) - 3)
         image, before = stretched(image, self.value_range), math.sqrt(self.sigma0**2 - INPUT_SIGMA**2)
         found: list[Found] = []
@@ -197,7 +199,7 @@ class DifferenceOfGaussians:
         return joined(found)
 
     def _without_twins(self, fine: Found, coarse: Found, *, octave: int) -> tuple[Found, Found]:
-        """Two octaves without the weaker of keypoints that both have found, at scales where they meet."""
+        """Drop the weaker of two keypoints that adjacent octaves have both found, at scales where the octaves meet."""
         half_step = 2 ** (0.5 / self.levels_per_octave)
         meeting = self.sigma0 * 2**octave * half_step
         slack = 1 if self.refine else 2  # voxels and levels are off by up to a half
@@ -214,21 +216,21 @@ class DifferenceOfGaussians:
         return fine.chosen(keep_fine), coarse.chosen(keep_coarse)
 
     def _reach(self, before: float) -> int:
-        """Voxels on each side that the coarsest Gaussian of an octave sees."""
+        """Return how many voxels on each side the coarsest Gaussian of an octave covers."""
         return reach_of(self._sigmas()[-1]) + reach_of(before)
 
     def _sigmas(self) -> list[float]:
-        """Of the Gaussians that make the levels of an octave from its first one."""
+        """Return sigmas of the Gaussians that make the levels of an octave from its first level."""
         levels = range(self.levels_per_octave + 3)
         return [self.sigma0 * math.sqrt(4 ** (level / self.levels_per_octave) - 1) for level in levels]
 
     def _levels(self, image: Float32[Tensor, " b *spatial"], before: float) -> list[Tensor]:
-        """The image at the scales of an octave; `before` blurs it to `sigma0`."""
+        """Return the image at the scales of an octave; a Gaussian of `before` blurs it to `sigma0`."""
         base = blurred(image, before) if before else image
         return [base, *(blurred(base, sigma) for sigma in self._sigmas()[1:])]
 
     def _extrema(self, levels: list[Tensor], slab: Slab) -> Found:
-        """Keypoints of a slab, in voxels of its octave."""
+        """Return the keypoints of a slab, in voxels of its octave."""
         differences = torch.stack([after - before for before, after in pairwise(levels)], dim=1)  # (b level *spatial)
         bound = self.contrast / self.levels_per_octave
         cross = self.neighbourhood == "cross"
@@ -246,15 +248,15 @@ class DifferenceOfGaussians:
 
 @dataclass(frozen=True, kw_only=True)
 class Foerstner:
-    """Corners: voxels where the smoothed structure tensor has no direction without gradient.
+    """Detector of corners: voxels where the smoothed structure tensor has a gradient in every direction.
 
-    The response is determinant over second invariant of the tensor (in two dimensions over the trace), the inverse of
-    the trace of its inverse. Points are voxels.
+    The response is the determinant over the second invariant of the tensor (in two dimensions over the trace), which
+    is the inverse of the trace of its inverse. Points are voxels.
 
     Args:
-        sigma: of the smoothing of the tensor, in voxels.
+        sigma: Sigma of the Gaussian that smooths the tensor, in voxels.
         window: Side of the cube in which a keypoint has the largest response, odd.
-        threshold: Responses exceed it, in squared units of `value_range` a voxel.
+        threshold: Bound that responses exceed, in (units of `value_range` per voxel) squared.
         border: Voxels at the faces without keypoints.
         value_range: Values that become 0 and 1; null is each image's own range.
 
@@ -280,7 +282,7 @@ class Foerstner:
     def find(
         self, image: Float32[Tensor, " b *spatial"], *, mask: Bool[Tensor, " b *spatial"] | None, max_points: int
     ) -> Found:
-        """See `Detector`."""
+        """Find keypoints as described in `Detector`."""
         image, found = stretched(image, self.value_range), []
         for slab in slabs(image.shape, halo=len(DERIVATIVE) // 2 + reach_of(self.sigma) + self.window // 2):
             response = self._response(image[:, slab.read])
@@ -312,9 +314,9 @@ class Foerstner:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPoints:
-    """Voxels at random, for comparison: what a network makes of places without structure.
+    """Detector that returns random voxels, for comparison with places of structure.
 
-    They depend on the seed and the size of the image (and the mask) alone, so all images of a batch get the same.
+    They depend only on the seed, the size of the image and the mask, so all images of a batch get the same without one.
 
     Args:
         seed: Seed of the draw.
@@ -325,7 +327,7 @@ class RandomPoints:
     def find(
         self, image: Float32[Tensor, " b *spatial"], *, mask: Bool[Tensor, " b *spatial"] | None, max_points: int
     ) -> Found:
-        """See `Detector`; the response is the random number."""
+        """Find keypoints as described in `Detector`; the response is the random number."""
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.rand(image.shape[1:], generator=generator).to(image.device).expand(image.shape)
         drawn = drawn if mask is None else drawn.masked_fill(~mask, -1.0)

@@ -1,6 +1,7 @@
-"""Filters along one axis after the other, exact in float32, edge values repeated; for images of any dimension.
+"""Filters of the keypoint detectors: along one axis after the other, exact in float32, with edge values repeated.
 
-A filter is a matrix product. On a CPU this takes a fraction of the time of a convolution of one channel.
+Images may have any number of axes. A filter is a matrix product, which takes a fraction of the time of a convolution of
+one channel on a CPU.
 """
 
 import math
@@ -13,34 +14,34 @@ from jaxtyping import Float32
 from torch import Tensor
 
 TRUNCATE_SIGMA = 4.0
-"""Gaussians end there."""
+"""Sigmas after which a Gaussian is cut off."""
 DERIVATIVE = (1 / 12, -8 / 12, 0.0, 8 / 12, -1 / 12)
 """Central differences of fourth order."""
 ROWS = 64
-"""Rows of a filter that share one product: beyond them, and the reach of the filter, its matrix holds zeros only."""
+"""Rows of a filter in one product; outside these rows and the reach of the filter its matrix holds only zeros."""
 
 
 def gaussian(sigma_voxel: float) -> tuple[float, ...]:
-    """Taps of a sampled Gaussian; they sum to 1."""
+    """Return the taps of a sampled Gaussian; they sum to 1."""
     reach = reach_of(sigma_voxel)
     taps = [math.exp(-0.5 * (tap / sigma_voxel) ** 2) for tap in range(-reach, reach + 1)]
     return tuple(tap / sum(taps) for tap in taps)
 
 
 def reach_of(sigma_voxel: float) -> int:
-    """Voxels on each side that a Gaussian sees."""
+    """Return how many voxels on each side a Gaussian covers."""
     return int(TRUNCATE_SIGMA * sigma_voxel + 0.5)
 
 
 def blurred(image: Float32[Tensor, " b *spatial"], sigma_voxel: float) -> Float32[Tensor, " b *spatial"]:
-    """The image after a Gaussian along every axis."""
+    """Return the image after a Gaussian along every axis."""
     for axis in range(1, image.ndim):
         image = filtered(image, axis, gaussian(sigma_voxel))
     return image
 
 
 def filtered(image: Float32[Tensor, " b *spatial"], axis: int, taps: Sequence[float]) -> Float32[Tensor, " b *spatial"]:
-    """The image correlated with an odd number of taps along an axis."""
+    """Return the image correlated with an odd number of taps along an axis."""
     side, reach = image.shape[axis], len(taps) // 2
     matrix = filter_matrix(side, tuple(taps)).to(image.device)
     parts = []
@@ -57,7 +58,7 @@ def filtered(image: Float32[Tensor, " b *spatial"], axis: int, taps: Sequence[fl
 
 @lru_cache(maxsize=256)
 def filter_matrix(side: int, taps: tuple[float, ...]) -> Float32[Tensor, "{side} {side}"]:
-    """What correlates `side` values with an odd number of taps, the first and the last value repeated beyond."""
+    """Return the matrix that correlates `side` values with an odd number of taps, the end values repeated."""
     rows = torch.arange(side)[:, None]
     seen = (rows + torch.arange(len(taps)) - len(taps) // 2).clamp(0, side - 1)
     matrix = torch.zeros(side, side, dtype=torch.float64)
@@ -68,7 +69,7 @@ def filter_matrix(side: int, taps: tuple[float, ...]) -> Float32[Tensor, "{side}
 def extreme_within(
     values: Float32[Tensor, " b *axes"], reach: int, extreme: Callable[[Tensor, Tensor], Tensor]
 ) -> Float32[Tensor, " b *inner"]:
-    """The `torch.maximum` or `torch.minimum` of each cube of `2 * reach + 1` along the axes, where it fits."""
+    """Return `torch.maximum` or `torch.minimum` over each cube of `2 * reach + 1` along the axes, where it fits."""
     for axis in range(1, values.ndim):
         values = _extreme_along(values, axis, reach, extreme)
     return values
@@ -77,7 +78,10 @@ def extreme_within(
 def extreme_on_cross(
     values: Float32[Tensor, "b level *axes"], reach: int, extreme: Callable[[Tensor, Tensor], Tensor]
 ) -> Float32[Tensor, "b inner_level *inner"]:
-    """As `extreme_within`, of lines through each cube's middle only: along one of `axes` at a time, at all levels."""
+    """Return the extreme as `extreme_within` does, over lines through each cube's middle only.
+
+    A line runs along one of `axes` at a time, at all levels.
+    """
     values = _extreme_along(values, 1, reach, extreme)
     arms = []
     for axis in range(2, values.ndim):
@@ -96,7 +100,7 @@ def _extreme_along(values: Tensor, axis: int, reach: int, extreme: Callable[[Ten
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products in float32 throughout: with ten bits of mantissa differences of Gaussians would be noise."""
+    """Keep matrix products in full float32: with ten bits of mantissa differences of Gaussians would be noise."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -108,7 +112,7 @@ def full_precision() -> Iterator[None]:
 def stretched(
     image: Float32[Tensor, " b *spatial"], value_range: Sequence[float] | None
 ) -> Float32[Tensor, " b *spatial"]:
-    """The image with `value_range`, or its own smallest and largest value, at 0 and 1; all 0 where these are equal."""
+    """Return the image with `value_range`, or its own extremes, mapped to 0 and 1; all 0 where these are equal."""
     if value_range is not None:
         low, high = value_range
         return (image - low) / (high - low)
@@ -120,11 +124,15 @@ def stretched(
 
 
 def check_value_range(value_range: Sequence[float] | None) -> None:
-    """Raises a ValueError unless there are two ascending values, or none."""
+    """Check that a range is None or two ascending values.
+
+    Raises:
+        ValueError: The range is neither.
+    """
     if value_range is not None and (len(value_range) != 2 or not value_range[0] < value_range[1]):
         raise ValueError(f"value_range must be two ascending values or null, got {list(value_range)}")
 
 
 def halved(image: Float32[Tensor, " b *spatial"]) -> Float32[Tensor, " b *half"]:
-    """Every second voxel along each axis, the first among them."""
+    """Return every second voxel along each axis, beginning with the first."""
     return image[(slice(None), *[slice(None, None, 2)] * (image.ndim - 1))]

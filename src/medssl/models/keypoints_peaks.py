@@ -1,4 +1,4 @@
-"""Local maxima of fields over several axes, and where between the voxels a parabola through them has its top."""
+"""Peaks of fields over several axes: local maxima, and the top of a parabola between the voxels."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ from torch import Tensor
 from medssl.models.keypoints_filters import extreme_on_cross, extreme_within
 
 MOST_MOVES = 5
-"""A parabola's top may lie nearer to another voxel; so many times that voxel is tried."""
+"""Number of times that the next voxel is tried where a parabola's top lies nearer to it."""
 OWN = 0.6
-"""Voxels along each axis up to which a top belongs to a voxel. More than half, for else a top that is midway in place
-and scale is tossed to and fro: of 120 Gaussian blobs at random 17 are missed with 0.5, 2 with 0.6."""
+"""Distance in voxels along each axis up to which a top belongs to a voxel. It is more than a half, because otherwise a
+top midway in place and scale moves back and forth: of 120 random Gaussian blobs 17 are missed with 0.5, 2 with 0.6."""
 SLAB_VOXELS = 2**24
-"""Larger volumes are worked on in slabs, for less memory."""
+"""Voxels above which a volume is processed in slabs, to save memory."""
 
 
 class Peaks(NamedTuple):
@@ -25,8 +25,8 @@ class Peaks(NamedTuple):
 
     Args:
         place: Sample, then the voxel along each axis of the field.
-        offset: from the voxel to the top, at most `OWN` voxels along each axis where it is kept.
-        value: at the top.
+        offset: Offset from the voxel to the top, at most `OWN` voxels along each axis where it is kept.
+        value: Value at the top.
         hessian: Second derivatives at the voxel, per voxel squared.
     """
 
@@ -39,10 +39,11 @@ class Peaks(NamedTuple):
 def local_maxima(
     field: Float32[Tensor, " b *axes"], *, reach: int, above: float, minima: bool = False, cross: bool = False
 ) -> Int64[Tensor, "k index"]:
-    """Sample and voxel of values `above` a bound that no neighbour up to `reach` voxels along each axis exceeds.
+    """Return sample and voxel of values `above` a bound that no neighbour up to `reach` voxels along each axis exceeds.
 
-    Of equal neighbours the first one counts. Voxels without all neighbours do not. With `minima` also the maxima of the
-    negated field. With `cross` only neighbours count that differ along the first axis and one other at most.
+    Of equal neighbours the first one counts. Voxels that lack a neighbour do not count. With `minima` the maxima of
+    the negated field are returned as well. With `cross` only neighbours count that differ along the first axis and at
+    most one other.
     """
     if min(field.shape[1:]) <= 2 * reach:
         return torch.empty(0, field.ndim, dtype=torch.int64, device=field.device)
@@ -62,12 +63,12 @@ def local_maxima(
 
 
 def steps(dims: int, reach: int) -> list[tuple[int, ...]]:
-    """Those from the middle of a cube of `2 * reach + 1` voxels along each axis to all of its voxels, in order."""
+    """Return the steps from the middle of a cube of `2 * reach + 1` voxels along each axis to all voxels, in order."""
     return list(product(range(-reach, reach + 1), repeat=dims))
 
 
 def neighbours(field: Float32[Tensor, " b *axes"], place: Int64[Tensor, "k index"], *, reach: int) -> Tensor:
-    """The cubes (k, side, ..., side) of `2 * reach + 1` values along each axis about places."""
+    """Return the cubes (k, side, ..., side) of `2 * reach + 1` values along each axis around the places."""
     field = field.contiguous()
     strides = torch.tensor(field.stride(), device=field.device)
     shifts = torch.tensor(steps(field.ndim - 1, reach), device=field.device)
@@ -82,15 +83,15 @@ def refine(
     lower: Sequence[int],
     upper: Sequence[int],
 ) -> Peaks:
-    """The tops of parabolas through places and their neighbours; a place that has none within reach is dropped.
+    """Return the tops of parabolas through places and their neighbours; places without a top within reach are dropped.
 
-    Where a top is not a voxel's own, the next voxel in its direction is tried, at most five times.
+    Where a top does not belong to its voxel, the next voxel in its direction is tried, at most five times.
 
     Args:
-        field: Values.
-        place: Sample and voxel.
+        field: Values of the field.
+        place: Sample and voxel of each place.
         lower: First voxel along each axis that a top may lie next to; it needs a neighbour before it.
-        upper: Last such voxel.
+        upper: Last voxel along each axis that a top may lie next to.
 
     Source: Brown and Lowe, Invariant features from interest point groups, BMVC 2002.
     """
@@ -114,7 +115,7 @@ def unrefined(
     lower: Sequence[int],
     upper: Sequence[int],
 ) -> Peaks:
-    """The places as they are, with their own values; arguments as of `refine`."""
+    """Return the places as they are, with their own values; the arguments are those of `refine`."""
     place = within(place, lower=lower, upper=upper)
     hessian = derivatives(neighbours(field, place, reach=1))[1]
     return Peaks(place, torch.zeros_like(hessian[:, 0]), field[tuple(place.unbind(1))], hessian)
@@ -123,13 +124,13 @@ def unrefined(
 def within(
     place: Int64[Tensor, "k index"], *, lower: Sequence[int], upper: Sequence[int]
 ) -> Int64[Tensor, "kept index"]:
-    """Places whose voxels lie from `lower` to `upper` along each axis, each once."""
+    """Return the places whose voxels lie from `lower` to `upper` along each axis, each once."""
     low, high = place.new_tensor(lower), place.new_tensor(upper)
     return place[((place[:, 1:] >= low) & (place[:, 1:] <= high)).all(1)].unique(dim=0)
 
 
 def _fitted(field: Float32[Tensor, " b *axes"], place: Int64[Tensor, "k index"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Offset to the top of the parabola through each place, its value there, and its second derivatives."""
+    """Return the offset to the top of the parabola through each place, the value there, and its second derivatives."""
     patch = neighbours(field, place, reach=1)
     gradient, hessian = derivatives(patch)
     offset = -torch.linalg.solve_ex(hessian, gradient[..., None]).result[..., 0]
@@ -140,7 +141,7 @@ def _fitted(field: Float32[Tensor, " b *axes"], place: Int64[Tensor, "k index"])
 def derivatives(
     patch: Float32[Tensor, " k *threes"],
 ) -> tuple[Float32[Tensor, "k axis"], Float32[Tensor, "k axis axis"]]:
-    """First and second central differences in the middle of cubes of three values along each axis."""
+    """Return first and second central differences in the middle of cubes of three values along each axis."""
     dims = patch.ndim - 1
 
     def at(*moves: tuple[int, int]) -> Tensor:
@@ -162,7 +163,7 @@ def derivatives(
 
 
 def is_blob(hessian: Float32[Tensor, "k axis axis"], *, edge_ratio: float) -> Bool[Tensor, " k"]:
-    """Whether the curvature has one sign along all directions and is nowhere `edge_ratio` times that elsewhere.
+    """Return whether all curvatures have one sign and the largest is less than `edge_ratio` times the smallest.
 
     Source: Lowe, Distinctive image features from scale-invariant keypoints, IJCV 2004, section 4.1, for any dimension.
     """
@@ -176,9 +177,9 @@ class Slab(NamedTuple):
     """A part of an octave along its first axis.
 
     Args:
-        read: What to read of that axis; it ends `halo` voxels beyond what the slab answers for, or with the image.
-        first: Voxel of the whole image.
-        last: One past the last.
+        read: Part of that axis to read; it ends `halo` voxels beyond the slab's own voxels, or with the image.
+        first: First of the slab's own voxels, numbered in the whole image.
+        last: Number after the last of its own voxels.
         sides: Sides of the whole image.
     """
 
@@ -189,32 +190,32 @@ class Slab(NamedTuple):
 
     @property
     def own(self) -> slice:
-        """Voxels of the slab that it answers for."""
+        """The slab's own voxels, numbered in what it reads."""
         return slice(self.first - self.read.start, self.last - self.read.start)
 
     def owns(self, voxel: Int64[Tensor, " k"]) -> Bool[Tensor, " k"]:
-        """Whether it answers for its voxels."""
+        """Return whether voxels are the slab's own."""
         return (voxel >= self.own.start) & (voxel < self.own.stop)
 
     def lower(self, border: int) -> list[int]:
-        """First voxels of the slab that lie inside the border of the image and have a neighbour before them."""
+        """Return the first voxels of the slab that lie inside the image's border and have a neighbour before them."""
         return [max(1, border - self.read.start), *[border] * (len(self.sides) - 1)]
 
     def upper(self, border: int) -> list[int]:
-        """Last voxels likewise."""
+        """Return the last voxels of the slab that lie inside the image's border and have a neighbour after them."""
         length = self.read.stop - self.read.start
         inside = [side - 1 - border for side in self.sides]
         return [min(length - 2, inside[0] - self.read.start), *inside[1:]]
 
     def in_whole(self, position: Float32[Tensor, "k axis"]) -> Float32[Tensor, "k axis"]:
-        """Positions in the slab as positions in the image."""
+        """Return positions in the image for positions in the slab."""
         shift = torch.zeros_like(position[:1])
         shift[:, 0] = self.read.start
         return position + shift
 
 
 def slabs(shape: Sequence[int], *, halo: int) -> Iterator[Slab]:
-    """Slabs of a batch (b, x, ...), which answer for each voxel once and begin at even ones; small ones are whole."""
+    """Yield slabs of a batch (b, x, ...) that own each voxel once and begin at even ones; a small batch is one slab."""
     length, sides = shape[1], tuple(shape[1:])
     plane = math.prod(shape) // length
     thick = max(2 * halo, SLAB_VOXELS // plane) // 2 * 2

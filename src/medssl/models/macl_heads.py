@@ -1,4 +1,4 @@
-"""What MACL trains besides its U-Net: embeddings of an image from both branches, and of each place of one of them."""
+"""The heads of MACL: embeddings of an image from both branches, and of each place of their maps."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,17 +11,18 @@ from medssl.models.heads import MLPHead
 class MACLHeads(nn.Module):
     """Two heads over means of maps, and convolutions that make a bottleneck comparable with a decoded map.
 
-    The decoded map of the dominant branch is compared as it is, unless `dominant_pixel` gives it convolutions too.
+    The decoded map of the dominant branch is compared as it is, unless `dominant_pixel` adds convolutions to it.
 
     Args:
         bottleneck_channels: Channels of the encoder's last map.
         decoded_channels: Channels of the decoded map.
-        spatial_dims: 2 or 3 axes of the maps.
+        spatial_dims: Axes of the maps, 2 or 3.
         hidden_dim: Width of the heads over means, four times the base channels of the U-Net.
         proj_dim: Width of the embeddings.
         norm: Norm of the convolutions, `batch`, `instance` or `group`.
-        dominant_pixel: see above.
-        global_from: What the dominant branch's mean is taken of, its map `decoder` or its bottleneck (`encoder`).
+        dominant_pixel: Whether the decoded map of the dominant branch goes through convolutions.
+        global_from: Map whose mean embeds the dominant branch: the decoded map (`decoder`) or the bottleneck
+            (`encoder`).
 
     Source: arXiv:2309.11876; repository stevezs315/MACL, network/unet2d.py.
     """
@@ -61,12 +62,12 @@ class MACLHeads(nn.Module):
         dominant: Float[Tensor, "b cb *small"],
         decoded: Float[Tensor, "b cd *large"],
     ) -> tuple[Float[Tensor, "b dim"], Float[Tensor, "b dim"]]:
-        """Embeddings of images, auxiliary and dominant, not normalised: of bottlenecks and the decoded map."""
+        """Return embeddings of images, auxiliary and dominant, not normalised, from means over the maps."""
         pooled = decoded if self.global_from == "decoder" else dominant
         return self.auxiliary(auxiliary.flatten(2).mean(2)), self.dominant(pooled.flatten(2).mean(2))
 
     def places(
         self, auxiliary: Float[Tensor, "b cb *large"], decoded: Float[Tensor, "b cd *large"]
     ) -> tuple[Float[Tensor, "b cd *large"], Float[Tensor, "b cd *large"]]:
-        """Maps whose places are compared, auxiliary and dominant."""
+        """Return the maps whose places are compared, auxiliary and dominant."""
         return self.auxiliary_pixel(auxiliary), self.dominant_pixel(decoded)

@@ -1,4 +1,4 @@
-"""MACL's U-Net for slices and volumes, which PCL had before: encoder, and decoder that is trained with it."""
+"""MACL's U-Net for slices and volumes, first used by PCL: encoder, and decoder that is trained with it."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -25,18 +25,18 @@ from medssl.models.unet import run
 
 
 class MACLUNetEncoder(nn.Module):
-    """Levels of two convolutions with norm, each pooled, and two convolutions without norm at last.
+    """Encoder of levels of two convolutions with norm, each pooled, and a bottleneck of two convolutions without norm.
 
     Level l of L has `base_channels * 2^l` channels. The L + 1 maps are those before pooling and the bottleneck, whose
     values are rectified, so never negative.
 
     Args:
-        spatial_dims: 2 for slices, 3 for volumes.
+        spatial_dims: Number of spatial axes: 2 for slices, 3 for volumes.
         in_channels: Channels of the image.
         base_channels: Channels of the first level.
-        num_levels: that are pooled.
+        num_levels: Number of levels that are pooled.
         norm: Norm of the levels, `batch`, `instance` or `group`.
-        strides: Step to each map, a number or one an axis, the first is 1; null is 1, then 2.
+        strides: Step to each map, one number or one for each axis, the first is 1; null is 1, then 2.
         checkpoint_activations: Recompute activations in the backward pass; batch statistics count once.
 
     The attributes `channels` and `strides` describe the maps, `usual_decoder` is a recipe.
@@ -82,7 +82,7 @@ class MACLUNetEncoder(nn.Module):
     def forward(
         self, image: Float[Tensor, "batch channel *spatial"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch _ *_"]]:
-        """The maps, fine to coarse; `coordinate` is accepted and not used.
+        """Return the maps, fine to coarse; `coordinate` is accepted and not used.
 
         Raises:
             ValueError: A side is no multiple of the coarsest stride.
@@ -95,7 +95,7 @@ class MACLUNetEncoder(nn.Module):
         return maps[1:]
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights fitted to this network's input channels, and those of slices to volumes.
+        """Return the weights fitted to this network's input channels, and those of slices to volumes.
 
         Kernels of slices stand in the middle plane of the last axis.
         """
@@ -103,13 +103,13 @@ class MACLUNetEncoder(nn.Module):
 
 
 class MACLUNetDecoder(SkipDecoder):
-    """The decoder of that U-Net, see `SkipDecoder`; MACL trains its first blocks. A 1x1 convolution is to follow.
+    """The decoder of MACL's U-Net, a `SkipDecoder` whose first blocks MACL trains; a 1x1 convolution follows it.
 
     Source: arXiv:2309.11876; repository stevezs315/MACL, network/unet2d.py.
     """
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights, those of slices fitted to volumes.
+        """Return the weights, those of slices fitted to volumes.
 
         Kernels of slices stand in the middle plane of the last axis; those of transposed convolutions in all planes.
         """
@@ -117,7 +117,7 @@ class MACLUNetDecoder(SkipDecoder):
 
 
 def fit_axes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Weights with kernels of two axes given the third that `network` has: so planes become what slices were.
+    """Return the weights with kernels of two axes extended to the three of `network`: its planes act as slices did.
 
     Kernels go to the middle plane. A transposed convolution without overlap gets a copy for each of its planes.
     """
