@@ -31,7 +31,7 @@ class Embedding(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, image: Float[Tensor, "batch channel x y z"]) -> Float[Tensor, "batch i j k width"]:
-        """One token for 2 voxels along each axis."""
+        """Return one token for 2 voxels along each axis."""
         return self.norm(self.proj2(self.proj1(image.permute(0, 2, 3, 4, 1))))
 
 
@@ -57,7 +57,7 @@ class Merging(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Float[Tensor, "batch i j k width"]) -> Float[Tensor, "batch i2 j2 k2 width2"]:
-        """Tokens at half the resolution."""
+        """Return tokens at half the resolution."""
         return _convolve(self.reduction, self.norm(F.gelu(tokens)))
 
 
@@ -70,7 +70,7 @@ class Expanding(nn.Module):
         self.up = nn.ConvTranspose3d(dim, dim // 2, 2, stride=2)
 
     def forward(self, tokens: Float[Tensor, "batch i j k width"]) -> Float[Tensor, "batch i2 j2 k2 width2"]:
-        """Tokens at twice the resolution."""
+        """Return tokens at twice the resolution."""
         return _convolve(self.up, self.norm(tokens))
 
 
@@ -101,22 +101,22 @@ class DecoderStage(nn.Module):
 
 
 class NnFormerEncoder(nn.Module):
-    """Encoder of nnFormer: four normed maps at strides 2 to 16, the width doubles with each.
+    """Encoder of nnFormer: four normed maps at strides 2 to 16, whose width doubles with each.
 
     Sides of an image must be multiples of 16. Windows are clipped to the grid that an image of `size_voxel` gives, and
     so are the shapes of the bias tables: weights of one home size load into another where the clipped windows agree.
 
     Args:
         in_channels: Channels of the image.
-        size_voxel: Home size, see above; other sizes may be read.
+        size_voxel: Home size, to whose grids the windows are clipped; images of other sizes are accepted.
         feature_size: Channels of the finest map.
         depths: Blocks in each of the four stages.
         num_heads: Attention heads in each stage.
         window_tokens: Side of the attention windows in each stage, in tokens of that stage.
         drop_path: Largest rate at which residual branches are dropped; it grows with depth from 0.
-        ape: What is added to the tokens for their place: `sincos` (fixed, computed for the grid at hand), `none`, or
-            `random_frozen`, truncated normal numbers that are never trained, as in Alice's code, but kept with the
-            weights and resized for other grids.
+        ape: Absolute position table that is added to the tokens: `sincos` (fixed, computed for the present grid),
+            `none`, or `random_frozen`: truncated normal numbers that are never trained, as in Alice's code, but saved
+            with the weights and resized for other grids.
         relative_index: `published` or `correct`, see `nnformer_blocks.relative_index`. Tables learnt under one rule
             mean nothing under the other.
         checkpoint_activations: Recompute activations in the backward pass.
@@ -183,12 +183,12 @@ class NnFormerEncoder(nn.Module):
         *,
         masked: Bool[Tensor, "#batch 1 i j k"] | None = None,
     ) -> list[Float[Tensor, "batch width _ _ _"]]:
-        """Four maps, fine to coarse; tokens that are `masked` (on the finest grid) give way to the mask token.
+        """Return four maps, fine to coarse; the mask token replaces tokens that are `masked` (on the finest grid).
 
         `coordinate` is accepted and not used.
 
         Raises:
-            ValueError: Another number of channels, or sides that are no multiples of 16.
+            ValueError: The image has another number of channels, or sides that are no multiples of 16.
         """
         if image.shape[1] != self.in_channels:
             raise ValueError(f"the encoder reads {self.in_channels} channels, the image has {image.shape[1]}")
@@ -205,7 +205,7 @@ class NnFormerEncoder(nn.Module):
         return maps
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights with the first convolution fitted to this network's input channels."""
+        """Return the weights with the first convolution fitted to this network's input channels."""
         return fit_stem(tensors, "patch_embed.proj1.conv1.weight", self.in_channels)
 
     def _placed(self, tokens: Tensor) -> Tensor:
@@ -220,9 +220,9 @@ class NnFormerEncoder(nn.Module):
 
 
 class NnFormerDecoder(nn.Module):
-    """Decoder of nnFormer: maps at strides 2, 4 and 8 out of the four of an `NnFormerEncoder`.
+    """Decoder of nnFormer: maps at strides 2, 4 and 8 from the four maps of an `NnFormerEncoder`.
 
-    A segmenter or a reconstruction goes on to full resolution with one transposed convolution, as nnFormer does.
+    A segmenter or a reconstruction reaches full resolution with one transposed convolution, as nnFormer does.
 
     Args:
         in_channels: Channels of the image, which is not used.
@@ -233,7 +233,7 @@ class NnFormerDecoder(nn.Module):
         num_heads: Attention heads, fine to coarse.
         window_tokens: Side of the attention windows, fine to coarse, in tokens.
         drop_path: Largest rate at which residual branches are dropped; it grows from 0 at the coarsest resolution.
-        relative_index: as in the encoder.
+        relative_index: `published` or `correct`, the same as in the encoder.
         checkpoint_activations: Recompute activations in the backward pass.
 
     Source: arXiv:2109.03201.
@@ -287,10 +287,12 @@ class NnFormerDecoder(nn.Module):
         *,
         num_blocks: int | None = None,
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """Decoded maps, fine to coarse; with `num_blocks` those of the first (coarsest) alone. `image` is not used.
+        """Return decoded maps, fine to coarse; with `num_blocks` only those of the first (coarsest) blocks.
+
+        `image` is not used.
 
         Raises:
-            ValueError: There are fewer blocks.
+            ValueError: The decoder has fewer blocks than `num_blocks`.
         """
         *skips, tokens = (level.permute(0, 2, 3, 4, 1) for level in features)
         count, decoded = blocks_to_run(num_blocks, len(self.layers)), []
@@ -307,8 +309,8 @@ class NnFormerDecoder(nn.Module):
 class NnFormer(Backbone):
     """Both halves of nnFormer and the transposed convolution that reconstructs the image, from plain keywords.
 
-    The published network has two more such convolutions for coarser maps that it evaluates and never uses
-    (2,306 numbers); they are not here.
+    The published network has two more such convolutions for coarser maps (2,306 numbers), which it evaluates and never
+    uses; this network leaves them out.
     """
 
     def __init__(
@@ -363,6 +365,6 @@ def _clipped(window: int, grid: Triple) -> Triple:
 
 
 def _drop_rates(largest: float, depths: Sequence[int]) -> list[list[float]]:
-    """Rates of the blocks of each stage, growing evenly from 0 over all blocks."""
+    """Return the rates of the blocks of each stage, growing evenly from 0 over all blocks."""
     rates = (largest * number / max(1, sum(depths) - 1) for number in itertools.count())
     return [list(itertools.islice(rates, depth)) for depth in depths]

@@ -1,4 +1,4 @@
-"""Attention inside windows of a volume, and the blocks that nnFormer is made of. Tokens are (batch, i, j, k, width)."""
+"""The blocks of nnFormer: attention inside windows of a volume, over tokens (batch, i, j, k, width)."""
 
 import math
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ RELATIVE_INDICES = ("published", "correct")
 
 
 def relative_index(window: Triple, *, rule: str = "published") -> Int64[Tensor, "token token"]:
-    """Row of the bias table for each pair of tokens of a window, by the offset between them.
+    """Return the row of the bias table for each pair of tokens of a window, given by the offset between them.
 
     `correct` gives every offset a row of its own. `published` is what nnFormer's code computes and its weights were
     trained with: the factor of the first axis is too small, so that offsets share rows and others are never reached
     (115 of 343 rows are, for windows of 4).
 
     Raises:
-        ValueError: Another rule.
+        ValueError: The rule is not known.
     """
     choice("relative_index", rule, RELATIVE_INDICES)
     places = torch.cartesian_prod(*(torch.arange(side) for side in window)).reshape(-1, 3)
@@ -35,10 +35,10 @@ def relative_index(window: Triple, *, rule: str = "published") -> Int64[Tensor, 
 
 
 def blocked_pairs(window: Triple) -> Bool[Tensor, "pattern token token"]:
-    """Pairs of tokens that a roll by half a window brought together from opposite ends of the grid.
+    """Return pairs of tokens that a roll by half a window brought together from opposite ends of the grid.
 
-    That happens in the last windows along an axis; the eight patterns are for windows that are last along none of the
-    axes, the third, the second, second and third, and so on.
+    Such pairs occur in the last windows along an axis. The eight patterns are for windows that are last along none of
+    the axes, the third, the second, the second and third, and so on.
     """
     places = torch.cartesian_prod(*(torch.arange(side) for side in window)).reshape(-1, 3)
     wrapped = places >= torch.tensor([side - side // 2 for side in window])
@@ -48,7 +48,7 @@ def blocked_pairs(window: Triple) -> Bool[Tensor, "pattern token token"]:
 
 
 def pattern_numbers(counts: Triple, shift: Triple, *, device: torch.device) -> Int64[Tensor, " window"]:
-    """Which of the `blocked_pairs` each of the windows has, `counts` of them along the axes, shifted along some."""
+    """Return the number of the pattern of `blocked_pairs` of each window; there are `counts` windows along the axes."""
     i, j, k = (
         (torch.arange(count, device=device) == count - 1) * (factor if step else 0)
         for count, step, factor in zip(counts, shift, (4, 2, 1), strict=True)
@@ -59,7 +59,7 @@ def pattern_numbers(counts: Triple, shift: Triple, *, device: torch.device) -> I
 def to_windows(
     tokens: Float[Tensor, "batch i j k width"], window: Triple, *, num_heads: int, num_entries: int
 ) -> Float[Tensor, "entry batch window head token channel"]:
-    """The tokens as (entry, batch, window, head, token, channel); sides must be multiples of those of the window.
+    """Return the tokens as (entry, batch, window, head, token, channel); sides must be multiples of the window's.
 
     The width holds the entries (query, key, value), each of them the heads, each of them its channels.
     """
@@ -73,7 +73,7 @@ def to_windows(
 def from_windows(
     windows: Float[Tensor, "batch window head token channel"], window: Triple, *, grid: Triple
 ) -> Float[Tensor, "batch i j k width"]:
-    """The inverse of `to_windows` for one entry."""
+    """Return the tokens of one entry on their grid: the inverse of `to_windows`."""
     counts = [side // step for side, step in zip(grid, window, strict=True)]
     cut = windows.unflatten(3, window).unflatten(1, counts)  # batch, windows, head, tokens, channel
     return cut.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).flatten(7, 8).flatten(5, 6).flatten(3, 4).flatten(1, 2)
@@ -82,7 +82,7 @@ def from_windows(
 class WindowAttention(nn.Module):
     """Multi-head attention among the tokens of each window, with a learnt bias for each offset between two of them.
 
-    A grid that is no multiple of the window is filled up with zeros at its far sides, as in published weights.
+    A grid that is no multiple of the window is padded with zeros at its far sides, as for published weights.
     """
 
     index: Int64[Tensor, "token token"]
@@ -99,25 +99,25 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self) -> Float[Tensor, "head token token"]:
-        """What is added to the scores of each pair of tokens."""
+        """Return the bias that is added to the score of each pair of tokens."""
         rows = F.embedding(self.index.flatten(), self.relative_position_bias_table)
         return rows.T.unflatten(1, self.index.shape)
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """The tokens on a grid of whole windows."""
+        """Return the tokens on a grid of whole windows."""
         missing = [-side % step for side, step in zip(tokens.shape[1:4], self.window, strict=True)]
         return F.pad(tokens, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else tokens
 
     def mix(self, entries: Sequence[Tensor], *, grid: Triple, mask: WindowMask | None = None) -> Tensor:
-        """Attend from windows of queries to those of keys and values; tokens on the whole grid."""
+        """Attend from windows of queries to those of keys and values, and return the tokens on the whole grid."""
         query, key, value = entries
         return from_windows(window_attention(query, key, value, self.bias(), mask), self.window, grid=grid)
 
 
 class SelfAttention(WindowAttention):
-    """Attention of tokens to those of their own window, windows shifted by half their side or not.
+    """Attention of tokens to those of their own window; windows may be shifted by half their side.
 
-    No shift along an axis that one window spans.
+    An axis that one window spans is not shifted.
     """
 
     blocked: Bool[Tensor, "pattern token token"] | None
@@ -173,7 +173,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, tokens: Float[Tensor, "batch i j k width"]) -> Float[Tensor, "batch i j k width"]:
-        """Attention, then MLP, each added to its input."""
+        """Apply attention, then the MLP, each added to its input."""
         return self._after(tokens, self.attn(self.norm1(tokens)))
 
     def _after(self, tokens: Tensor, mixed: Tensor) -> Tensor:
@@ -188,17 +188,17 @@ class Block(nn.Module):
 
 
 class SkipBlock(Block):
-    """A block whose attention goes from upsampled tokens to those of the skip, both under one norm."""
+    """A block whose attention goes from upsampled tokens to those of the skip, both normed by the same layer."""
 
     def forward(  # type: ignore[override]
         self, up: Float[Tensor, "batch i j k width"], skip: Float[Tensor, "batch i j k width"]
     ) -> Float[Tensor, "batch i j k width"]:
-        """Attention, then MLP, each added to the sum of both."""
+        """Apply attention, added to the sum of both inputs, then the MLP, added to its input."""
         return self._after(up + skip, self.attn(self.norm1(up), self.norm1(skip)))
 
 
 def initialise(network: nn.Module) -> None:
-    """Truncated normal weights (0.02) and no bias for the linear layers, as in Swin."""
+    """Draw truncated normal weights (0.02) for the linear layers and set their biases to 0, as in Swin."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

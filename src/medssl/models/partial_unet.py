@@ -1,4 +1,4 @@
-"""An encoder with the first blocks of a decoder, and the law that ties crop size, strides and blocks together."""
+"""The backbone of MACL: an encoder with the first blocks of a decoder, and the law of crop size, strides and blocks."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,20 +12,20 @@ from torch.func import functional_call
 from medssl.models.segmenter import build_networks
 
 DEPTHS = range(2, 7)
-"""Levels of networks that an error proposes."""
+"""Numbers of levels that an error proposes."""
 
 
 @dataclass(frozen=True)
 class ScaleLaw:
-    """How much smaller an image has to be for its decoded map to be as large as the bottleneck of the full image.
+    """Law of how much smaller an image must be for its decoded map to be as large as the full image's bottleneck.
 
-    Along each axis the factor is the stride of the decoded map over that of the bottleneck, a quarter for two blocks
-    that double. Both bottlenecks then have whole sizes if a crop is a multiple of `multiple_voxel`.
+    Along each axis the sides are scaled by the stride of the decoded map over that of the bottleneck, a quarter for two
+    blocks that double. Both bottlenecks have whole sizes if a crop is a multiple of `multiple_voxel`.
 
     Args:
         bottleneck: Stride of the encoder's last map, in voxels.
         decoded: Strides of the decoder's maps, fine to coarse.
-        num_blocks: Blocks of the decoder that run, from the coarsest.
+        num_blocks: Number of decoder blocks that run, from the coarsest.
 
     Source: arXiv:2309.11876, table IV; the factors of single axes are ours.
     """
@@ -46,13 +46,14 @@ class ScaleLaw:
 
     @property
     def multiple_voxel(self) -> tuple[int, ...]:
-        """What the sides of a crop are multiples of."""
+        """The sides of which those of a crop must be multiples, in voxels."""
         return tuple(stride * times for stride, times in zip(self.bottleneck, self.factor, strict=True))
 
     def reduced(self, size_voxel: Sequence[int], *, setting: str = "the crop") -> tuple[int, ...]:
-        """Size of the small image for a crop of `size_voxel`; `setting` names the crop in an error.
+        """Return the size of the small image for a crop of `size_voxel`; `setting` names the crop in an error.
 
-        Raises: ValueError: a side is no such multiple; the message lists what fits.
+        Raises:
+            ValueError: A side is no multiple of `multiple_voxel`; the message lists what fits.
         """
         sides = tuple(int(side) for side in size_voxel)
         if len(sides) != len(self.bottleneck):
@@ -90,14 +91,14 @@ class ScaleLaw:
 class PartialUNet(nn.Module):
     """Encoder and decoder, of which only the first `num_blocks` blocks run and train.
 
-    The other blocks keep their first weights and are in the state all the same, so that a segmenter can start from it.
+    The other blocks keep their first weights. They stay in the state, so that a segmenter can start from it.
 
     Args:
-        encoder: Gives maps, fine to coarse, described by its `channels` and `strides`.
-        decoder: Gives decoded maps described likewise; takes `num_blocks`.
-        num_blocks: Blocks from the coarsest on.
+        encoder: Network of maps, fine to coarse, described by its `channels` and `strides`.
+        decoder: Network of decoded maps, described in the same way; its `forward` takes `num_blocks`.
+        num_blocks: Number of decoder blocks that run, from the coarsest.
 
-    The attributes `bottleneck_channels` and `decoded_channels` hold the widths of the two maps that it gives.
+    The attributes `bottleneck_channels` and `decoded_channels` hold the widths of the two maps that it returns.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, *, num_blocks: int = 2) -> None:
@@ -114,14 +115,15 @@ class PartialUNet(nn.Module):
             parameter.requires_grad_(parameter.requires_grad and name in run)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Bottleneck and the map after the last block that runs."""
+        """Return the bottleneck and the map after the last block that runs."""
         maps = self.encoder(image)
         return maps[-1], self.decoder(image, maps, num_blocks=self.num_blocks)[0]
 
     def check_crop(self, size_voxel: Sequence[int], *, setting: str = "the crop") -> None:
-        """Try the shapes that the small image of a crop takes, without any value; `setting` names the crop in an error.
+        """Try the shapes of a crop's small image without computing values; `setting` names the crop in an error.
 
-        Raises: ValueError: the crop does not fit, or a network refuses the small image: instance norm a single voxel.
+        Raises:
+            ValueError: The crop does not fit, or a network refuses the small image, as instance norm a single voxel.
         """
         small = self.law.reduced(size_voxel, setting=setting)
         state = {name: tensor.to("meta") for name, tensor in (*self.named_parameters(), *self.named_buffers())}
@@ -137,16 +139,16 @@ class PartialUNet(nn.Module):
 
 
 def _with_slices(sides: Sequence[int]) -> list[int]:
-    """Sides as the settings have them, x, y, z: slices are one voxel thick."""
+    """Return the sides as in the settings, x, y, z: slices are one voxel thick."""
     return [int(side) for side in (*sides, 1)[:3]]
 
 
 def names_of_blocks(decoder: nn.Module, num_blocks: int) -> set[str]:
-    """Names in the state of the decoder that belong to its first `num_blocks` blocks, from the coarsest.
+    """Return the names in the decoder's state that belong to its first `num_blocks` blocks, from the coarsest.
 
-    A block is what the decoder's lists, whose last entries are for the coarsest map, hold at one place. What is in no
-    list serves the finest maps: it belongs to the last block, or where it says for how many maps it is (a stem with
-    `channels`), to the blocks of those maps.
+    A block is the entries at one place of the decoder's lists, whose last entries are for the coarsest map. A module in
+    no list serves the finest maps: it belongs to the last block or, if its `channels` say for how many maps it is (a
+    stem), to the blocks of those maps.
     """
     num_maps = len(decoder.channels)  # type: ignore[arg-type]
     first = num_maps - num_blocks  # the finest map that is decoded
@@ -170,10 +172,10 @@ def build_partial_unet(
     num_blocks: int = 2,
     allow_modules: Sequence[str] = (),
 ) -> PartialUNet:
-    """Networks with fresh weights from the recipes of a segmenter's encoder and decoder (`configs/model`).
+    """Build networks with fresh weights from the recipes of a segmenter's encoder and decoder (`configs/model`).
 
     Raises:
-        ValueError: A class outside the trusted packages, or networks that do not fit together.
+        ValueError: A class lies outside the trusted packages, or the networks do not fit together.
     """
     in_channels = encoder.get("net", encoder).get("in_channels", 1)
     built_encoder, built_decoder, _ = build_networks(

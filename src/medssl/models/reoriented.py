@@ -1,4 +1,4 @@
-"""Networks whose axes run otherwise than ours."""
+"""A wrapper for networks whose axes differ from ours in order or direction."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +12,12 @@ TURNED = "LPI"
 
 
 class Reoriented(nn.Module):
-    """Gives a network the axes it was trained with and returns its maps in ours.
+    """Wrapper that gives a network images along the axes it was trained with and returns its maps along ours.
 
     Args:
-        net: An encoder with `channels` and `strides`.
-        axes: What the axes of `net` are, the first of them first: an order of the letters x, y and z (`"zyx"`; ours is
-            `"xyz"`), or the directions in which its indices grow (`"SPL"`; ours is `"RAS"`), which may also turn axes
-            round.
+        net: Encoder with `channels` and `strides`.
+        axes: Axes of `net`, the first axis first: an order of the letters x, y and z (`"zyx"`; ours is `"xyz"`), or the
+            directions in which its indices grow (`"SPL"`; ours is `"RAS"`), which may also reverse axes.
     """
 
     def __init__(self, net: nn.Module, *, axes: str) -> None:
@@ -42,11 +41,11 @@ class Reoriented(nn.Module):
     def forward(
         self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None, index: Tensor | None = None
     ) -> list[Float[Tensor, "batch dim i j k"]]:
-        """The maps of `net` along our axes.
+        """Return the maps of `net` along our axes.
 
-        Coordinates of locations, ours growing as RAS does, change their sign where an axis of `net` runs the other way,
-        and keep the order x, y, z. A map of them, one for every voxel, is laid along the axes of `net` as the image is.
-        Networks that take locations get `index` too.
+        Coordinates of locations grow in the directions RAS. They change their sign where an axis of `net` runs the
+        other way, and keep the order x, y, z. A map of coordinates, one for every voxel, is turned to the axes of `net`
+        as the image is. Networks that take locations also get `index`.
         """
         maps = self.net(self._own(image), *self._where(coordinate, index))
         if self.turned:
@@ -55,7 +54,7 @@ class Reoriented(nn.Module):
 
     @property
     def represent(self) -> Callable[..., Tensor]:
-        """`represent` of `net` for images along our axes; networks without it give an AttributeError."""
+        """The function `represent` of `net` for images along our axes; networks without it give an AttributeError."""
         inner: Callable[..., Tensor] = self.net.represent  # type: ignore[assignment]
 
         def represent(image: Tensor, coordinate: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -64,7 +63,7 @@ class Reoriented(nn.Module):
         return represent
 
     def _own(self, volume: Tensor) -> Tensor:
-        """A batch of volumes along the axes of `net`."""
+        """Return a batch of volumes along the axes of `net`."""
         own = volume.permute(0, 1, *(2 + axis for axis in self.forth))
         return own.flip(self.turned) if self.turned else own
 

@@ -1,4 +1,4 @@
-"""The residual convolutional encoder."""
+"""The residual convolutional encoder of nnU-Net (ResEnc)."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ class ResidualBlock(nn.Module):
         self.act = nn.LeakyReLU(SLOPE, inplace=True)
 
     def forward(self, x: Float[Tensor, "batch channel x y z"]) -> Float[Tensor, "batch width i j k"]:
-        """The rectified sum."""
+        """Return the rectified sum."""
         return self.act(self.conv2(self.conv1(x)).add_(self.skip(x)))
 
 
@@ -34,10 +34,10 @@ class ResidualEncoder(nn.Module):
     Args:
         in_channels: Channels of the image.
         widths: Channels of the stages.
-        strides: Step of each stage, an integer or one a axis; null is 1, then 2. The attribute `strides` holds what
-            has been stepped so far, in voxels.
+        strides: Step of each stage, one integer or one for each axis; null is 1, then 2. The attribute `strides` holds
+            the product of the steps up to each stage, in voxels.
         blocks: Residual blocks in each stage.
-        kernels: One odd side for all stages, or one (or three) a stage.
+        kernels: One odd side for all stages, or one (or three) for each stage.
         checkpoint_activations: Recompute activations in the backward pass.
 
     Source: arXiv:2404.09556.
@@ -73,7 +73,7 @@ class ResidualEncoder(nn.Module):
     def forward(
         self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """One map a stage, fine to coarse; `coordinate` is accepted and not used.
+        """Return one map for each stage, fine to coarse; `coordinate` is accepted and not used.
 
         Raises:
             ValueError: The coarsest map would have a single voxel, which instance norm turns to zero.
@@ -85,5 +85,5 @@ class ResidualEncoder(nn.Module):
         return maps[1:]
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights with the stem fitted to this network's input channels."""
+        """Return the weights with the stem fitted to this network's input channels."""
         return fit_stem(tensors, "stem.conv.weight", self.in_channels)

@@ -31,7 +31,7 @@ class ConvNorm(nn.Module):
         self.act = act
 
     def forward(self, x: Float[Tensor, "batch channel z y x"]) -> Float[Tensor, "batch width k j i"]:
-        """Filtered, normalised and, with `act`, rectified."""
+        """Return the filtered and normalised input, rectified where `act` is set."""
         x = self.bn(self.conv(x))
         return F.relu(x, inplace=True) if self.act else x
 
@@ -49,7 +49,7 @@ class BasicBlock(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "batch channel z y x"]) -> Float[Tensor, "batch width k j i"]:
-        """The rectified sum."""
+        """Return the rectified sum."""
         shortcut = x if self.downsample is None else self.downsample(x)
         return F.relu(self.conv2(self.conv1(x)) + shortcut, inplace=True)
 
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
             before = width
 
     def forward(self, image: Float[Tensor, "batch channel z y x"]) -> list[Float[Tensor, "batch width k j i"]]:
-        """The four stages' maps."""
+        """Return the maps of the four stages."""
         maps = [F.max_pool3d(self.layer1(self.conv1(image)), (2, 1, 1))]
         for stage in (self.layer2, self.layer3, self.layer4):
             maps.append(stage(maps[-1]))
@@ -89,7 +89,7 @@ class Lateral(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=same_padding(kernel))
 
     def forward(self, x: Float[Tensor, "batch channel z y x"]) -> Float[Tensor, "batch width z y x"]:
-        """Filtered."""
+        """Return the filtered input."""
         return self.conv(x)
 
 
@@ -102,7 +102,7 @@ class Pyramid(nn.Module):
         self.fpn_convs = nn.ModuleList([Lateral(dim, dim, kernel=CUBE)])
 
     def forward(self, maps: Sequence[Float[Tensor, "batch _ _ _ _"]]) -> Float[Tensor, "batch dim z y x"]:
-        """One map at the size of the first."""
+        """Return one map at the size of the first."""
         levels = [lateral(level) for lateral, level in zip(self.lateral_convs, maps, strict=True)]
         total = levels.pop()
         while levels:
@@ -112,13 +112,14 @@ class Pyramid(nn.Module):
 
 
 class SamResNet(nn.Module):
-    """Self-supervised anatomical embedding: unit vectors for every second voxel, and coarse ones for wider context.
+    """Network of self-supervised anatomical embedding: unit vectors for every second voxel, and coarse ones.
 
-    Its own frame is (z, y, x) with indices growing to superior, posterior and left, at 2 mm; `Reoriented` with axes
-    `SPL` feeds it our views. Names of tensors are those of published files. Batch norm runs over all images of a batch.
+    The coarse vectors have a wider context. The network's frame is (z, y, x) with indices growing to superior,
+    posterior and left, at 2 mm; `Reoriented` with axes `SPL` gives it our views. Names of tensors are those of
+    published files. Batch norm runs over all images of a batch.
 
     Args:
-        base_channels: Width of the stem; the stages have 1, 2, 4 and 8 times as many.
+        base_channels: Channels of the stem; the stages have 1, 2, 4 and 8 times as many.
         emb_dim: Channels of both maps.
         in_channels: Channels of the image.
 
@@ -158,11 +159,11 @@ class SamResNet(nn.Module):
         return [F.normalize(x.float(), dim=1) for x in (self.neck(fine), self.read_out_head([coarse]))]
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights with the stem fitted to this network's input channels."""
+        """Return the weights with the stem fitted to this network's input channels."""
         return fit_stem(tensors, "backbone.conv1.conv.weight", self.in_channels)
 
 
 def same_padding(kernel: Triple) -> Triple:
-    """The padding that keeps the size at stride 1."""
+    """Return the padding that keeps the size at stride 1."""
     a, b, c = kernel
     return a // 2, b // 2, c // 2

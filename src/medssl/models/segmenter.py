@@ -20,14 +20,14 @@ UNET, UNETR = "medssl.models.unet.UNetDecoder", "medssl.models.unetr.UNETRDecode
 
 
 class Segmenter(nn.Module):
-    """Encoder, decoder and one output layer a supervised resolution.
+    """Encoder, decoder and one output layer for each supervised resolution.
 
     Args:
-        encoder: Gives maps described by its `channels` and `strides`.
-        decoder: Gives decoded maps described by its `channels` and `strides`, fine to coarse. Where the first is
+        encoder: Network of maps described by its `channels` and `strides`.
+        decoder: Network of decoded maps described by its `channels` and `strides`, fine to coarse. Where the first is
             coarser than the image (nnFormer), the output layers are transposed convolutions of that stride.
-        num_classes: Background included.
-        deep_supervision: Number of coarser resolutions at which `outputs` gives logits too.
+        num_classes: Number of classes, background included.
+        deep_supervision: Number of coarser resolutions at which `outputs` also gives logits.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, num_classes: int, *, deep_supervision: int = 0) -> None:
@@ -48,10 +48,10 @@ class Segmenter(nn.Module):
         image: Float[Tensor, "batch channel *spatial"],
         coordinate: Float[Tensor, "batch 3 *spatial"] | None = None,
     ) -> Float[Tensor, "batch class *spatial"]:
-        """Logits at full resolution.
+        """Return logits at full resolution.
 
         Where `takes_coordinate` is set, `coordinate` says where every voxel lies: -1 to 1 from face to face of the
-        body box, the nearest face's beyond it.
+        body box. Outside the box it is that of the nearest face.
 
         Raises:
             ValueError: A side is no multiple of `multiple_voxel`, or the image has another number of channels.
@@ -63,12 +63,12 @@ class Segmenter(nn.Module):
         image: Float[Tensor, "batch channel *spatial"],
         coordinate: Float[Tensor, "batch 3 *spatial"] | None = None,
     ) -> list[Float[Tensor, "batch class *coarse"]]:
-        """Logits of every supervised resolution, full resolution first."""
+        """Return logits of every supervised resolution, full resolution first."""
         supervised = self._decoded(image, coordinate)[: len(self.head)]
         return [head(level) for head, level in zip(self.head, supervised, strict=True)]
 
     def parts(self) -> dict[str, nn.Module]:
-        """The named networks that a file holds."""
+        """Return the networks that a file holds, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
 
     def _decoded(self, image: Tensor, coordinate: Tensor | None) -> list[Tensor]:
@@ -94,17 +94,16 @@ def build_segmenter(
     deep_supervision: int = 0,
     allow_modules: Sequence[str] = (),
 ) -> tuple[Segmenter, dict[str, Any]]:
-    """A segmenter with fresh weights, and the completed recipes that build the same one again.
+    """Build a segmenter with fresh weights, and the completed recipes that build the same one again.
 
     Without a decoder recipe, an encoder whose maps share one stride gets a `UNETRDecoder` with a sixteenth of its width
-    at full resolution (16 to 48 channels, 48 for a ViT-B as in UNETR), any other its `usual_decoder` (a recipe) or a
-    `UNetDecoder`. A `VisionTransformer`
-    is built without CLS token unless its recipe names `class_token`, and for a `UNETRDecoder` with the maps that this
-    has steps for (see `skip_depths`) unless its recipe names `feature_depths`. A `ConditionedEncoder` ends at a
-    sixteenth of the resolution unless its recipe names `num_maps`.
+    at full resolution (16 to 48 channels, 48 for a ViT-B as in UNETR). Any other encoder gets its `usual_decoder` (a
+    recipe) or a `UNetDecoder`. A `VisionTransformer` is built without CLS token unless its recipe names `class_token`.
+    For a `UNETRDecoder` it has as many maps as that has steps (see `skip_depths`), unless its recipe names
+    `feature_depths`. A `ConditionedEncoder` ends at a sixteenth of the resolution unless its recipe names `num_maps`.
 
     Raises:
-        ValueError: A class outside the trusted packages, or networks that do not fit together.
+        ValueError: A class lies outside the trusted packages, or the networks do not fit together.
     """
     encoder, decoder, recipes = build_networks(
         encoder_recipe, decoder_recipe, in_channels=in_channels, allow_modules=allow_modules
@@ -120,10 +119,10 @@ def build_networks(
     in_channels: int,
     allow_modules: Sequence[str] = (),
 ) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """Encoder and decoder by the rules of `build_segmenter`, and their completed recipes under these names.
+    """Build encoder and decoder by the rules of `build_segmenter`, and their completed recipes under these names.
 
     Raises:
-        ValueError: A class outside the trusted packages, or networks that do not fit together.
+        ValueError: A class lies outside the trusted packages, or the networks do not fit together.
     """
     packages = (*NETWORKS, *allow_modules)
     encoder_recipe, decoder_recipe = dict(encoder_recipe), dict(decoder_recipe) if decoder_recipe else None
@@ -153,22 +152,27 @@ def build_networks(
 
 
 def output_layer(width: int, out_channels: int, *, step: Sequence[int]) -> nn.Module:
-    """A decoded map to channels at full resolution: a 1x1x1 convolution, or a transposed one of stride `step`."""
+    """Build the layer to full resolution: a 1x1x1 convolution, or a transposed one of stride `step`."""
     if set(step) == {1}:
         return CONVOLUTIONS[len(step)](width, out_channels, 1)
     return UPSAMPLINGS[len(step)](width, out_channels, tuple(step), stride=tuple(step))
 
 
 def skip_depths(depth: int, num_maps: int) -> list[int]:
-    """Numbers of finished blocks of a transformer: after the first block of each later part of equal length, and all.
+    """Return the numbers of finished blocks of a transformer after which it gives a map.
 
-    For 12 blocks and four maps they are 4, 7, 10 and 12, those of UNETR (arXiv:2103.10504).
+    These are after the first block of each later part of equal length, and after all blocks. For 12 blocks and four
+    maps they are 4, 7, 10 and 12, those of UNETR (arXiv:2103.10504).
     """
     return [depth * part // num_maps + 1 for part in range(1, num_maps)] + [depth]
 
 
 def levels(network: nn.Module) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Channels and strides (voxels, two or three axes) of a network's maps. Raises: ValueError: it does not say."""
+    """Return channels and strides (voxels, two or three axes) of a network's maps.
+
+    Raises:
+        ValueError: The network lacks the attributes `channels` and `strides`, or they differ in length.
+    """
     channels, strides = getattr(network, "channels", None), getattr(network, "strides", None)
     if not channels or not strides or len(channels) != len(strides):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The decoder of the pooled U-Nets: transposed convolutions, and two convolutions over each joined with a skip."""
+"""The decoder of the pooled U-Nets: transposed convolutions, each joined with a skip, and two convolutions."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +15,7 @@ class SkipDecoder(nn.Module):
     """Blocks of one transposed convolution and two convolutions over its output joined with the encoder's map.
 
     Args:
-        in_channels: Channels of the image, which it does not look at.
+        in_channels: Channels of the image, which is not used.
         encoder_channels: Channels of the encoder's maps, fine to coarse.
         encoder_strides: Strides of the encoder's maps, in voxels, two or three axes; the first is full resolution.
         norm: Norm of the convolutions, `batch`, `instance` or `group`.
@@ -65,10 +65,10 @@ class SkipDecoder(nn.Module):
         *,
         num_blocks: int | None = None,
     ) -> list[Tensor]:
-        """Decoded maps, the finest first; with `num_blocks` those of the first blocks (the coarsest) alone.
+        """Return decoded maps, the finest first; with `num_blocks` only those of the first (coarsest) blocks.
 
         Raises:
-            ValueError: There are fewer blocks.
+            ValueError: The decoder has fewer blocks than `num_blocks`.
         """
         current, decoded = features[-1], []
         for level in reversed(range(len(self.ups))[-blocks_to_run(num_blocks, len(self.ups)) :]):
@@ -81,5 +81,5 @@ class SkipDecoder(nn.Module):
     def skip(
         self, level: int, up: Float[Tensor, "batch channel *spatial"], encoded: Float[Tensor, "batch channel *spatial"]
     ) -> Float[Tensor, "batch channel *spatial"]:
-        """What is joined to the up-sampled map at `level`: the encoder's map as it is."""
+        """Return the map that is joined to the up-sampled map at `level`: the encoder's map as it is."""
         return encoded

@@ -1,13 +1,14 @@
-"""The one rule for weights of another number of input channels."""
+"""The rule that fits weights of a stem to another number of input channels."""
 
 from torch import Tensor
 
 
 def fit_stem(tensors: dict[str, Tensor], key: str, in_channels: int) -> dict[str, Tensor]:
-    """The same tensors with the stem weight `key` (out, channel, ...) fitted to `in_channels`.
+    """Return the tensors with the stem weight `key` (out, channel, ...) fitted to `in_channels`.
 
-    One channel to many: repeated and divided by their number. Many to one: summed. Either way an image whose channels
-    are equal gives what the one channel gives. Any other change is left to the caller's comparison of shapes.
+    From one channel to many the weight is repeated and divided by their number; from many to one it is summed. In both
+    cases an image of equal channels gives the same as the single channel. Any other change is left to the caller's
+    comparison of shapes.
     """
     weight = tensors.get(key)
     if weight is None or weight.ndim < 2 or weight.shape[1] == in_channels:

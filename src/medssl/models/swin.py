@@ -14,9 +14,9 @@ from medssl.ops.patches import triple
 class SwinEncoder(SwinTransformer):
     """The encoder of Swin UNETR: MONAI's modules and keys (`swinViT` there), maps at strides 2 to 32 for patches of 2.
 
-    Its maps are those of MONAI's encoder. Between the stages the axes stay channels-last, and masks are made for
-    shifted windows alone. MONAI's `SwinUNETR` goes on with residual convolutions over every map and a deeper
-    bottleneck; `UNetDecoder` takes the maps as they are.
+    Its maps are those of MONAI's encoder. Between the stages the axes stay channels-last, and masks are made only for
+    shifted windows. MONAI's `SwinUNETR` adds residual convolutions over every map and a deeper bottleneck;
+    `UNetDecoder` takes the maps as they are.
 
     Args:
         in_channels: Channels of the image.
@@ -68,7 +68,7 @@ class SwinEncoder(SwinTransformer):
     def forward(
         self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """Five maps, fine to coarse, each token normed without weights; `coordinate` is accepted and not used."""
+        """Return five maps, fine to coarse, each token normed without weights; `coordinate` is not used."""
         tokens = self.pos_drop(self.patch_embed(image)).permute(0, 2, 3, 4, 1).contiguous()
         maps = [tokens]
         for (stage,) in (self.layers1, self.layers2, self.layers3, self.layers4):
@@ -76,12 +76,12 @@ class SwinEncoder(SwinTransformer):
         return [F.layer_norm(tokens, tokens.shape[-1:]).permute(0, 4, 1, 2, 3) for tokens in maps]
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights with the patch embedding fitted to this network's input channels."""
+        """Return the weights with the patch embedding fitted to this network's input channels."""
         return fit_stem(tensors, "patch_embed.proj.weight", self.in_channels)
 
 
 def _run_stage(stage: BasicLayer, tokens: Tensor) -> Tensor:
-    """Blocks and merging of one of MONAI's stages over channels-last tokens (batch, i, j, k, width)."""
+    """Run blocks and merging of one of MONAI's stages over channels-last tokens (batch, i, j, k, width)."""
     size = tokens.shape[1:4]
     window, shift = get_window_size(size, stage.window_size, stage.shift_size)
     mask = None

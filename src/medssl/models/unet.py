@@ -1,4 +1,4 @@
-"""The plain convolutional U-Net: an encoder of strided stages and the decoder that goes back up along its skips."""
+"""The plain convolutional U-Net: an encoder of strided stages and the decoder that up-samples along its skips."""
 
 import math
 from collections import OrderedDict
@@ -21,13 +21,13 @@ PerStage = int | Sequence[int | Sequence[int]]
 
 
 class InstanceNorm(nn.InstanceNorm3d):
-    """Affine instance norm. On the CPU it runs as group norm with one channel a group: equal, and twice as fast."""
+    """Affine instance norm; on the CPU it runs as group norm of single channels, which is equal and twice as fast."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__(num_channels, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero mean and unit variance for each sample and channel, then scale and shift."""
+        """Normalise each sample and channel to mean 0 and variance 1, then scale and shift it."""
         if x.device.type == "cpu":
             return F.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
         return super().forward(x)
@@ -49,16 +49,16 @@ class ConvNormAct(nn.Sequential):
 def conv_stage(
     in_channels: int, out_channels: int, *, num_convs: int, kernel: Triple, stride: Triple = (1, 1, 1)
 ) -> nn.Sequential:
-    """`num_convs` convolutions, the first of them strided."""
+    """Build `num_convs` convolutions, the first of them strided."""
     first = ConvNormAct(in_channels, out_channels, kernel=kernel, stride=stride)
     return nn.Sequential(first, *(ConvNormAct(out_channels, out_channels, kernel=kernel) for _ in range(num_convs - 1)))
 
 
 def per_stage(value: PerStage, num_stages: int, *, name: str) -> tuple[Triple, ...]:
-    """One triple a stage: an integer stands for all stages, a list must have an entry for each.
+    """Return one triple for each stage: an integer stands for all stages, a list must have an entry for each.
 
     Raises:
-        ValueError: The list has another length, or an entry is no positive integer or three of them.
+        ValueError: The list has another length, or an entry is neither a positive integer nor three of them.
     """
     entries = [value] * num_stages if isinstance(value, int) else list(value)
     if len(entries) != num_stages:
@@ -67,15 +67,15 @@ def per_stage(value: PerStage, num_stages: int, *, name: str) -> tuple[Triple, .
 
 
 class UNetEncoder(nn.Module):
-    """Stages of convolutions as in nnU-Net: one map a stage, each stage begins with a strided convolution.
+    """Stages of convolutions as in nnU-Net: one map for each stage, which begins with a strided convolution.
 
     Args:
         in_channels: Channels of the image.
         widths: Channels of the stages.
-        strides: Step of each stage, an integer or one a axis; null is 1, then 2. The attribute `strides` holds what
-            has been stepped so far, in voxels.
+        strides: Step of each stage, one integer or one for each axis; null is 1, then 2. The attribute `strides` holds
+            the product of the steps up to each stage, in voxels.
         convs_per_stage: Convolutions in each stage.
-        kernels: One odd side for all stages, or one (or three) a stage.
+        kernels: One odd side for all stages, or one (or three) for each stage.
         checkpoint_activations: Recompute activations in the backward pass.
 
     Source: arXiv:1809.10486.
@@ -105,7 +105,7 @@ class UNetEncoder(nn.Module):
     def forward(
         self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """One map a stage, fine to coarse; `coordinate` is accepted and not used.
+        """Return one map for each stage, fine to coarse; `coordinate` is accepted and not used.
 
         Raises:
             ValueError: The coarsest map would have a single voxel, which instance norm turns to zero.
@@ -117,7 +117,7 @@ class UNetEncoder(nn.Module):
         return maps[1:]
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights with the first convolution fitted to this network's input channels."""
+        """Return the weights with the first convolution fitted to this network's input channels."""
         return fit_stem(tensors, "stages.0.0.conv.weight", self.in_channels)
 
 
@@ -132,8 +132,8 @@ class UNetDecoder(nn.Module):
         encoder_channels: Channels of the encoder's maps, fine to coarse.
         encoder_strides: Strides of the encoder's maps, in voxels.
         convs_per_stage: Convolutions at each resolution.
-        kernels: One odd side for all levels, or one (or three) a level, fine to coarse.
-        image_width: see above; no wider than the encoder's finest map.
+        kernels: One odd side for all levels, or one (or three) for each level, fine to coarse.
+        image_width: Channels over the image at full resolution, limited to those of the encoder's finest map.
         checkpoint_activations: Recompute activations in the backward pass.
     """
 
@@ -183,10 +183,10 @@ class UNetDecoder(nn.Module):
         *,
         num_blocks: int | None = None,
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """Decoded maps, full resolution first; with `num_blocks` those of the first blocks (the coarsest) alone.
+        """Return decoded maps, full resolution first; with `num_blocks` only those of the first (coarsest) blocks.
 
         Raises:
-            ValueError: There are fewer blocks.
+            ValueError: The decoder has fewer blocks than `num_blocks`.
         """
         last = len(self.ups) - blocks_to_run(num_blocks, len(self.ups))
         above = self.image_levels if last <= len(self.ups) - len(features) else None
@@ -200,7 +200,7 @@ class UNetDecoder(nn.Module):
 
 
 def halvings(stride: Triple) -> list[Triple]:
-    """Steps of 1 or 2 an axis, fine to coarse, whose product is `stride`.
+    """Return steps of 1 or 2 along each axis, fine to coarse, whose product is `stride`.
 
     An axis with fewer halvings than the others takes them at the coarse end, where its spacing has caught up.
 
@@ -216,7 +216,7 @@ def halvings(stride: Triple) -> list[Triple]:
 
 
 def cumulative(steps: Sequence[Triple]) -> tuple[Triple, ...]:
-    """Product of the steps up to each stage."""
+    """Return the product of the steps up to each stage."""
     done = [(1, 1, 1)]
     for step in steps:
         done.append(tuple(a * b for a, b in zip(done[-1], step, strict=True)))  # type: ignore[arg-type]
@@ -226,7 +226,11 @@ def cumulative(steps: Sequence[Triple]) -> tuple[Triple, ...]:
 def stage_geometry(
     strides: PerStage | None, kernels: PerStage, num_stages: int
 ) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
-    """Steps and kernels of the stages; without `strides` the steps are 1, then 2. Raises: ValueError: even kernel."""
+    """Return steps and kernels of the stages; without `strides` the steps are 1, then 2.
+
+    Raises:
+        ValueError: A kernel has an even side, or a list does not fit the number of stages.
+    """
     steps = per_stage([1] + [2] * (num_stages - 1) if strides is None else strides, num_stages, name="strides")
     sides = per_stage(kernels, num_stages, name="kernels")
     if any(side % 2 == 0 for kernel in sides for side in kernel):
@@ -235,7 +239,11 @@ def stage_geometry(
 
 
 def check_coarsest(image: Tensor, stride: Triple) -> None:
-    """Raise a ValueError where the map at `stride` would have a single voxel."""
+    """Check that the map at `stride` has more than one voxel.
+
+    Raises:
+        ValueError: The map would have a single voxel.
+    """
     size = tuple(image.shape[2:])
     if math.prod(-(-side // step) for side, step in zip(size, stride, strict=True)) == 1:
         raise ValueError(
@@ -245,7 +253,11 @@ def check_coarsest(image: Tensor, stride: Triple) -> None:
 
 
 def blocks_to_run(num_blocks: int | None, available: int) -> int:
-    """How many blocks of a decoder run: `num_blocks`, None is all. Raises: ValueError: it has not so many."""
+    """Return how many blocks of a decoder run: `num_blocks`, or all for None.
+
+    Raises:
+        ValueError: `num_blocks` is below 1 or above the number of blocks.
+    """
     if num_blocks is None:
         return available
     if not 1 <= num_blocks <= available:
@@ -254,7 +266,7 @@ def blocks_to_run(num_blocks: int | None, available: int) -> int:
 
 
 def run(stage: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor:
-    """What `stage` makes of `inputs`, recomputed in the backward pass where asked; batch statistics count once."""
+    """Run `stage` on `inputs`; with `checkpointed` the backward pass recomputes it, and batch statistics count once."""
     if not checkpointed or not torch.is_grad_enabled():
         return stage(*inputs)
     norms = [module for module in stage.modules() if isinstance(module, _BatchNorm)]
@@ -265,7 +277,7 @@ def run(stage: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor:
 
 @contextmanager
 def _keeping(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Batch norms that leave their running statistics as they are."""
+    """Keep the running statistics of batch norms unchanged."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

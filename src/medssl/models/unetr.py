@@ -13,7 +13,7 @@ from medssl.ops.patches import Triple, triple
 
 
 class Projection(UnetrPrUpBlock):
-    """MONAI's block with a step of its own for each transposed convolution; equal keys."""
+    """MONAI's block with the same keys and a step of its own for each transposed convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, *, steps: Sequence[Triple]) -> None:
         options = {"kernel_size": 3, "stride": 1, "norm_name": "instance"}
@@ -24,7 +24,7 @@ class Projection(UnetrPrUpBlock):
 
 
 class UNETRDecoder(nn.Module):
-    """Projects the maps of a transformer to falling strides and goes back up over them, as UNETR does.
+    """Decoder that projects the maps of a transformer to falling strides and up-samples along them, as UNETR does.
 
     Patches of 16 voxels take four steps: the last map is the bottleneck, the three before it are skips at strides 8, 4
     and 2, and two convolutions over the image are the skip at full resolution. Other patches (powers of two, axis by
@@ -85,10 +85,10 @@ class UNETRDecoder(nn.Module):
         *,
         num_blocks: int | None = None,
     ) -> list[Float[Tensor, "batch width i j k"]]:
-        """Decoded maps, full resolution first; with `num_blocks` those of the first blocks (the coarsest) alone.
+        """Return decoded maps, full resolution first; with `num_blocks` only those of the first (coarsest) blocks.
 
         Raises:
-            ValueError: There are fewer blocks.
+            ValueError: The decoder has fewer blocks than `num_blocks`.
         """
         used = features[len(features) - len(self.ups) :]
         current, decoded = used[-1], []

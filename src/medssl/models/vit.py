@@ -19,9 +19,9 @@ POSITIONS = ("interpolate_from_global", "native")
 def sincos_positions(
     grid: Sequence[int], dim: int, *, device: torch.device | str | None = None
 ) -> Float[Tensor, "token dim"]:
-    """Fixed sine-cosine rows, one a patch, float64: a third of the channels for each axis, in axis order.
+    """Return fixed sine-cosine rows in float64, one for each patch: a third of the channels for each axis, in order.
 
-    Inside an axis block come the sines of all frequencies, then the cosines.
+    The block of an axis holds the sines of all frequencies, then the cosines.
 
     Raises:
         ValueError: `dim` is not a multiple of 6.
@@ -38,10 +38,10 @@ def sincos_positions(
 def resize_positions(
     table: Float[Tensor, "1 row dim"], old_grid: Sequence[int], new_grid: Sequence[int]
 ) -> Float[Tensor, "1 new_row dim"]:
-    """The position table of another grid, trilinear between cell centres; a row for CLS stays as it is.
+    """Return the position table of another grid, trilinear between cell centres; a row for CLS stays as it is.
 
     Raises:
-        ValueError: The table has not one row for each patch of `old_grid`, or one more at the start for CLS.
+        ValueError: The table has neither one row for each patch of `old_grid` nor one more at the start for CLS.
     """
     old, new = triple(old_grid), triple(new_grid)
     first = table.shape[1] - math.prod(old)
@@ -99,13 +99,13 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dropout=dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Attention, then MLP, each added to its input."""
+        """Apply attention, then the MLP, each added to its input."""
         tokens = tokens + self.attn(self.norm1(tokens))
         return tokens + self.mlp(self.norm2(tokens))
 
 
 class PositionedTransformer(nn.Module):
-    """Blocks, final norm and a frozen position table for a home grid: what encoder and decoder have in common.
+    """Base of encoder and decoder: blocks, final norm and a frozen position table for a home grid.
 
     `position` says where the rows for another grid come from: `interpolate_from_global` resizes the table of the home
     grid, `native` computes sine-cosine rows from that grid's own integer coordinates. `class_token` puts a row of zeros
@@ -135,23 +135,23 @@ class PositionedTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def positions(self, grid: Triple) -> Float[Tensor, "row dim"]:
-        """Position rows for `grid`, that of CLS first."""
+        """Return position rows for `grid`, that of CLS first."""
         if grid != self.grid and self.position == "native":
             rows = sincos_positions(grid, self.dim, device=self.pos_embed.device).to(self.pos_embed)
             return torch.cat([self.pos_embed[0, : self.num_class_rows], rows])
         return resize_positions(self.pos_embed, self.grid, grid)[0]
 
     def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """One block, recomputed in the backward pass where `checkpoint_activations` is set."""
+        """Run one block, recomputed in the backward pass where `checkpoint_activations` is set."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, tokens, use_reentrant=False)
         return block(tokens)
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same weights with the position table at the home grid; a table of another size must come from a cube.
+        """Return the weights with the position table at the home grid; a table of another size must come from a cube.
 
         Raises:
-            ValueError: The number of rows is not a cube plus one.
+            ValueError: The number of rows is no cube, after the row for CLS where there is one.
         """
         table = tensors.get("pos_embed")
         if table is None or table.shape == self.pos_embed.shape or table.shape[2] != self.dim:
@@ -174,7 +174,7 @@ class PositionedTransformer(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Patch vectors to tokens. The weight is that of a convolution whose kernel and stride are one patch."""
+    """Layer from patch vectors to tokens; its weight is that of a convolution whose kernel and stride are one patch."""
 
     def __init__(self, *, in_channels: int, dim: int, patch_voxel: Triple) -> None:
         super().__init__()
@@ -183,17 +183,17 @@ class PatchEmbedding(nn.Module):
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
     def forward(self, patches: Float[Tensor, "batch token voxel"]) -> Float[Tensor, "batch token dim"]:
-        """One matrix product over the patches given, so that masked ones cost nothing."""
+        """Run one matrix product over the given patches, so that masked ones cost nothing."""
         return F.linear(patches, self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), self.proj.bias)
 
 
 class VisionTransformer(PositionedTransformer):
     """ViT for volumes, with a CLS token or without. Default: ViT-B with 16-voxel patches, home size 160, CLS.
 
-    An input may have any size whose sides are multiples of the patch. As an encoder it returns four feature maps, the
-    token grids after a quarter, half and three quarters of the blocks and, normed, after the last; `feature_depths`
-    names other numbers of finished blocks. `channels` and `strides` (voxels, per axis) describe the maps. Axes are
-    used as they come: the network has no notion of x, y or z.
+    An input may have any size whose sides are multiples of the patch. As an encoder it returns four feature maps: the
+    token grids after a quarter, half and three quarters of the blocks and, normed, after the last. `feature_depths`
+    names other numbers of finished blocks. `channels` and `strides` (voxels, per axis) describe the maps. The network
+    uses the axes as given, without a meaning of x, y or z.
 
     Source: arXiv:2010.11929; state-dict keys as in published masked-autoencoder weights.
     """
@@ -239,13 +239,13 @@ class VisionTransformer(PositionedTransformer):
             nn.init.normal_(self.cls_token, std=0.02)
 
     def grid_of(self, image: Float[Tensor, "batch channel x y z"]) -> Triple:
-        """Patches along each axis of `image`."""
+        """Return the number of patches along each axis of `image`."""
         return patch_grid(image.shape[2:], self.patch_voxel)
 
     def tokens(
         self, image: Float[Tensor, "batch channel x y z"], keep: Int[Tensor, "batch kept"] | None = None
     ) -> Float[Tensor, "batch token dim"]:
-        """Normed output tokens, CLS (if any) first, then all patches or the kept ones in the order of `keep`.
+        """Return normed output tokens, CLS (if any) first, then all patches or the kept ones in the order of `keep`.
 
         A patch that is not kept is neither embedded nor attended to.
         """
@@ -257,7 +257,7 @@ class VisionTransformer(PositionedTransformer):
     def forward(
         self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch dim i j k"]]:
-        """Feature maps, shallow to deep, all on the patch grid; `coordinate` is accepted and not used."""
+        """Return feature maps, shallow to deep, all on the patch grid; `coordinate` is accepted and not used."""
         tokens, states = self._embed(image, None), {}
         for done, block in enumerate(self.blocks, start=1):
             tokens = states[done] = self.run_block(block, tokens)
@@ -266,7 +266,7 @@ class VisionTransformer(PositionedTransformer):
         return [state[:, patches].transpose(1, 2).unflatten(2, self.grid_of(image)) for state in chosen]
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As the base class, and the patch weight fitted to this network's input channels.
+        """Return the weights fitted as in the base class, and the patch weight to this network's input channels.
 
         A network without a CLS token leaves out that of the file and its row of the position table.
         """
@@ -290,9 +290,10 @@ class VisionTransformer(PositionedTransformer):
 
 
 class MaskedDecoder(PositionedTransformer):
-    """Predicts the voxels of every patch from the visible tokens of a `VisionTransformer`.
+    """Decoder that predicts the voxels of every patch from the visible tokens of a `VisionTransformer`.
 
-    Visible tokens go back to their places, mask tokens fill the others; the CLS token is decoded along and cut off.
+    Visible tokens return to their places and mask tokens fill the others. The CLS token is decoded with them and then
+    removed.
 
     Source: arXiv:2111.06377.
     """
@@ -332,7 +333,7 @@ class MaskedDecoder(PositionedTransformer):
     def forward(
         self, tokens: Float[Tensor, "batch token dim"], keep: Int[Tensor, "batch kept"], *, grid: Sequence[int]
     ) -> Float[Tensor, "batch patch voxel"]:
-        """Patch vectors of the whole `grid` in `patchify` order from CLS and the tokens at `keep`."""
+        """Return patch vectors of the whole `grid` in `patchify` order from CLS and the tokens at `keep`."""
         full_grid = triple(grid)
         embedded = self.embed(tokens)
         canvas = self.mask_token.to(embedded.dtype).expand(len(tokens), math.prod(full_grid), -1)
