@@ -41,11 +41,11 @@ def whole(name: str, value: Any, *, least: int = 0, most: int | None = None, or_
     """Return `value`, a whole number from `least` to `most`.
 
     Args:
-        name: The setting.
-        value: What was given.
+        name: The name of the setting.
+        value: The given value.
         least: The smallest number that is allowed.
         most: The largest number that is allowed; None for no bound.
-        or_null: What null means here, such as "for never"; an empty text refuses null.
+        or_null: The meaning of null, such as "for never"; an empty text refuses null.
 
     Raises:
         ValueError: `value` is no such number.
@@ -86,8 +86,8 @@ def triple(name: str, values: Any, *, kind: type = int) -> tuple[Any, Any, Any]:
     """Return three numbers above 0 along x, y, z; one number stands for three.
 
     Args:
-        name: The setting.
-        values: What was given, plain or a list of the configuration.
+        name: The name of the setting.
+        values: The given values, plain or a list of the configuration.
         kind: `int` for whole numbers, `float` for any.
 
     Raises:
@@ -110,9 +110,9 @@ def existing(name: str, path: Any, *, what: str, folder: bool | None = False) ->
     """Return the path that a setting gives, with `~` expanded; it exists.
 
     Args:
-        name: The setting.
-        path: What was given.
-        what: What lies there, for the message: "weight file".
+        name: The name of the setting.
+        path: The given path.
+        what: The kind of file, for the message: "weight file".
         folder: Whether it is a folder rather than a file; None if both are allowed.
 
     Raises:
@@ -141,10 +141,10 @@ def result_folder(path: Any, *, outputs: Sequence[str] = (), overwrite: bool = T
     """Return the folder that results go to; it need not exist yet.
 
     Args:
-        path: What was given.
+        path: The given path.
         outputs: Names of the files that will be written there.
         overwrite: Whether such files may be replaced.
-        name: The setting.
+        name: The name of the setting.
 
     Raises:
         ValueError: The path is a file, or the folder holds one of `outputs` that must not be replaced.

@@ -28,7 +28,7 @@ class CompareSettings:
 
     Args:
         runs: Folders of finished runs; the first names the reference.
-        folder: Where the pages go.
+        folder: Folder of the pages.
         metric: `dice`, `nsd` or `hd95_mm`.
         num_bootstrap: Draws behind an interval.
         confidence: Confidence level of the intervals.
