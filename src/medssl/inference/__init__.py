@@ -1,1 +1,1 @@
-"""From a trained network to a segmentation on the grid of the image itself."""
+"""Inference: how images are read, drawn for a network, and written on their own grid."""

@@ -9,7 +9,7 @@ def find_device(name: str) -> torch.device:
     """Return the device that `auto`, `cpu` or `cuda` means here.
 
     Raises:
-        ValueError: It is not known, or there is none.
+        ValueError: The name is not known, or there is no CUDA device.
     """
     choice("device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Image files to predict, and NIfTI files that lie exactly where the image lies."""
+"""The files of inference: images to predict, and NIfTI files that lie exactly where the image lies."""
 
 import contextlib
 import gzip
@@ -27,12 +27,12 @@ COMPRESSION = 4
 
 @dataclass(frozen=True, eq=False)
 class ImageFile:
-    """An image as it was read, and what a segmentation of it needs to lie in its place.
+    """An image as it was read, with the geometry that places a segmentation exactly on it.
 
     Args:
-        path: file, or folder of a DICOM series.
-        volume: its voxels in canonical RAS.
-        affine: voxel index of the file -> RAS mm.
+        path: File, or folder of a DICOM series.
+        volume: The voxels of the image in canonical RAS.
+        affine: The map from voxel index of the file to RAS mm.
         header: NIfTI header with the geometry of the file.
     """
 
@@ -43,12 +43,12 @@ class ImageFile:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sides as the file states them; of several channels one is left."""
+        """The sides as the file states them, without the axis of channels."""
         shape = tuple(int(n) for n in self.header.get_data_shape())
         return shape if all(n == 1 for n in shape[3:]) else shape[:3]
 
     def in_file_order(self, array: Shaped[np.ndarray, "x y z"]) -> Shaped[np.ndarray, "x2 y2 z2"]:
-        """An array on the grid of the volume, its axes flipped and permuted to those of the file; no copy."""
+        """Return an array of the volume's grid with its axes flipped and permuted to those of the file; no copy."""
         from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
         canonical = [[0, 1], [1, 1], [2, 1]]
@@ -57,7 +57,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Input:
-    """An image to predict: the name of its results, and where it lies."""
+    """An image to predict: the name of its results, and its path."""
 
     name: str
     path: Path
@@ -65,11 +65,11 @@ class Input:
 
 
 def read_image(path: Path, *, channels: str | int | None = None, skip_label_maps: bool = False) -> ImageFile:
-    """The image in a file or in the DICOM series of a folder.
+    """Return the image in a file or in the DICOM series of a folder.
 
     Raises:
-        LabelMapError: it looks like a label map.
-        ReadError: it cannot be used; the reason says why.
+        LabelMapError: The image looks like a label map.
+        ReadError: The image cannot be used; the reason says why.
     """
     import nibabel
 
@@ -88,12 +88,12 @@ def read_image(path: Path, *, channels: str | int | None = None, skip_label_maps
 
 
 def find_inputs(path: Path, output_dir: Path, *, include_labels: bool = False) -> tuple[list[Input], Scan]:
-    """The images that `input=PATH` means, and the scan that found them: what was skipped, what cannot be read.
+    """Return the images that `input=PATH` means, and the scan that found them: what was skipped, what cannot be read.
 
-    Where `output_dir` lies below the folder, nothing in it is an input.
+    If `output_dir` lies below the folder, nothing in it is an input.
 
     Raises:
-        ValueError: there is nothing to predict, or results would lie among the inputs.
+        ValueError: There is nothing to predict, or results would lie among the inputs.
     """
     path = path.expanduser()
     if not path.exists():
@@ -127,7 +127,7 @@ def write_nifti(
 ) -> None:
     """Write planes, x running fastest, as a compressed NIfTI file with the geometry of `like`, all or nothing.
 
-    Only the plane at hand is in memory; equal input gives equal bytes.
+    Only one plane at a time is in memory; equal input gives equal bytes.
     """
     header = like.header.copy()
     header = header if header.endianness == "<" else header.as_byteswapped("<")
@@ -145,7 +145,7 @@ def write_nifti(
 
 
 def slices_of(array: Shaped[np.ndarray, "x y z"]) -> Iterator[Shaped[np.ndarray, "x y"]]:
-    """The planes of an array along its last axis."""
+    """Return the planes of an array along its last axis."""
     return (array[..., z] for z in range(array.shape[-1]))
 
 
@@ -157,7 +157,7 @@ def save_image(path: Path, image: "Nifti1Image") -> None:
 
 @contextlib.contextmanager
 def _zipped(path: Path) -> Iterator[gzip.GzipFile]:
-    """A compressed file that appears once it is whole, without a date and a name in it."""
+    """Open a compressed file that appears once it is whole, without a date and a name in it."""
     with (
         whole_file(path) as partial,
         partial.open("wb") as raw,

@@ -1,4 +1,4 @@
-"""How a network wants its images: the part of a segmenter's card that inference needs."""
+"""The reading of images for a network: the part of a segmenter's card that inference needs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ AUGMENTATIONS = ("medssl.data.augment",)
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read and cut for a network.
+    """The rules by which images are read and cut for a network.
 
     Args:
-        spacing_mm: of the grid the network works on, along x, y, z, or "native" for the image's own.
-        crop_voxel: sides of the window, as in training.
-        outside: value beyond the volume: "minimum", "border" or a number in file units.
-        normalise: what makes network input of file units, in order.
-        channels: what is taken from files with several channels, as `read_volume` understands it.
-        modality: "ct" or "mr" where all images of the training were that; None where they were mixed or nobody knows.
+        spacing_mm: Spacing of the grid the network works on, along x, y, z, or "native" for the image's own.
+        crop_voxel: Sides of the window, as in training.
+        outside: Value beyond the volume: "minimum", "border" or a number in file units.
+        normalise: The steps that make network input of file units, in order.
+        channels: The channels that are taken from files with several, as `read_volume` understands it.
+        modality: "ct" or "mr" if all training images had it; None if they were mixed or it is unknown.
     """
 
     spacing_mm: str | tuple[float, float, float]
@@ -42,10 +42,10 @@ class Reading:
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any], *, allow_modules: Sequence[str] = ()) -> "Reading":
-        """The reading that the entry `reading` of a segmenter's card describes.
+        """Return the reading that the entry `reading` of a segmenter's card describes.
 
         Raises:
-            ValueError: an entry is missing, or names a class that is no normalisation or is not trusted.
+            ValueError: An entry is missing, or names a class that is no normalisation or is not trusted.
         """
         missing = [key for key in ("spacing_mm", "crop_voxel", "outside", "normalise") if key not in card]
         if missing:
@@ -71,12 +71,15 @@ class Reading:
 
     @classmethod
     def from_layout(cls, name: str) -> "Reading | None":
-        """The reading of published files of a layout; None where their code does not say it."""
+        """Return the reading of published files of a layout; None where their code does not say it."""
         stated = catalogue.get(name).reading
         return None if stated is None else cls.from_card(stated)
 
     def normaliser(self, record: Record) -> Normalise:
-        """What normalises windows (b c x y z) of a case, each as one view of training; it may work in place."""
+        """Return a function that normalises windows (b c x y z) of a case, each as one view of training.
+
+        It may work in place.
+        """
         rng = np.random.default_rng(0)  # normalisations draw nothing
         rows = [np.concatenate([[1.0], step.parameters(rng, record)]) for step in self.normalise]
 

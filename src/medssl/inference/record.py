@@ -1,4 +1,4 @@
-"""A volume in memory as what a network is given: its record, and the way to its voxels."""
+"""The record of a volume in memory, as a store would have it, and the access to its voxels."""
 
 import numpy as np
 from jaxtyping import Shaped
@@ -9,7 +9,7 @@ from medssl.inference.working_grid import Fetch
 
 
 def fetch_from(voxels: Shaped[np.ndarray, "c x y z"]) -> Fetch:
-    """What gives the voxels of an array."""
+    """Return a function that gives the voxels of an array."""
 
     def fetch(lower: np.ndarray, upper: np.ndarray) -> Shaped[np.ndarray, "c x y z"]:
         x, y, z = (slice(a, b) for a, b in zip(lower, upper, strict=True))
@@ -19,7 +19,7 @@ def fetch_from(voxels: Shaped[np.ndarray, "c x y z"]) -> Fetch:
 
 
 def record_of(volume: Volume, case: str = "", *, modality: str | None = None, with_body: bool = False) -> Record:
-    """The record that the volume would have in a store; its body is all of it, unless it is looked for."""
+    """Return the record that the volume would have in a store; its body is the whole volume unless `with_body`."""
     channels, modality = volume.num_channels, modality or guess_modality(volume.array)
     body = find_body(volume, modality=modality)[0] if with_body else Box.whole(volume.shape)
     (a, b, c), (x, y, z) = body.lower.tolist(), body.upper.tolist()

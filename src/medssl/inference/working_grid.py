@@ -1,4 +1,4 @@
-"""The grid that a network works on, and the image on it, drawn slab by slab as it is asked for."""
+"""The working grid of a network, and the image on it, drawn slab by slab on demand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ DRAWN_SLICES = 16
 
 @dataclass(frozen=True)
 class WorkingGrid:
-    """Voxels of the working spacing about the centre of a volume, with a margin where it is smaller than the window.
+    """A grid of the working spacing about the centre of a volume, with a margin where it is smaller than the window.
 
     Args:
-        frame: working voxel -> volume voxel, margin included.
-        before: voxels of the margin in front.
-        shape: voxels without the margin.
-        volume_shape: voxels of the volume.
+        frame: The map from working voxel to volume voxel, margin included.
+        before: Number of voxels of the margin in front, along each axis.
+        shape: Number of voxels without the margin, along each axis.
+        volume_shape: Number of voxels of the volume, along each axis.
     """
 
     frame: Frame
@@ -44,7 +44,7 @@ class WorkingGrid:
 
     @classmethod
     def of(cls, record: Record, reading: Reading) -> "WorkingGrid":
-        """The grid of a case."""
+        """Return the grid of a case."""
         step = np.ones(3)
         if not isinstance(reading.spacing_mm, str):
             step = np.array(reading.spacing_mm) / np.array(record.spacing_mm)
@@ -59,14 +59,14 @@ class WorkingGrid:
         return cls(frame, (int(before[0]), int(before[1]), int(before[2])), (x, y, z), record.shape)
 
     def positions(self, axis: int) -> Float64[np.ndarray, " voxel"]:
-        """Where the volume's voxels lie along an axis of the grid; those beyond its outer voxels lie on them."""
+        """Return the places of the volume's voxels along an axis of the grid, moved onto its outer voxels if beyond."""
         step, start = self.frame.matrix[axis, axis], self.frame.matrix[axis, 3]
         found = (np.arange(self.volume_shape[axis]) - start) / step
         first = self.before[axis]
         return np.clip(found, first, first + self.shape[axis] - 1)
 
     def part(self, first: int, last: int) -> Frame:
-        """The frame of the slices from `first` to before `last`."""
+        """Return the frame of the slices from `first` to before `last`."""
         matrix = self.frame.matrix.copy()
         matrix[2, 3] += first * matrix[2, 2]
         return Frame((*self.frame.shape[:2], last - first), matrix)
@@ -76,12 +76,12 @@ class WorkingImage:
     """A case on its working grid, in file units.
 
     Args:
-        record: of the case.
-        reading: says the grid, and what lies beyond the volume.
-        fetch: gives voxels of the case.
-        device: where it is drawn.
-        located: whether three channels follow, with the coordinate of each voxel: -1 to 1 from face to face of the body
-            box, the nearest face's beyond it.
+        record: The record of the case.
+        reading: The rules that give the grid and the values beyond the volume.
+        fetch: The function that gives voxels of the case.
+        device: The device on which the image is drawn.
+        located: Whether three channels follow, with the coordinate of each voxel: -1 to 1 from face to face of the body
+            box, and that of the nearest face beyond the box.
     """
 
     def __init__(
@@ -95,7 +95,10 @@ class WorkingImage:
         self.slices = torch.empty(channels, *self.grid.frame.shape[:2], 0, device=device)
 
     def layer(self, first: int, last: int) -> Float32[Tensor, "c x y height"]:
-        """The slices from `first` to before `last`, both not below the last call's, whose slices are kept."""
+        """Return the slices from `first` to before `last`; neither may be below that of the call before.
+
+        The slices of the call before are kept.
+        """
         layer = self.slices.new_empty(*self.slices.shape[:3], last - first)
         known = min(max(self.last, first), last)
         layer[..., : known - first] = self.slices[..., first - self.first : known - self.first]
