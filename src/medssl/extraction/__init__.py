@@ -1,1 +1,1 @@
-"""From a trained encoder to features of subjects, of locations and of points, and what they are used for."""
+"""Extraction: features of subjects, locations and points by a trained encoder, and the matching of points."""

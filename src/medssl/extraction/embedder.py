@@ -1,4 +1,4 @@
-"""From a weight file and a volume to its embedding: the network of an anatomical embedding and how it reads images."""
+"""The embedder of volumes: the network of an anatomical embedding and how it reads images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,10 +29,10 @@ class Embedder:
     """Embeds volumes.
 
     Args:
-        network: gives a fine and a coarse map of unit vectors for images (b c x y z) in RAS.
-        reading: grid spacing, what lies beyond the volume, normalisation.
-        device: where it runs.
-        tile_voxel: slices along z a call of the network, for less memory; None for all at once.
+        network: The network; it gives a fine and a coarse map of unit vectors for images (b c x y z) in RAS.
+        reading: Grid spacing, what lies beyond the volume, normalisation.
+        device: Device of the network.
+        tile_voxel: Slices along z per call of the network, for less memory; None for all at once.
     """
 
     network: nn.Module
@@ -50,9 +50,10 @@ class Embedder:
         tile_voxel: int | None = None,
         allow_modules: Sequence[str] = (),
     ) -> "Embedder":
-        """The embedder of a file of ours, or with `layout` of a published checkpoint.
+        """Return the embedder of a file of ours, or with `layout` of a published checkpoint.
 
-        Raises: ValueError: a file that cannot be loaded, or one of another kind of encoder.
+        Raises:
+            ValueError: The file cannot be loaded, or holds another kind of encoder.
         """
         if tile_voxel is not None and not (isinstance(tile_voxel, int) and tile_voxel > 0):
             raise ValueError(f"tile_voxel must be a number of slices above 0, or null; got {tile_voxel!r}")
@@ -72,9 +73,10 @@ class Embedder:
         return cls(network.to(device).eval(), reading, torch.device(device), tile_voxel)
 
     def __call__(self, record: Record, fetch: Fetch) -> Embedding:
-        """The embedding of a volume.
+        """Return the embedding of a volume.
 
-        Raises: ValueError: the network reads other channels, or gives no unit vectors.
+        Raises:
+            ValueError: The network reads other channels, or gives no unit vectors.
         """
         wanted = getattr(self.network, "in_channels", None) or record.channels
         if record.channels != wanted:
@@ -90,11 +92,11 @@ class Embedder:
         )
 
     def of_case(self, store: VolumeStore, case: int) -> Embedding:
-        """The embedding of a case of a store."""
+        """Return the embedding of a case of a store."""
         return self(store.record(case), lambda lower, upper: store.read(case, 0, lower, upper).result())
 
     def of_array(self, voxels: Shaped[np.ndarray, "c x y z"], record: Record) -> Embedding:
-        """The embedding of a volume in memory; `record_of` makes its record."""
+        """Return the embedding of a volume in memory; `record_of` makes its record."""
         return self(record, fetch_from(voxels))
 
 
@@ -108,21 +110,21 @@ def embed_volume(
     device: torch.device,
     tile_voxel: int | None = None,
 ) -> Embedding:
-    """The embedding of a volume by a fully convolutional network.
+    """Return the embedding of a volume by a fully convolutional network.
 
     The volume is drawn at the reading's spacing about its centre, on whole coarse cells: the margin is filled with the
     reading's `outside`.
 
     Args:
-        network: image (1 c x y z) -> [fine (1 e i j k), coarse (1 e a b c)], of `strides` along x, y, z.
-        fetch: gives voxels of the volume.
-        record: of the volume.
-        reading: spacing, and what lies beyond the volume.
-        normalise: makes network input of file units.
-        device: where it runs.
-        tile_voxel: slices along z a call of the network; None for all.
+        network: Image (1 c x y z) -> [fine (1 e i j k), coarse (1 e a b c)], of `strides` along x, y, z.
+        fetch: The function that gives voxels of the volume.
+        record: The record of the volume.
+        reading: Spacing, and what lies beyond the volume.
 
-    Raises: ValueError: the maps have other shapes than their strides say, or vectors of other lengths than 1.
+        device: Device of the network.
+        tile_voxel: Slices along z per call of the network; None for all.
+
+
     """
     fine_step, coarse_step = (np.array(stride) for stride in network.strides)  # type: ignore[union-attr]
     steps = np.ones(3) if isinstance(reading.spacing_mm, str) else np.array(reading.spacing_mm) / record.spacing_mm
@@ -145,9 +147,12 @@ def embed_volume(
 
 
 def reading_of(card: Mapping[str, Any], *, source: str, allow_modules: Sequence[str] = ()) -> Reading:
-    """How a pre-training run read its images, without augmentations: by its first group of views with its own size.
+    """Return how a pre-training run read its images, without augmentations.
 
-    Raises: ValueError: the card does not say it.
+    The first group of views with its own size gives the reading.
+
+    Raises:
+        ValueError: The card does not say how its images are read.
     """
     try:
         view = next(view for view in card["reading"]["views"]["groups"].values() if "size" in view)
@@ -172,7 +177,7 @@ def reading_of(card: Mapping[str, Any], *, source: str, allow_modules: Sequence[
 def _maps(
     network: nn.Module, image: Float[Tensor, "one channel x y z"], *, coarse_step: int, tile_voxel: int | None
 ) -> tuple[Float[Tensor, "e i j k"], Float[Tensor, "e a b c"]]:
-    """Both maps of the whole image, tile by tile along z where wanted."""
+    """Return both maps of the whole image, computed tile by tile along z with `tile_voxel`."""
     depth = image.shape[-1]
     if tile_voxel is None or tile_voxel >= depth:
         fine, coarse = network(image)

@@ -1,4 +1,4 @@
-"""Where a point of one volume lies in another: nearest neighbours among the unit vectors of two embeddings."""
+"""The embedding of a volume, and the matching of points by nearest neighbours among the unit vectors of two of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Embedding:
     """The vectors of a volume: a fine map of small cells and a coarse one of their surroundings, axes x, y, z.
 
     Args:
-        fine: unit vectors (over the channels) of the cells.
-        coarse: unit vectors of larger cells that cover the same box.
-        cell_to_mm: index of a fine cell -> RAS mm of its middle.
-        volume_to_mm: voxel of the volume -> RAS mm.
-        volume_shape: voxels of the volume.
+        fine: Unit vectors (over the channels) of the cells.
+        coarse: Unit vectors of larger cells that cover the same box.
+        cell_to_mm: Index of a fine cell -> RAS mm of its middle.
+        volume_to_mm: Voxel of the volume -> RAS mm.
+        volume_shape: Voxels of the volume.
     """
 
     fine: Float[Tensor, "e i j k"]
@@ -36,17 +36,17 @@ class Embedding:
     volume_shape: tuple[int, int, int]
 
     def half(self) -> "Embedding":
-        """The embedding in half precision; scores change by about 0.001."""
+        """Return the embedding in half precision; scores change by about 0.001."""
         return Embedding(self.fine.half(), self.coarse.half(), self.cell_to_mm, self.volume_to_mm, self.volume_shape)
 
     def cells(self, points_mm: Float[np.ndarray, "n 3"]) -> Int64[np.ndarray, "n 3"]:
-        """The cell whose middle is nearest to each point, among those with their middle in the volume."""
+        """Return the cell whose middle is nearest to each point, among those with their middle in the volume."""
         nearest = np.rint(apply(np.linalg.inv(self.cell_to_mm), points_mm)).astype(np.int64)
         first, last = self._inside
         return np.clip(nearest, first, last - 1)
 
     def descriptors(self, cells: Int64[np.ndarray, "n 3"]) -> Float32[Tensor, "n two e"]:
-        """The fine and the coarse unit vector of each cell; the coarse map is interpolated linearly."""
+        """Return the fine and the coarse unit vector of each cell; the coarse map is interpolated linearly."""
         i, j, k = (torch.from_numpy(np.ascontiguousarray(column)) for column in cells.T)
         fine = self.fine[:, i.to(self.fine.device), j.to(self.fine.device), k.to(self.fine.device)].T.float()
         x, y, z = (weight[index.to(weight.device)] for weight, index in zip(self._weights, (i, j, k), strict=True))
@@ -56,7 +56,7 @@ class Embedding:
     def search(
         self, descriptors: Float[Tensor, "n two e"]
     ) -> tuple[Int64[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]:
-        """The most similar cell of each pair of vectors, and its score in [-1, 1]; the first of equal ones.
+        """Return the most similar cell of each pair of vectors, and its score in [-1, 1]; the first of equal ones.
 
         The score is the mean of the cosines of the fine and of the interpolated coarse vectors. Only cells with their
         middle in the volume are searched. Interpolation is linear: similarities to coarse cells are interpolated and
@@ -83,13 +83,13 @@ class Embedding:
         return (cells + first).astype(np.int64), (best / 2).cpu().numpy()
 
     def to_mm(self, cells: Int64[np.ndarray, "n 3"]) -> Float64[np.ndarray, "n 3"]:
-        """The middles of cells, moved into the volume where they lie beyond the middle of its outer voxels."""
+        """Return the middles of cells, moved into the volume where they lie beyond the middle of its outer voxels."""
         points = apply(np.linalg.inv(self.volume_to_mm), apply(self.cell_to_mm, cells))
         return apply(self.volume_to_mm, np.clip(points, 0, np.array(self.volume_shape) - 1))
 
     @cached_property
     def _inside(self) -> tuple[Int64[np.ndarray, "3"], Int64[np.ndarray, "3"]]:
-        """First and one-past-last cell, an axis, whose middle lies in the volume; the grids share their axes."""
+        """Return, per axis, the first and one-past-last cell with the middle in the volume; the grids share axes."""
         to_voxel = np.linalg.inv(self.volume_to_mm) @ self.cell_to_mm
         step, start = to_voxel.diagonal()[:3], to_voxel[:3, 3]
         shape = np.array(self.fine.shape[1:])
@@ -99,7 +99,7 @@ class Embedding:
 
     @cached_property
     def _weights(self) -> tuple[Float32[Tensor, "cell coarse"], ...]:
-        """For each axis, how much of each coarse cell is in a fine one: linear, the edge's beyond the edge."""
+        """For each axis, the share of each coarse cell in a fine one: linear, and that of the edge beyond the edge."""
         device = self.coarse.device
         return tuple(
             F.interpolate(torch.eye(m, device=device)[None], n, mode="linear", align_corners=False)[0].T
@@ -119,16 +119,16 @@ class Embedding:
 def match_points(
     query: Embedding, points_mm: Float[np.ndarray, "n 3"], key: Embedding
 ) -> tuple[Float64[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]:
-    """Where points of one volume lie in another (both RAS mm), and how similar the places are, in [-1, 1].
+    """Return the places of points of one volume in another (both RAS mm), and their similarity, in [-1, 1].
 
-    The answer is the middle of a cell of the other volume; scores of different networks cannot be compared.
+    A place is the middle of a cell of the other volume. Scores of different networks cannot be compared.
     """
     cells, scores = key.search(query.descriptors(query.cells(points_mm)))
     return key.to_mm(cells), scores
 
 
 def contains(record: Record, points_mm: Float[np.ndarray, "n 3"]) -> np.ndarray:
-    """Whether points lie in the volume of a record, up to the outer faces of its voxels."""
+    """Return whether points lie in the volume of a record, up to the outer faces of its voxels."""
     voxel = apply(record.mm_to_volume, points_mm)
     return np.all((voxel >= -0.5) & (voxel <= np.array(record.shape) - 0.5), axis=1)
 

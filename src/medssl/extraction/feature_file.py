@@ -1,4 +1,4 @@
-"""The features of the subjects of a store as a file: one a location and a pooled one, with the names of the cases."""
+"""The file of the features of a store's subjects: one per location and a pooled one, with the names of the cases."""
 
 import json
 import zipfile
@@ -20,12 +20,12 @@ class Features:
     """Features of `n` subjects at `location` places with `dim` numbers each.
 
     Args:
-        case: names of the subjects, as in their store.
-        feature: NaN where a subject does not show the location.
-        valid: whether it does.
-        coordinate: of the locations, in [-1, 1] along each axis: the same for all subjects.
-        centre_mm: of the locations in each subject, RAS mm.
-        pooled: the mean over the locations that a subject shows.
+        case: Names of the subjects, as in their store.
+        feature: The feature of each subject and location; NaN where a subject does not show the location.
+        valid: Whether a subject shows a location.
+        coordinate: Coordinates of the locations, in [-1, 1] along each axis, the same for all subjects.
+        centre_mm: Centres of the locations in each subject, RAS mm.
+        pooled: The mean over the locations that a subject shows.
     """
 
     case: Shaped[np.ndarray, " n"]
@@ -39,16 +39,17 @@ class Features:
     def of(
         cls, cases: Sequence[str], rows: Sequence[Mapping[str, Any]], *, coordinate: Float32[np.ndarray, "location 3"]
     ) -> "Features":
-        """The features of several subjects, each with `feature`, `valid` and `centre_mm`."""
+        """Return the features of several subjects, each with `feature`, `valid` and `centre_mm`."""
         feature, valid, centre_mm = (np.stack([row[key] for row in rows]) for key in ("feature", "valid", "centre_mm"))
         total = np.where(valid[..., None], feature, 0).sum(1, dtype=np.float64)
         pooled = (total / valid.sum(1, keepdims=True)).astype(np.float32)
         return cls(np.array(cases), feature, valid, coordinate, centre_mm, pooled)
 
     def of_location(self, location: int | None) -> Float32[np.ndarray, "n dim"]:
-        """The features at a location, NaN where it is not shown, or the pooled ones.
+        """Return the features at a location, NaN where it is not shown, or the pooled ones.
 
-        Raises: ValueError: there is no such location.
+        Raises:
+            ValueError: There is no such location.
         """
         if location is None:
             return self.pooled
@@ -57,16 +58,17 @@ class Features:
         return self.feature[:, location]
 
     def save(self, folder: Path, card: Mapping[str, Any]) -> None:
-        """Write `features.npz`, then `features.json` with what they were made from; each all or nothing."""
+        """Write `features.npz`, then `features.json` with the card of their origin; each all or nothing."""
         with whole_file(folder / FILE) as partial, partial.open("wb") as stream:
             np.savez(stream, **{field.name: getattr(self, field.name) for field in fields(self)})
         write_text(folder / CARD, json.dumps(card, indent=1, sort_keys=True))
 
 
 def load_features(path: str | Path) -> Features:
-    """The features in a file, or in the folder that holds `features.npz`.
+    """Return the features in a file, or in the folder that holds `features.npz`.
 
-    Raises: ValueError: there is no such file, or it holds something else.
+    Raises:
+        ValueError: There is no such file, or it holds something else.
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -79,6 +81,6 @@ def load_features(path: str | Path) -> Features:
 
 
 def read_feature_card(path: str | Path) -> dict[str, Any]:
-    """What the features of a file or folder were made from; nothing where their `features.json` is not at hand."""
+    """Return the card that says what the features of a file or folder were made from; empty without `features.json`."""
     card = (Path(path) if Path(path).is_dir() else Path(path).parent) / CARD
     return json.loads(card.read_text()) if card.is_file() else {}

@@ -1,4 +1,4 @@
-"""The features command: one feature a location and subject, pooled ones, and maps, from an encoder and a store."""
+"""The features of a store by an encoder: one per location and subject, pooled ones, and maps."""
 
 import hashlib
 import json
@@ -48,16 +48,16 @@ MEASURED_CASES = 8
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is extracted, checked, with the encoder on its device.
+    """The checked plan of an extraction, with the encoder on its device.
 
     Args:
-        encoder: makes a feature of a patch.
-        locations: where the patches of a subject lie.
-        folder: of the results.
-        overwrite: make features anew.
-        stride_voxel: between the patches of a map; None for no maps.
-        untrained: seed of random weights; None for those of the file.
-        origin: what the features follow from besides the store, as JSON values.
+        encoder: The encoder of patches.
+        locations: The locations of a subject's patches.
+        folder: Folder of the results.
+        overwrite: Whether features that exist are made again.
+        stride_voxel: Steps between the patches of a map; None for no maps.
+        untrained: Seed of random weights; None for those of the file.
+        origin: All that the features follow from besides the store, as JSON values.
     """
 
     encoder: PatchEncoder
@@ -70,7 +70,7 @@ class Extraction:
 
     @classmethod
     def of(cls, settings: FeatureSettings) -> "Extraction":
-        """Return what settings ask for.
+        """Return the extraction that settings ask for.
 
         Raises:
             ValueError: The weight file is wrong, or does not go with the settings.
@@ -110,9 +110,10 @@ class Extraction:
         )
 
     def claim(self, store: VolumeStore) -> dict[str, Any]:
-        """What the features of the store follow from; the folder is made, and emptied where that is wanted.
+        """Make the folder, emptied with `overwrite`, and return all that the features of the store follow from.
 
-        Raises: ValueError: the folder holds features that follow from something else.
+        Raises:
+            ValueError: The folder holds features that follow from something else.
         """
         table = self.locations.table
         recipe = _table_of(store, table).parent.name if table else None
@@ -141,9 +142,10 @@ class Extraction:
 
 
 def extract_all(extraction: Extraction, store: VolumeStore) -> int:
-    """Make the features of all cases of the store that are not there yet, and their file; how many cases failed.
+    """Make the features that the cases of the store lack, and their file; return the number of cases that failed.
 
-    Raises: ValueError: see `Extraction.claim`, or there is no case with features.
+    Raises:
+        ValueError: `Extraction.claim` refuses the folder, or no case has features.
     """
     origin, failed, made = extraction.claim(store), {}, 0
     if (note := _other_size(extraction, store)) is not None:
@@ -182,7 +184,10 @@ def extract_all(extraction: Extraction, store: VolumeStore) -> int:
 
 
 def _extract(extraction: Extraction, store: VolumeStore, case: int, known: Locations) -> dict[str, np.ndarray]:
-    """The features of a case, written as a file of its own so that a stopped run goes on; its map before that."""
+    """Return the features of a case; they are written to a file of their own, so that a stopped run can continue.
+
+    The map of the case is written before.
+    """
     record, encoder = store.record(case), extraction.encoder
     if not known.valid.any():
         raise ValueError("it shows none of the locations")
@@ -211,7 +216,7 @@ def _extract(extraction: Extraction, store: VolumeStore, case: int, known: Locat
 
 
 def _finished(extraction: Extraction, store: VolumeStore, case: int, known: Locations) -> dict[str, np.ndarray] | None:
-    """The features of a case that an earlier run made from the same voxels at the same locations."""
+    """Return the features of a case that an earlier run made from the same voxels at the same locations."""
     record = store.record(case)
     file = _file_of(extraction, record.case)
     if not file.is_file() or (extraction.stride_voxel and not _map_of(extraction, record.case).is_file()):
@@ -223,13 +228,13 @@ def _finished(extraction: Extraction, store: VolumeStore, case: int, known: Loca
 
 
 def _digest(known: Locations) -> str:
-    """What stands for the places and coordinates of a case: its table may be made anew on another reference."""
+    """Return a hash of the places and coordinates of a case, whose table may be derived again on another reference."""
     arrays = [known.center_voxel, known.coordinate, known.valid]
     return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
 
 
 def _write_map(extraction: Extraction, store: VolumeStore, case: int, known: Locations) -> None:
-    """`dense/CASE.nii.gz`: the features of patches at every stride, the channels along the fourth axis."""
+    """Write `dense/CASE.nii.gz`: the features of patches at every stride, the channels along the fourth axis."""
     import nibabel
 
     record, encoder = store.record(case), extraction.encoder
@@ -252,7 +257,11 @@ def _locations_of(extraction: Extraction, store: VolumeStore, case: int) -> Loca
 
 
 def _table_of(store: VolumeStore, name: str) -> Path:
-    """The first file of a derived table. Raises: ValueError: there is no such table."""
+    """Return the first file of a derived table.
+
+    Raises:
+        ValueError: There is no such table.
+    """
     folder = store.root / "derived"
     if not (folder / f"{name}.json").is_file() and not (config_dir() / "what" / f"{name}.yaml").is_file():
         there = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
@@ -263,14 +272,14 @@ def _table_of(store: VolumeStore, name: str) -> Path:
 def _other_size(extraction: Extraction, store: VolumeStore) -> str | None:
     try:
         return other_size(extraction.locations, store)
-    except FileNotFoundError:  # the first case has no table, which is told with its name
+    except FileNotFoundError:  # the first case has no table, which is reported with its name
         return None
 
 
 def _first_patches(
     extraction: Extraction, store: VolumeStore
 ) -> Iterator[tuple[Float32[torch.Tensor, "batch c x y z"], np.ndarray]]:
-    """The patches of the first cases, with their coordinates."""
+    """Return the patches of the first cases, with their coordinates."""
     for case in range(min(MEASURED_CASES, len(store))):
         known = _locations_of(extraction, store, case)
         for part, patches in extraction.encoder.batches(store, case, known.center_voxel[known.valid]):
@@ -286,7 +295,7 @@ def _map_of(extraction: Extraction, case: str) -> Path:
 
 
 def _reading(settings: FeatureSettings, card: Mapping[str, Any]) -> Reading:
-    """How patches are read: as the card says, or as is known of the layout, with what the settings change."""
+    """Return how patches are read: by the card or the layout, with the changes of the settings."""
     layout, size, spacing_mm, window_hu = settings.layout, settings.size_voxel, settings.spacing_mm, settings.window_hu
     if layout is None and card.get("kind") == "segmenter":
         reading = Reading.from_card(card["reading"], allow_modules=settings.allow_modules)
@@ -310,7 +319,7 @@ def _reading(settings: FeatureSettings, card: Mapping[str, Any]) -> Reading:
 
 
 def _locations(settings: FeatureSettings, card: Mapping[str, Any], reading: Reading) -> GridCrop:
-    """The locations that are asked for, else those of the first group of the card's views that has any."""
+    """Return the locations of the settings, else those of the first group of the card's views that has any."""
     table, grid, within = settings.table, settings.grid, "body"
     if table is None and grid is None:
         views = card.get("reading", {}).get("views", {}).get("groups", {})

@@ -1,4 +1,4 @@
-"""The match command: read two scans, embed them, say and draw where points of one lie in the other."""
+"""The matching of two scans: read and embed them, print and draw the places of points of one in the other."""
 
 import time
 from dataclasses import dataclass
@@ -31,20 +31,20 @@ GRID_SHARES = (0.3, 0.5, 0.7), (0.5,), (0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan to match: as it was read, its record, its embedding."""
+    """A scan to match: the file as it was read, its record, its embedding."""
 
     file: ImageFile
     record: Record
     embedding: Embedding
 
     def voxel_of_file(self, point_mm: Float[np.ndarray, "3"]) -> list[int]:
-        """The nearest voxel to a point, as the file counts them."""
+        """Return the nearest voxel to a point, as the file counts them."""
         x, y, z = np.rint(apply(np.linalg.inv(self.file.affine), point_mm)).astype(int).tolist()
         return [x, y, z]
 
 
 def match_scans(settings: MatchSettings) -> None:
-    """Match the points, print a line a point, and write the picture.
+    """Match the points, print a line per point, and write the picture.
 
     Raises:
         ValueError: A file or the weights are wrong, or a point lies outside of its scan.
@@ -83,7 +83,7 @@ def match_scans(settings: MatchSettings) -> None:
 
 
 def grid_points(file: ImageFile, record: Record) -> Float64[np.ndarray, "n 3"]:
-    """Nine points (RAS mm) spread over the middle coronal plane of the body, from the upper left of a picture on."""
+    """Return nine points (RAS mm) over the middle coronal plane of the body, from the upper left of a picture on."""
     box, _, _ = find_body(file.volume, modality=record.modality)
     x, y, z = GRID_SHARES
     shares = np.array([(a, b, c) for c in z for b in y for a in x])
@@ -98,7 +98,7 @@ def match_figure(
     matches_mm: Float[np.ndarray, "n 3"],
     scores: Float[np.ndarray, " n"],
 ) -> "Figure":
-    """A row a point: three planes of the query through it, then three of the reference through its match.
+    """Return a figure with a row per point: three planes of the query through it, three of the reference at its match.
 
     Anterior and superior point up, the patient's left is on the left as arrays run.
     """

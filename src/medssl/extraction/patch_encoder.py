@@ -1,4 +1,4 @@
-"""From a place in a volume to its feature: the encoder of a file, and how its patches are cut and normalised."""
+"""The encoder of patches: the network of a file, and how its patches are cut and normalised."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ NOT_FINITE = "the network's features are not finite; its training diverged: take
 
 @dataclass(frozen=True)
 class PatchEncoder:
-    """One feature a patch: the mean of the encoder's deepest map.
+    """Gives one feature per patch: the mean of the encoder's deepest map.
 
     Args:
-        network: an encoder in evaluation mode; one that `takes_coordinate` is told the coordinate of each patch.
-        reading: sides and spacing of a patch, what lies beyond the volume, normalisation.
-        device: where it runs.
-        batch_size: patches a call of the network.
+        network: An encoder in evaluation mode; one that `takes_coordinate` gets the coordinate of each patch.
+        reading: Sides and spacing of a patch, what lies beyond the volume, normalisation.
+        device: Device of the network.
+        batch_size: Patches per call of the network.
     """
 
     network: nn.Module
@@ -39,7 +39,7 @@ class PatchEncoder:
     batch_size: int = 32
 
     def step_voxel(self, record: Record) -> Float64[np.ndarray, "3"]:
-        """Stored voxels per voxel of a patch."""
+        """Return the number of stored voxels per voxel of a patch, along each axis."""
         return self._spec.step_voxel(record)
 
     def __call__(
@@ -50,9 +50,10 @@ class PatchEncoder:
         centers_voxel: Float[np.ndarray, "patch 3"],
         coordinate: Float[np.ndarray, "patch 3"],
     ) -> Iterator[Float32[np.ndarray, "batch dim"]]:
-        """The features of the patches about `centers_voxel` of a case, batch by batch; the next one is read meanwhile.
+        """Yield the features of the patches about `centers_voxel` of a case, by batch; the next one is read meanwhile.
 
-        Raises: ValueError: the case has other channels, cannot be read, or the features are not finite.
+        Raises:
+
         """
         for part, patches in self.batches(store, case, centers_voxel):
             with torch.inference_mode():
@@ -64,7 +65,7 @@ class PatchEncoder:
     def encode(
         self, patches: Float[Tensor, "batch c x y z"], coordinate: Float[np.ndarray, "batch 3"]
     ) -> Float[Tensor, "batch dim"]:
-        """The features of normalised patches, each told its coordinate where the network wants it."""
+        """Return the features of normalised patches; a network that takes coordinates gets that of each patch."""
         inputs: list[Tensor] = [patches]
         if getattr(self.network, "takes_coordinate", False):
             inputs.append(torch.from_numpy(np.asarray(coordinate, dtype=np.float32)).to(self.device))
@@ -75,7 +76,7 @@ class PatchEncoder:
         return Fixed(size=self.reading.crop_voxel, spacing_mm=self.reading.spacing_mm, outside=self.reading.outside)
 
     def _start(self, store: VolumeStore, case: int, centers_voxel: Float[np.ndarray, "batch 3"]) -> list[Any]:
-        """The patches and their boxes, whose voxels are being read."""
+        """Start reading the voxels of patches, and return the patches with their boxes."""
         record, reads = store.record(case), []
         for center in centers_voxel:
             frame = self._spec.frame(center, self.step_voxel(record))
@@ -87,9 +88,12 @@ class PatchEncoder:
     def batches(
         self, store: VolumeStore, case: int, centers_voxel: Float[np.ndarray, "patch 3"]
     ) -> Iterator[tuple[slice, Float32[Tensor, "batch c x y z"]]]:
-        """The normalised patches about `centers_voxel` of a case, and which they are; the next ones are read meanwhile.
+        """Yield the normalised patches about `centers_voxel` of a case, each batch with the slice of its patches.
 
-        Raises: ValueError: the case has other channels, or cannot be read.
+        The next batch is read meanwhile.
+
+        Raises:
+            ValueError: The case has other channels, or cannot be read.
         """
         record = store.record(case)
         wanted = getattr(self.network, "in_channels", None) or record.channels
@@ -115,11 +119,11 @@ class PatchEncoder:
 
 @dataclass(frozen=True)
 class CellGrid:
-    """Equal steps over a whole volume, about its middle.
+    """A grid of equal steps over a whole volume, about its middle.
 
     Args:
-        shape: cells along x, y, z.
-        cell_to_voxel: index of a cell -> voxel of the volume at its middle.
+        shape: Number of cells along x, y, z.
+        cell_to_voxel: The map from index of a cell to the voxel of the volume at its middle.
     """
 
     shape: tuple[int, int, int]
@@ -127,7 +131,7 @@ class CellGrid:
 
     @classmethod
     def over(cls, record: Record, step_voxel: Float64[np.ndarray, "3"]) -> "CellGrid":
-        """Cells of `step_voxel` stored voxels that cover the volume."""
+        """Return a grid of cells of `step_voxel` stored voxels that cover the volume."""
         x, y, z = np.maximum(1, np.ceil(np.array(record.shape) / step_voxel - 1e-6)).astype(int).tolist()
         matrix = np.diag([*step_voxel, 1.0])
         matrix[:3, 3] = (np.array(record.shape) - 1) / 2 - step_voxel * (np.array([x, y, z]) - 1) / 2
@@ -146,7 +150,7 @@ def coordinate_at(
     centers_voxel: Float[np.ndarray, "location 3"],
     coordinate: Float[np.ndarray, "location 3"],
 ) -> Float64[np.ndarray, "point 3"]:
-    """The coordinate of any points: the affine map that takes the locations' centres to theirs, kept within [-1, 1]."""
+    """Return the coordinates of points, kept within [-1, 1], by the affine map of the locations' centres to theirs."""
 
     def with_one(points: np.ndarray) -> np.ndarray:
         return np.c_[points, np.ones(len(points))]
@@ -159,7 +163,7 @@ def coordinate_at(
 def measure_batch_norm(encoder: PatchEncoder, batches: Iterator[tuple[Tensor, np.ndarray]]) -> None:
     """Set the running statistics of the network's batch norms to their means over batches of patches.
 
-    Those of an untrained network are not statistics of anything, and its features then hardly differ.
+    The statistics of an untrained network belong to no data, and its features then hardly differ.
     """
     norms = [m for m in encoder.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = {norm: norm.momentum for norm in norms}
@@ -177,7 +181,7 @@ def measure_batch_norm(encoder: PatchEncoder, batches: Iterator[tuple[Tensor, np
 
 
 def reading_recipe(reading: Reading) -> Mapping[str, Any]:
-    """A reading as JSON values."""
+    """Return a reading as JSON values."""
     return {
         "spacing_mm": reading.spacing_mm if isinstance(reading.spacing_mm, str) else list(reading.spacing_mm),
         "size_voxel": list(reading.crop_voxel),

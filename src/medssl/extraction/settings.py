@@ -13,14 +13,14 @@ from medssl import checks
 from medssl.data.reading import check_channels
 
 LARGEST_BATCH = 64
-"""Patches a call of the network, at most."""
+"""Most patches per call of the network."""
 BRANCHES = ("student", "teacher")
 PICTURES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """Whose features are made, where, and how; checked.
+    """The checked settings of an extraction: which encoder, which patches, and where the results go.
 
     Args:
         weights: File of the encoder.
@@ -30,12 +30,12 @@ class FeatureSettings:
         overwrite: Whether features that exist are made again.
         table: Derived table of locations; None for none.
         grid: Locations in equal cells of the body, along x, y, z; None for none.
-        spacing_mm: Of the patches, three numbers or `native`; None for that of the encoder's training.
+        spacing_mm: Spacing of the patches, three numbers or `native`; None for that of the encoder's training.
         size_voxel: Sides of a patch; None for those of the training.
         window_hu: Grey values of CT that are mapped to 0 to 1; None for those of the training.
-        stride_voxel: Steps between the patches of a map; None where no maps are made, 0 for half a patch.
+        stride_voxel: Steps between the patches of a map; None if no maps are made, 0 for half a patch.
         untrained: Seed of random weights; None for those of the file.
-        batch_size: Patches a call of the network.
+
         device: `auto`, `cpu` or `cuda`.
         allow_modules: Packages whose networks a file may name.
     """
@@ -59,7 +59,7 @@ class FeatureSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> "FeatureSettings":
-        """Check a configuration.
+        """Return the settings of a configuration, checked.
 
         Raises:
             ValueError: A setting is missing or wrong, or names a file that is not there.
@@ -93,19 +93,19 @@ class FeatureSettings:
 
 @dataclass(frozen=True, eq=False)
 class MatchSettings:
-    """Which points of which scan are looked for in which other; checked.
+    """The checked settings of a matching: two scans, the points of one, and the embedding that finds them.
 
     Args:
         weights: File of the embedding.
         layout: Layout of a published file; None for a file of ours.
-        query: The scan that the points are of.
+        query: The scan with the points.
         reference: The scan to find them in.
         points_mm: The points, RAS millimetres; None for nine that are spread over the body.
         output: The picture.
-        channels: What is taken from images with several channels.
-        modality: `ct` or `mr`; None for what the voxels look like.
+        channels: The channels that are taken from images with several.
+        modality: `ct` or `mr`; None for that which the voxels look like.
         device: `auto`, `cpu` or `cuda`.
-        tile_voxel: Slices a call of the network; None for all.
+        tile_voxel: Slices per call of the network; None for all.
         allow_modules: Packages whose networks a file may name.
     """
 
@@ -123,7 +123,7 @@ class MatchSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> "MatchSettings":
-        """Check a configuration.
+        """Return the settings of a configuration, checked.
 
         Raises:
             ValueError: A setting is missing or wrong, or names a file that is not there.
@@ -172,7 +172,11 @@ def _window(given: Any) -> tuple[float, float] | None:
 
 
 def _picture(given: Any) -> Path:
-    """Make the folder of the picture. Raises: ValueError: it is no picture, or cannot be written there."""
+    """Return the path of the picture, whose folder is made.
+
+    Raises:
+        ValueError: The path is no picture, or cannot be written.
+    """
     output = Path(str(given)).expanduser()
     if output.suffix.lower() not in PICTURES:
         raise ValueError(f"output={output} is no picture; give a name that ends in .png, .pdf or .svg")
