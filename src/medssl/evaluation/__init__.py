@@ -1,1 +1,1 @@
-"""From segmentations to numbers that can be trusted, and from the numbers of several runs to a comparison."""
+"""Evaluation: scores of segmentations, and comparisons of the scores of several runs."""

@@ -1,4 +1,4 @@
-"""Whether one group of runs is better than another: paired by case, with intervals and corrected tests."""
+"""The comparison of groups of runs, paired by case, with intervals and corrected tests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the report of a comparison says."""
+    """The content of the report of a comparison."""
 
     metric: str
     resampling: Resampling
@@ -57,7 +57,7 @@ class Comparison:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What the first run states; split, tolerance and convention are those of all runs."""
+        """The results of the first run; split, tolerance and convention are those of all runs."""
         return self.groups[0].runs[0].results
 
     @property
@@ -69,12 +69,13 @@ class Comparison:
 
 
 def compare_groups(groups: Sequence[Group], *, metric: str, resampling: Resampling) -> Comparison:
-    """The comparison of `groups` in `metric`; the first group is the reference.
+    """Return the comparison of `groups` in `metric`; the first group is the reference.
 
     A group of another setting is paired with the reference's setting at its own number of labelled cases, or with
-    the reference where that was not run. Groups of the reference's own setting are paired where there is no other.
+    the reference if that was not run. Groups of the reference's own setting are paired if there is no other.
 
-    Raises: ValueError: there is no such metric.
+    Raises:
+        ValueError: There is no such metric.
     """
     choice("metric", metric, METRICS)
     summaries = [_summary(group, metric=metric, resampling=resampling) for group in groups]
@@ -101,7 +102,7 @@ def _summary(group: Group, *, metric: str, resampling: Resampling) -> Summary:
 
 
 def partners(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """Every group that is compared, with what it is compared to: see `compare_groups`."""
+    """Return pairs of a compared group and the group that it is compared with, by the rule of `compare_groups`."""
     reference = groups[0]
     own = [group for group in groups if group.runs[0].results["setting"] == reference.runs[0].results["setting"]]
     if len(own) == len(groups):
@@ -111,7 +112,7 @@ def partners(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
 
 
 def _notes(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
-    """What a reader of the numbers has to know, one sentence or two each."""
+    """Return notes that a reader of the numbers needs, of one or two sentences each."""
     runs = [run for group in groups for run in group.runs]
     notes = []
     if leaked := [f"{run.path} ({run.leaked})" for run in runs if run.leaked]:

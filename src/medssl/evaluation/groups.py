@@ -1,4 +1,4 @@
-"""Runs that may be compared, gathered into groups that differ in nothing but their seed."""
+"""Groups of runs for a comparison: the runs of a group differ only in their seed."""
 
 import json
 from collections.abc import Sequence
@@ -13,21 +13,22 @@ from jaxtyping import Float
 from medssl.evaluation.results import mean_present, read_results
 
 LEAKED = "†"
-"""Marks what knew evaluation cases from pre-training."""
+"""The mark of runs that saw evaluation cases in pre-training."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run and what its metrics.json says."""
+    """A finished run and the content of its metrics.json."""
 
     path: Path
     results: dict[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> "Run":
-        """The run in the folder `path`.
+        """Return the run in the folder `path`.
 
-        Raises: ValueError: its results are missing or broken, or do not state what they are to be compared by.
+        Raises:
+            ValueError: The results are missing or broken, or do not state the entries that a comparison needs.
         """
         results = read_results(path)
         entries = {"split": ("hash", "evaluated_on", "name"), "labelled": ("count",), "setting": (), "seed": ()}
@@ -40,39 +41,39 @@ class Run:
 
     @property
     def count(self) -> int | None:
-        """Number of labelled training cases."""
+        """The number of labelled training cases."""
         return self.results["labelled"]["count"]
 
     @property
     def leakage(self) -> dict[str, Any]:
-        """What is known about evaluation cases in pre-training."""
+        """The statement of the results on evaluation cases in pre-training; empty where there is none."""
         return self.results.get("leakage") or {}
 
     @property
     def leaked(self) -> int:
-        """Number of evaluation cases that were seen in pre-training."""
+        """The number of evaluation cases that were seen in pre-training."""
         return self.leakage.get("overlap") or 0
 
     @cached_property
     def cases(self) -> list[str]:
-        """Names of the evaluation cases, sorted."""
+        """The names of the evaluation cases, sorted."""
         return sorted(record["case"] for record in self.results["cases"])
 
     def scores(self, metric: str, classes: Sequence[str]) -> Float[np.ndarray, "cases classes"]:
-        """The scores of `classes` in every case of `cases`."""
+        """Return the scores of `classes` in every case of `cases`."""
         by_case = {record["case"]: record[metric]["per_class"] for record in self.results["cases"]}
         return np.array([[by_case[case][name] for name in classes] for case in self.cases])
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs of one setting and one number of labelled cases, one a seed.
+    """Runs of one setting and one number of labelled cases, one per seed.
 
     Args:
-        runs: in the order given.
-        label: what tells the group from the others.
-        setting_label: what tells its setting from the others, whatever the number of labelled cases.
-        classes: those that all runs of the comparison have.
+        runs: The runs, in the order given.
+        label: The label that distinguishes the group from the others.
+        setting_label: The label that distinguishes its setting from others, without the number of labelled cases.
+        classes: The classes that all runs of the comparison have.
     """
 
     runs: list[Run]
@@ -82,12 +83,12 @@ class Group:
 
     @property
     def count(self) -> int | None:
-        """Number of labelled training cases."""
+        """The number of labelled training cases."""
         return self.runs[0].count
 
     @property
     def cases(self) -> list[str]:
-        """Names of the evaluation cases, sorted."""
+        """The names of the evaluation cases, sorted."""
         return self.runs[0].cases
 
     @property
@@ -96,18 +97,21 @@ class Group:
         return any(run.leaked for run in self.runs)
 
     def class_scores(self, metric: str) -> Float[np.ndarray, "seeds cases classes"]:
-        """The scores of every seed, case and class."""
+        """Return the scores of every seed, case and class."""
         return np.stack([run.scores(metric, self.classes) for run in self.runs])
 
     def case_means(self, metric: str) -> Float[np.ndarray, "seeds cases"]:
-        """The mean of every seed and case over the classes that are not missing in it."""
+        """Return the mean of every seed and case over the classes that are not missing in it."""
         return mean_present(self.class_scores(metric), 2)
 
 
 def read_groups(paths: Sequence[Path]) -> list[Group]:
-    """The groups of the runs in the folders `paths`: that of the first run, then the others by setting and count.
+    """Return the groups of the runs in the folders `paths`.
 
-    Raises: ValueError: the runs cannot be compared; the message says which, why, and what to do.
+    The group of the first run comes first, then the others by setting and count.
+
+    Raises:
+        ValueError: The runs cannot be compared; the message says which, why, and what to do.
     """
     if len(paths) < 2:
         raise ValueError(f"a comparison takes two runs or more, got {len(paths)}: python -m medssl.compare RUN RUN ...")
@@ -164,7 +168,7 @@ def _check_comparable(run: Run, first: Run) -> None:
 
 
 def differing_entries(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of the entries that are not equal in all settings, in their order."""
+    """Return the names of the entries that are not equal in all settings, in their order."""
     names = list(dict.fromkeys(name for setting in settings for name in setting))
     return [name for name in names if any(_differ(setting, settings[0], name) for setting in settings)]
 
@@ -179,7 +183,7 @@ def _setting_labels(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def entry_in_words(setting: dict[str, Any], name: str) -> str:
-    """One entry of a setting as `name=value`."""
+    """Return one entry of a setting as `name=value`."""
     value = setting.get(name)
     if name not in setting:
         return f"{name} not stated"

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, as SVG that needs nothing from outside."""
+"""The pictures of a comparison, as SVG without outside resources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5d5d5d", "#8c6d1f")
-"""Told apart by readers who see few colours too."""
+"""Colours that readers with colour blindness can distinguish."""
 AXES = {"dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": "NSD"}
 
 
@@ -36,7 +36,7 @@ def _figure(height_inch: float, *, grid: Literal["x", "y"] = "x") -> tuple[Figur
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The element alone: no prologue, no links to vocabularies; it shrinks with the page."""
+    """Return the SVG element alone, without prologue and links to vocabularies; it shrinks with the page."""
     from matplotlib import rc_context
 
     text = io.StringIO()
@@ -49,7 +49,7 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _colours(comparison: Comparison) -> dict[Group, tuple[float, ...]]:
-    """A colour for each setting; of its groups, those with fewer labelled cases are paler."""
+    """Return the colour of each group: one colour for a setting, paler for fewer labelled cases."""
     from matplotlib.colors import to_rgb
 
     settings = list(dict.fromkeys(group.setting_label for group in comparison.groups))
@@ -67,7 +67,7 @@ def _wrapped(label: str) -> str:
 
 
 def difference_plot(comparison: Comparison) -> str:
-    """One row a pair: a dot for the difference of each case, a bar for the mean and its interval."""
+    """Return a plot with a row per pair: a dot for the difference of each case, a bar for the mean and its interval."""
     pairs = comparison.pairs
     figure, axes = _figure(1.2 + 0.8 * len(pairs))
     colours = _colours(comparison)
@@ -86,7 +86,7 @@ def difference_plot(comparison: Comparison) -> str:
 
 
 def class_plot(comparison: Comparison) -> str:
-    """The mean of every class, a bar for each group."""
+    """Return a plot of the mean of every class, with a bar for each group."""
     summaries, classes = comparison.summaries, comparison.groups[0].classes
     figure, axes = _figure(1.2 + len(classes) * (0.12 + min(0.16 * len(summaries), 0.8)))
     height, colours = 0.8 / len(summaries), _colours(comparison)
@@ -102,7 +102,7 @@ def class_plot(comparison: Comparison) -> str:
 
 
 def efficiency_plot(comparison: Comparison) -> str:
-    """The mean with its interval against the number of labelled cases, a line for each setting."""
+    """Return a plot of the mean with its interval against the number of labelled cases, a line for each setting."""
     lines: dict[str, list[Summary]] = {}
     for summary in comparison.summaries:
         lines.setdefault(summary.group.setting_label, []).append(summary)

@@ -1,4 +1,4 @@
-"""A comparison as text: Markdown, one self-contained HTML page, and a few lines for the terminal."""
+"""The report of a comparison: Markdown, one self-contained HTML page, and a few lines for the terminal."""
 
 import html
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ svg { width: 100%; height: auto; }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it: text, a list, a table (its first row the header), a picture."""
+    """A heading with its content: text, a list, a table (its first row is the header), a picture."""
 
     title: str
     text: str = ""
@@ -41,7 +41,7 @@ class Section:
 
 
 def sections(comparison: Comparison, *, pictures: bool) -> list[Section]:
-    """All parts of the report in their order; pictures are drawn where they can be shown."""
+    """Return all parts of the report in their order, with pictures if these can be shown."""
     metric, level = metric_name(comparison, comparison.metric), f"{100 * comparison.resampling.confidence:g} %"
     better = "higher" if LARGER_IS_BETTER[comparison.metric] else "lower"
     parts = [Section("What is compared", points=_facts(comparison))]
@@ -103,14 +103,14 @@ def _facts(comparison: Comparison) -> list[str]:
 
 
 def data_name(data: Any) -> str:
-    """The name of the data as metrics.json states it, marked where they are procedural phantoms."""
+    """Return the name of the data as metrics.json states it, marked if they are procedural phantoms."""
     name, store = (data.get("name"), data.get("store", "")) if isinstance(data, dict) else (data, "")
     synthetic = any("phantom" in text for text in (str(name), Path(str(store)).name))
     return f"{name or 'not stated'}{' (synthetic data)' if synthetic else ''}"
 
 
 def metric_name(comparison: Comparison, metric: str) -> str:
-    """The name of a metric with its unit or tolerance."""
+    """Return the name of a metric with its unit or tolerance."""
     return {"dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": f"NSD ({comparison.results['tolerance_mm']:g} mm)"}[metric]
 
 
@@ -203,7 +203,7 @@ def _p(value: float) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The report without its pictures."""
+    """Return the report as Markdown, without its pictures."""
     lines = [f"# {TITLE}"]
     for part in sections(comparison, pictures=False):
         lines += ["", f"## {part.title}"]
@@ -217,7 +217,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def to_html(comparison: Comparison) -> str:
-    """The whole report as one page that loads nothing."""
+    """Return the whole report as one page that loads nothing."""
     lines = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -241,7 +241,7 @@ def _html_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def to_terminal(comparison: Comparison) -> str:
-    """Groups, pairs and notes as plain lines."""
+    """Return groups, pairs and notes as plain lines."""
     tables = [_group_table(comparison)]
     if comparison.pairs:
         tables.append(_pair_table(comparison))

@@ -1,4 +1,4 @@
-"""The results of one run: what metrics.json and cases.csv hold, how they are written and read."""
+"""The results of one run: the content of metrics.json and cases.csv, and how they are written and read."""
 
 import csv
 import io
@@ -16,11 +16,13 @@ from medssl.evaluation.scores import CONVENTION, METRICS, CaseScores
 
 
 def summarise(cases: Sequence[tuple[str, CaseScores]], class_names: Sequence[str]) -> dict[str, Any]:
-    """What metrics.json says about the scores: of all cases, of each class, and of each case.
+    """Return the entries of metrics.json on the scores: of all cases, of each class, and of each case.
 
-    `class_names` are those of the class indices 1, 2, ...; the background is not scored. A missing value is NaN.
+    `class_names` are the names of the class indices 1, 2, ...; the background is not scored. A missing value is NaN.
 
-    Raises: ValueError: no case, a name twice, scores of another number of classes or with several tolerances.
+    Raises:
+        ValueError: There is no case, a name comes twice, or scores have another number of classes or several
+            tolerances.
     """
     names, scores = [name for name, _ in cases], [score for _, score in cases]
     if not cases:
@@ -47,7 +49,7 @@ def summarise(cases: Sequence[tuple[str, CaseScores]], class_names: Sequence[str
 
 
 def mean_present(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
-    """Mean along `axis` of what is not NaN, NaN where nothing is."""
+    """Return the mean along `axis` of the values that are not NaN; NaN if there are none."""
     present = ~np.isnan(values)
     count = present.sum(axis)
     return np.where(count > 0, np.where(present, values, 0).sum(axis) / np.maximum(count, 1), np.nan)
@@ -88,9 +90,10 @@ def _plain(value: Any) -> Any:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What `write_results` wrote, from a run folder or its metrics.json; missing scores are NaN again.
+    """Return the results that `write_results` wrote, from a run folder or its metrics.json; missing scores are NaN.
 
-    Raises: ValueError: there is no such file, or it holds something else.
+    Raises:
+        ValueError: There is no such file, or it holds something else.
     """
     file = path / "metrics.json" if path.is_dir() or path.suffix != ".json" else path
     if not path.exists():

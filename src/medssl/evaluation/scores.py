@@ -1,4 +1,4 @@
-"""How well one segmentation agrees with the truth: Dice, HD95 and normalised surface Dice of every class."""
+"""The scores of one segmentation against the truth: Dice, HD95 and normalised surface Dice of every class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ CONVENTION = (
 )
 METRICS = ("dice", "hd95_mm", "nsd")
 ROUNDING_MM = 1e-4
-"""Headers keep a spacing of 1 mm as 1.00000001: a distance equal to the tolerance must not fall outside by that."""
+"""Headers may state 1 mm as 1.00000001; that error must not move a distance equal to the tolerance outside of it."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ def score_case(
     spacing_mm: Sequence[float],
     tolerance_mm: float = 1.0,
 ) -> CaseScores:
-    """The scores of the classes 1 to `num_classes` - 1; background is class 0. `CONVENTION` says what they are.
+    """Return the scores of the classes 1 to `num_classes` - 1; background is class 0. `CONVENTION` defines them.
 
-    Raises: ValueError: the maps differ in shape, hold another class index, or spacing or tolerance is no length.
+    Raises:
+        ValueError: The maps differ in shape, hold another class index, or spacing or tolerance is no length.
     """
     _check(prediction, truth, num_classes=num_classes, spacing_mm=spacing_mm, tolerance_mm=tolerance_mm)
     from scipy.ndimage import find_objects
@@ -74,11 +75,10 @@ def score_case(
 def surface_distances(
     first: Bool[np.ndarray, "x y z"], second: Bool[np.ndarray, "x y z"], *, spacing_mm: Float[np.ndarray, "3"]
 ) -> tuple[Float[np.ndarray, " a"], Float[np.ndarray, " b"]]:
-    """Distances in mm from every surface voxel of `first` to the surface of `second`, and back, in no order.
+    """Return distances in mm from every surface voxel of `first` to the surface of `second`, and back, in no order.
 
-    Neither mask may be empty.
-    A search tree over the surface voxels, not a distance transform of the box: a few stray voxels stretch the box over
-    the whole image, and a transform of that takes seconds a class.
+    Neither mask may be empty. A search tree over the surface voxels replaces a distance transform of the box, since a
+    few stray voxels stretch the box over the whole image, and a transform of that takes seconds per class.
     """
     first_surface, second_surface = surface(first), surface(second)
     shared = first_surface & second_surface
@@ -97,7 +97,7 @@ def surface_distances(
 
 
 def surface(mask: Bool[np.ndarray, "x y z"]) -> Bool[np.ndarray, "x y z"]:
-    """The voxels of `mask` that an erosion by one voxel along the axes takes away; outside of the array is no mask."""
+    """Return the voxels of `mask` that an erosion by one voxel along the axes removes; the outside is no mask."""
     inner = mask.copy()
     for axis in range(mask.ndim):
         kept, along = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)  # `kept` writes into `inner`
@@ -137,7 +137,7 @@ def _check(
 def dice_by_class(
     prediction: Integer[np.ndarray, "x y z"], truth: Integer[np.ndarray, "x y z"], *, num_classes: int
 ) -> Float64[np.ndarray, " foreground"]:
-    """Dice of the classes 1 to `num_classes` - 1; NaN where a class is in neither, 0 where it is in one.
+    """Return the Dice of the classes 1 to `num_classes` - 1; NaN where a class is in neither map, 0 where it is in one.
 
     `score_case` gives the same numbers among others.
     """

@@ -1,4 +1,4 @@
-"""Means, intervals and tests over cases and seeds: tables have one row a seed, one column a case; NaN is missing."""
+"""Means, intervals and tests over cases and seeds: a table has a row per seed and a column per case; NaN is missing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ EQUAL = 1e-9
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its interval; the bounds are NaN where nothing can be resampled."""
+    """A mean with its interval; the bounds are NaN if nothing can be resampled."""
 
     mean: float
     low: float
@@ -23,7 +23,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Resampling:
-    """How intervals are made: percentiles of `num_bootstrap` means over resampled cases and seeds."""
+    """The bootstrap behind intervals: percentiles of `num_bootstrap` means over resampled cases and seeds."""
 
     num_bootstrap: int = 10_000
     confidence: float = 0.95
@@ -38,24 +38,25 @@ class Resampling:
             raise ValueError(f"seed={self.seed} must be 0 or more")
 
     def mean(self, scores: Float[np.ndarray, "seeds cases"]) -> Interval:
-        """The mean over cases of each case's mean over seeds."""
+        """Return the mean over cases of each case's mean over seeds."""
         return self._interval([scores])
 
     def difference(
         self, scores: Float[np.ndarray, "seeds cases"], reference: Float[np.ndarray, "reference_seeds cases"]
     ) -> Interval:
-        """The mean over cases of `scores` - `reference`, each its mean over seeds.
+        """Return the mean over cases of `scores` - `reference`, where each is a mean over seeds.
 
-        Both take the same resampled cases, each resamples its own seeds.
+        Both take the same resampled cases; each resamples its own seeds.
         """
         return self._interval([scores, reference])
 
     def of_score(
         self, score: Callable[[Int[np.ndarray, "num items"]], Float[np.ndarray, " num"]], num_items: int
     ) -> Interval:
-        """A score of weighted items: `score` is told how often each is drawn, a row a draw, and gives NaN without one.
+        """Return a score of weighted items with its interval.
 
-        The same number of items is drawn the same way whatever the score, so that differences are paired.
+        `score` gets how often each item is drawn, a row per draw, and gives NaN for draws without a score. For one
+        number of items the draws are the same whatever the score, so that differences are paired.
         """
         value = float(score(np.ones((1, num_items), dtype=np.int64))[0])
         generator = np.random.default_rng(self.seed)
@@ -103,14 +104,14 @@ def _difference(tables: Sequence[Float[np.ndarray, "*shape"]]) -> Float[np.ndarr
 
 
 def _times_drawn(num_items: int, num: int, generator: np.random.Generator) -> Int[np.ndarray, "num items"]:
-    """How often each item is drawn when as many are drawn with replacement as there are."""
+    """Return how often each item is drawn when `num_items` are drawn with replacement, a row per draw."""
     return generator.multinomial(num_items, np.full(num_items, 1 / num_items), size=num)
 
 
 def wilcoxon_p(differences: Float[np.ndarray, " cases"]) -> float:
-    """Two-sided p of the Wilcoxon signed-rank test; zeros are dropped, 1 where all are zero.
+    """Return the two-sided p of the Wilcoxon signed-rank test; zeros are dropped, and p is 1 if all are zero.
 
-    Exact wherever there are few differences, see `scipy.stats.wilcoxon`.
+    The test is exact if there are few differences, see `scipy.stats.wilcoxon`.
     """
     from scipy.stats import wilcoxon
 
@@ -120,12 +121,12 @@ def wilcoxon_p(differences: Float[np.ndarray, " cases"]) -> float:
 
 
 def smallest_p(num_cases: int, num_comparisons: int) -> float:
-    """The smallest Holm-corrected p that a signed-rank test can give with so many cases and comparisons."""
+    """Return the smallest Holm-corrected p that a signed-rank test can give with so many cases and comparisons."""
     return min(1.0, num_comparisons * 2.0 ** (1 - num_cases))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p values with Holm's step-down correction for several comparisons, in their order."""
+    """Return the p values with Holm's step-down correction for several comparisons, in their order."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -134,7 +135,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def wins_ties_losses(differences: Float[np.ndarray, " cases"], *, larger_is_better: bool) -> tuple[int, int, int]:
-    """In how many cases a score is better than, equal to and worse than the reference."""
+    """Return the numbers of cases in which a score is better than, equal to and worse than the reference."""
     gains = differences if larger_is_better else -differences
     wins, losses = int((gains > EQUAL).sum()), int((gains < -EQUAL).sum())
     return wins, len(differences) - wins - losses, losses
