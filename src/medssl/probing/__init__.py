@@ -1,1 +1,1 @@
-"""Probes: what frozen features tell of a target, with intervals."""
+"""Probes: how well frozen features predict a target, with intervals."""

@@ -14,13 +14,13 @@ from medssl.probing.scores import Score
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """How a probe is validated.
+    """The cross-validation of a probe.
 
     Args:
-        num_folds: of the outer cross-validation; a subject is in one fold.
-        num_repeats: cross-validations, each with folds of its own.
-        num_inner_folds: of the training subjects, by which the penalty is chosen.
-        seed: of the folds.
+        num_folds: Number of folds of the outer cross-validation; a subject is in one fold.
+        num_repeats: Number of cross-validations, each with folds of its own.
+        num_inner_folds: Number of folds of the training subjects, by which the penalty is chosen.
+        seed: Seed of the folds.
     """
 
     num_folds: int = 5
@@ -37,14 +37,14 @@ class CrossValidation:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What a probe found.
+    """The results of a probe.
 
     Args:
-        task: what was predicted.
-        subject: whose row each is; rows of one subject are in one fold and are drawn together.
-        fold: in which each row was predicted, of each repeat.
-        predicted: of each repeat; of classes their probabilities.
-        penalty: that was chosen, of each repeat and fold.
+        task: The task, with the targets.
+        subject: The subject of each row; rows of one subject are in one fold and are drawn together.
+        fold: The fold in which each row was predicted, for each repeat.
+        predicted: The predictions of each repeat; for classes, their probabilities.
+        penalty: The penalty that was chosen in each repeat and fold.
     """
 
     task: Task
@@ -54,7 +54,7 @@ class Probe:
     penalty: Float[np.ndarray, "repeat fold"]
 
     def intervals(self, resampling: Resampling, reference: "Probe | None" = None) -> dict[str, Interval]:
-        """Each score's mean over the repeats and its interval over subjects; beside `reference` the differences."""
+        """Return each score's mean over the repeats and its interval over subjects; differences with `reference`."""
 
         def by_subject(score: Score) -> Score:
             return lambda counts: score(counts[:, self.subject])
@@ -67,12 +67,12 @@ class Probe:
         return {name: resampling.of_score(by_subject(score), num) for name, score in own.items()}
 
     def repeat_scores(self) -> list[dict[str, float]]:
-        """The scores of each repeat."""
+        """Return the scores of each repeat."""
         once = np.ones((1, len(self.subject)), dtype=np.int64)
         return [{name: float(score(once)[0]) for name, score in scores.items()} for scores in self._scores()]
 
     def fold_scores(self) -> list[dict[str, list[float]]]:
-        """The scores of each fold of each repeat."""
+        """Return the scores of each fold of each repeat."""
         found = []
         for fold, scores in zip(self.fold, self._scores(), strict=True):
             inside = (fold == np.arange(fold.max() + 1)[:, None]).astype(np.int64)  # a row a fold
@@ -97,11 +97,12 @@ def probe(
 ) -> Probe:
     """Predict each row from models that have seen no row of its subject.
 
-    In every fold the penalty is the one with the least loss over inner folds of the training subjects, and the model is
-    fitted to all of these. The folds follow from the targets and the seed alone, so that probes of different features
-    are paired.
+    In every fold the penalty is the one with the least loss over inner folds of the training subjects. The model is
+    then fitted to all training subjects. The folds follow from the targets and the seed alone, so that probes of
+    different features are paired.
 
-    Raises: ValueError: there are too few subjects, or too few of a class.
+    Raises:
+        ValueError: There are too few subjects, or too few of a class.
     """
     features = np.asarray(features, dtype=np.float64)
     folds, predictions, penalties = [], [], []
@@ -129,9 +130,10 @@ def probe(
 def assign_folds(
     task: Task, subject: Int[np.ndarray, " n"], rows: Int[np.ndarray, " m"], *, num_folds: int, seed: int
 ) -> Int[np.ndarray, " m"]:
-    """The fold of each of some rows: those of one subject together, classes or events in like shares.
+    """Return the fold of each of some rows: those of one subject together, classes or events in similar shares.
 
-    Raises: ValueError: there are fewer subjects than folds.
+    Raises:
+        ValueError: There are fewer subjects than folds.
     """
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
@@ -149,7 +151,7 @@ def assign_folds(
         groups = None if num == len(rows) else groups
     fold = np.full(len(rows), -1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # few of a kind: what has to be in every fold was checked
+        warnings.simplefilter("ignore", UserWarning)  # few of a kind: the kinds that every fold needs were checked
         for number, (_, test) in enumerate(splitter.split(rows, strata[rows], groups)):
             fold[test] = number
     if len(np.unique(fold)) < num_folds:
@@ -165,7 +167,7 @@ def _best_penalty(
     subject: Int[np.ndarray, " n"],
     validation: CrossValidation,
 ) -> float:
-    """The penalty with the least mean loss over inner folds; the larger one of equals."""
+    """Return the penalty with the least mean loss over inner folds; the larger one if several have it."""
     num_folds = min(validation.num_inner_folds, max(2, task.num_rarest(train)), len(np.unique(subject[train])))
     fold = assign_folds(task, subject, train, num_folds=num_folds, seed=validation.seed)
     losses = np.zeros(len(task.penalties))

@@ -17,26 +17,26 @@ LEAST_PROBABILITY = 1e-12
 
 @runtime_checkable
 class Task(Protocol):
-    """What is predicted, and by which model: rows are subjects."""
+    """A target and the model that predicts it; rows are subjects."""
 
     @property
     def penalties(self) -> tuple[float, ...]:
-        """To choose from, the least first."""
+        """The penalties to choose from, the least first."""
 
     def strata(self) -> Int[np.ndarray, " n"] | None:
-        """Numbers whose shares are to be alike in all folds."""
+        """Numbers that divide the subjects into kinds, which have similar shares in all folds; None for one kind."""
 
     def num_rarest(self, rows: Int[np.ndarray, " n"]) -> int:
-        """How many of some subjects are of the rarest kind, of which every fold wants one."""
+        """Return the number of subjects of the rarest kind among some; every fold needs one of them."""
 
     def fit(self, features: Float[np.ndarray, "n dim"], rows: Int[np.ndarray, " n"], penalty: float) -> Predict:
-        """The model of some subjects (`rows`) with their features; everything in it comes from them alone."""
+        """Return the model fitted to some subjects (`rows`) with their features; it depends on them alone."""
 
     def loss(self, predicted: np.ndarray, rows: Int[np.ndarray, " n"]) -> float:
-        """By which the penalty is chosen, less is better."""
+        """Return the loss by which the penalty is chosen; less is better."""
 
     def scores(self, predicted: np.ndarray, fold: Int[np.ndarray, " n"]) -> dict[str, Score]:
-        """The scores of predictions for all subjects, each made in its fold."""
+        """Return the scores of predictions for all subjects, each made in its fold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +47,10 @@ class Regression:
     penalties: tuple[float, ...] = tuple(10.0**n for n in range(-2, 6))
 
     def strata(self) -> None:
-        """None: any subject may lie in any fold."""
+        """The kinds of the subjects: None, since any subject may lie in any fold."""
 
     def num_rarest(self, rows: Int[np.ndarray, " n"]) -> int:
-        """All are of one kind."""
+        """Return the number of all: they are of one kind."""
         return len(rows)
 
     def fit(self, features: Float[np.ndarray, "n dim"], rows: Int[np.ndarray, " n"], penalty: float) -> Predict:
@@ -62,11 +62,11 @@ class Regression:
         return make_pipeline(StandardScaler(), Ridge(alpha=penalty)).fit(features, self.truth[rows]).predict
 
     def loss(self, predicted: np.ndarray, rows: Int[np.ndarray, " n"]) -> float:
-        """Mean squared error."""
+        """Return the mean squared error."""
         return float(np.mean((predicted - self.truth[rows]) ** 2))
 
     def scores(self, predicted: np.ndarray, fold: Int[np.ndarray, " n"]) -> dict[str, Score]:
-        """See `regression_scores`."""
+        """Return the scores of `regression_scores`."""
         return dict(regression_scores(self.truth, predicted, fold=fold))
 
 
@@ -80,11 +80,11 @@ class Classification:
     penalties: tuple[float, ...] = tuple(10.0**n for n in range(-2, 5))
 
     def strata(self) -> Int[np.ndarray, " n"]:
-        """The classes."""
+        """Return the classes of the subjects."""
         return self.truth
 
     def num_rarest(self, rows: Int[np.ndarray, " n"]) -> int:
-        """Those of the rarest class among them."""
+        """Return the number of subjects of the rarest class among them."""
         return int(np.unique(self.truth[rows], return_counts=True)[1].min())
 
     def fit(self, features: Float[np.ndarray, "n dim"], rows: Int[np.ndarray, " n"], penalty: float) -> Predict:
@@ -107,12 +107,12 @@ class Classification:
         return predict
 
     def loss(self, predicted: np.ndarray, rows: Int[np.ndarray, " n"]) -> float:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         found = predicted[np.arange(len(rows)), self.truth[rows]]
         return float(-np.log(np.maximum(found, LEAST_PROBABILITY)).mean())
 
     def scores(self, predicted: np.ndarray, fold: Int[np.ndarray, " n"]) -> dict[str, Score]:
-        """See `classification_scores`."""
+        """Return the scores of `classification_scores`."""
         return dict(classification_scores(self.truth, predicted, fold=fold, grades=self.grades))
 
 
@@ -121,10 +121,10 @@ class Survival:
     """Cox's proportional hazards on the first principal components of the features.
 
     Args:
-        time: until the event or the end of observation.
-        event: whether it happened.
-        max_components: principal components, fewer where there are fewer subjects or features.
-        penalties: of the squared coefficients, as `lifelines.CoxPHFitter` counts them.
+        time: Time until the event or the end of observation.
+        event: Whether the event happened.
+        max_components: Number of principal components; fewer if there are fewer subjects or features.
+        penalties: Penalties of the squared coefficients, as `lifelines.CoxPHFitter` counts them.
     """
 
     time: Float[np.ndarray, " n"]
@@ -133,17 +133,18 @@ class Survival:
     penalties: tuple[float, ...] = (0.01, 0.1, 1.0)
 
     def strata(self) -> Int[np.ndarray, " n"]:
-        """Whether the event happened."""
+        """Return whether the event happened."""
         return self.event.astype(np.int64)
 
     def num_rarest(self, rows: Int[np.ndarray, " n"]) -> int:
-        """Those with an event: all may have one."""
+        """Return the number of subjects with an event, which all may have."""
         return int(self.event[rows].sum())
 
     def fit(self, features: Float[np.ndarray, "n dim"], rows: Int[np.ndarray, " n"], penalty: float) -> Predict:
-        """See `Task`; gives logarithms of the hazard beside that of the mean subject.
+        """Return the fitted model, see `Task`; it gives the log hazard relative to that of the mean subject.
 
-        Raises: ValueError: the optimiser does not converge.
+        Raises:
+            ValueError: The optimiser does not converge.
         """
         import pandas
         from lifelines import CoxPHFitter
@@ -156,7 +157,7 @@ class Survival:
         components = make_pipeline(StandardScaler(), PCA(num, whiten=True, svd_solver="full"))
         with np.errstate(invalid="ignore"):  # features that are all alike have no variance to share out
             found = components.fit_transform(features)
-        varies = found.std(0) > 0.5  # whitened: 1, but for components of features that hardly differ
+        varies = found.std(0) > 0.5  # whitened: 1, except for components of features that hardly differ
         if not varies.any():
             return lambda features: np.zeros(len(features))
         table = pandas.DataFrame(found[:, varies]).add_prefix("component_")
@@ -176,18 +177,22 @@ class Survival:
         return predict
 
     def loss(self, predicted: np.ndarray, rows: Int[np.ndarray, " n"]) -> float:
-        """Minus the concordance; one half where no pair can be ordered."""
+        """Return minus the concordance, which counts as one half if no pair can be ordered."""
         once = np.ones((1, len(rows)), dtype=np.int64)
         score = survival_scores(self.time[rows], self.event[rows], predicted, fold=np.zeros_like(rows))
         return -float(np.nan_to_num(score["concordance"](once)[0], nan=0.5))
 
     def scores(self, predicted: np.ndarray, fold: Int[np.ndarray, " n"]) -> dict[str, Score]:
-        """See `survival_scores`."""
+        """Return the scores of `survival_scores`."""
         return dict(survival_scores(self.time, self.event, predicted, fold=fold))
 
 
 def check_extra() -> None:
-    """Raise a ValueError where the libraries of the probe are not installed."""
+    """Check that the libraries of the probe are installed.
+
+    Raises:
+        ValueError: A library is not installed.
+    """
     try:
         import lifelines  # noqa: F401
         import sklearn  # noqa: F401

@@ -1,4 +1,4 @@
-"""What a probe found, for people and programs: a table, predictions as CSV, a picture."""
+"""The report of a probe, for people and programs: a table, predictions as CSV, a picture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLOURS = ("#0072b2", "#e69f00", "#d55e00")
 
 
 def score_table(columns: Mapping[str, Mapping[str, Interval]], *, confidence: float) -> str:
-    """A row a score, a column an entry of `columns`: mean and interval."""
+    """Return a table with a row per score and a column per entry of `columns`: mean and interval."""
     names = list(next(iter(columns.values())))
     rows = [["", *columns]]
     rows += [[NAMES[name], *(_text(scores[name]) for scores in columns.values())] for name in names]
@@ -43,7 +43,7 @@ def score_table(columns: Mapping[str, Mapping[str, Interval]], *, confidence: fl
 
 
 def score_values(probe: Probe, intervals: Mapping[str, Interval]) -> dict[str, Any]:
-    """Scores with intervals, of repeats and of folds, and the chosen penalties, as JSON values."""
+    """Return scores with intervals, of repeats and of folds, and the chosen penalties, as JSON values."""
     return {
         "scores": interval_values(intervals),
         "repeats": _plain(probe.repeat_scores()),
@@ -53,12 +53,12 @@ def score_values(probe: Probe, intervals: Mapping[str, Interval]) -> dict[str, A
 
 
 def interval_values(intervals: Mapping[str, Interval]) -> dict[str, Any]:
-    """Intervals as JSON values; what is not defined is null."""
+    """Return intervals as JSON values; undefined values are null."""
     return {name: _plain({"mean": i.mean, "low": i.low, "high": i.high}) for name, i in intervals.items()}
 
 
 def predictions_csv(probes: Mapping[str, Probe], joined: Joined) -> str:
-    """A row a repeat and case: the fold, the truth, and each probe's prediction."""
+    """Return a CSV table with a row per repeat and case: the fold, the truth, and each probe's prediction."""
     first = next(iter(probes.values()))
     task, text = first.task, io.StringIO()
     truth: list[np.ndarray]
@@ -88,7 +88,7 @@ def predictions_csv(probes: Mapping[str, Probe], joined: Joined) -> str:
 
 
 def probe_figure(probes: Mapping[str, Probe], intervals: Mapping[str, Mapping[str, Interval]], target: str) -> Figure:
-    """A panel a probe: predicted against true, a confusion matrix, or survival of thirds by risk."""
+    """Return a figure, a panel per probe: predicted against true, a confusion matrix, or survival of thirds by risk."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(probes), 4.4), layout="constrained")
@@ -153,7 +153,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value with null for what is no number: JSON knows no NaN."""
+    """Return the value with null in place of NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -2,8 +2,8 @@
 
 A row of `counts` says how often each subject was drawn; a row of ones is the score itself. NaN stands for a score that
 a draw does not have (an AUC without both classes). Subjects are ordered and compared within the fold (`fold`) in which
-they were predicted: models of different folds lean away from the mean of their own test fold, so that the order over
-all folds of predictions that know nothing is worse than chance.
+they were predicted. Models of different folds lean away from the mean of their own test fold, so that predictions
+without any information would be ordered worse than chance over all folds.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +26,10 @@ PAIRS = 2**24
 def regression_scores(
     truth: Float[np.ndarray, " n"], predicted: Float[np.ndarray, " n"], *, fold: Int[np.ndarray, " n"]
 ) -> Mapping[str, Score]:
-    """R2, mean absolute error, and Spearman's rank correlation (its mean over the folds).
+    """Return R2, mean absolute error, and Spearman's rank correlation (its mean over the folds).
 
-    R2 is 1 - sum of squared errors / that of the prediction that knows nothing: the mean of the other folds.
+    R2 is 1 - sum of squared errors / sum of squared errors of the mean of the other folds, a prediction without
+    features.
     """
     mean = np.array([truth[fold != own].mean() if (fold != own).any() else truth.mean() for own in fold])
 
@@ -55,13 +56,15 @@ def classification_scores(
     fold: Int[np.ndarray, " n"],
     grades: Int[np.ndarray, " k"] | None = None,
 ) -> Mapping[str, Score]:
-    """Accuracy, its mean over classes, and the area under the ROC (the mean over one-against-rest of several classes).
+    """Return accuracy, its mean over classes, and the area under the ROC.
+
+    For several classes the area is the mean over one class against the rest.
 
     Args:
-        truth: number of the class.
-        probability: of each class.
-        fold: in which it was predicted.
-        grades: the classes where they are whole numbers; of three or more the share within one grade is given too.
+        truth: Number of the class of each subject.
+        probability: Probability of each class, for each subject.
+        fold: The fold in which each subject was predicted.
+        grades: The classes if they are whole numbers; with three or more, the share within one grade is given too.
     """
     num_classes = probability.shape[1]
     chosen = probability.argmax(1)
@@ -91,10 +94,10 @@ def survival_scores(
     *,
     fold: Int[np.ndarray, " n"],
 ) -> Mapping[str, Score]:
-    """Harrell's concordance: of pairs whose order is known, the share in which the earlier event has the higher risk.
+    """Return Harrell's concordance: the share of pairs of known order in which the earlier event has the higher risk.
 
-    A pair counts where one had its event before the other's time, or at the time at which the other was censored; equal
-    risks count one half. In one fold it is `lifelines.utils.concordance_index`, which knows no weights.
+    A pair counts if one had its event before the other's time, or at the time at which the other was censored. Equal
+    risks count one half. In one fold it equals `lifelines.utils.concordance_index`, which has no weights.
     """
 
     def concordance(counts: Counts) -> Scores:
@@ -118,7 +121,7 @@ def survival_scores(
 def _auc(
     positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"], *, fold: Int[np.ndarray, " n"], counts: Counts
 ) -> Scores:
-    """The share of pairs, one positive and one negative of a fold, in which the positive has the higher score."""
+    """Return the share of pairs, a positive and a negative of one fold, in which the positive has the higher score."""
     won, known = np.zeros(len(counts)), np.zeros(len(counts))
     for rows in _parts(fold):
         drawn, first = counts[:, rows], positive[rows]
@@ -133,7 +136,7 @@ def _parts(fold: Int[np.ndarray, " n"]) -> list[Int[np.ndarray, " rows"]]:
 
 
 def _ranks(values: Float[np.ndarray, " n"], counts: Counts) -> Float[np.ndarray, "draw n"]:
-    """The mean rank of each subject's copies among all that were drawn, from 1 on."""
+    """Return the mean rank of each subject's copies among all that were drawn, from 1 on."""
     _, level = np.unique(values, return_inverse=True)
     order = np.argsort(level, kind="stable")
     starts = np.flatnonzero(np.diff(level[order], prepend=-1))

@@ -17,18 +17,18 @@ OUTPUTS = ("probe.json", "predictions.csv", "probe.png")
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Which features are probed for what, and how; checked.
+    """The checked settings of a probe: which features, which target, and how they are probed.
 
     Args:
         features: File or folder of the features, and of those to compare with under the name `reference`.
-        location: Number of one location whose features are taken; None for the pooled ones.
-        targets: CSV file with a row a case.
-        columns: Which of its columns hold what.
+        location: Number of the location that features are taken from; None for the pooled ones.
+        targets: CSV file with a row per case.
+        columns: The columns of that file and their meaning.
         task: `regression`, `classification` or `survival`.
         validation: Folds and repeats.
-        resampling: How intervals are made.
-        max_components: Principal components that survival is predicted from.
-        folder: Where the results go.
+        resampling: The bootstrap behind intervals.
+        max_components: Number of principal components that survival is predicted from.
+        folder: Folder of the results.
         values: All settings as plain values, for the results.
     """
 
@@ -45,7 +45,7 @@ class ProbeSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> "ProbeSettings":
-        """Check a configuration.
+        """Return the settings of a configuration, checked.
 
         Raises:
             ValueError: A setting is wrong, a file is not there, or results would be replaced.
@@ -72,6 +72,6 @@ class ProbeSettings:
 
 
 def _feature_file(name: str, given: Any) -> Path:
-    """The path of features, which `load_features` looks into."""
+    """Return the path of features, which `load_features` looks into."""
     path = Path(str(given)).expanduser()
     return path if path.is_dir() else checks.existing(name, path, what=f"folder or {FILE}")

@@ -17,18 +17,18 @@ MISSING = ("", "na", "nan", "none", "null")
 TASKS = ("regression", "classification", "survival")
 NAMED = 5
 LEAST_OF_KIND = 4
-"""Cases of a class, or with an event, so that the inner training folds hold some."""
+"""Least number of cases of a class, or with an event, so that the inner training folds hold some."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of the table hold what.
+    """The columns of the table, by their meaning.
 
     Args:
-        target: what is predicted; of survival the time.
-        case: names of the cases.
-        event: of survival, whether the event happened.
-        subject: whose scan a case is; None where every case is a subject.
+        target: Column of the target; for survival, of the time.
+        case: Column of the names of the cases.
+        event: Column that says whether the event happened, for survival.
+        subject: Column of the subject of each case; None if every case is a subject.
     """
 
     target: str
@@ -37,7 +37,7 @@ class Columns:
     subject: str | None = None
 
     def values(self) -> list[str]:
-        """Those that a row must fill in."""
+        """Return the columns that need a value in each row."""
         return [column for column in (self.target, self.event, self.subject) if column is not None]
 
 
@@ -50,7 +50,7 @@ class Joined:
     lacking: dict[str, list[str]] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """What is left out, a line a reason."""
+        """Return the cases that are left out, a line per reason."""
         return [
             f"{len(cases)} left out, {reason}: {', '.join(cases[:NAMED])}{', ...' * (len(cases) > NAMED)}"
             for reason, cases in self.lacking.items()
@@ -58,15 +58,16 @@ class Joined:
         ]
 
     def subject(self, column: str | None) -> Int[np.ndarray, " n"]:
-        """The number of each case's subject."""
+        """Return the number of each case's subject."""
         names = self.cases if column is None else [row[column] for row in self.rows]
         return np.unique(names, return_inverse=True)[1]
 
 
 def read_targets(path: Path, columns: Columns) -> dict[str, Mapping[str, str]]:
-    """The rows of a table by the name of their case.
+    """Return the rows of a table by the name of their case.
 
-    Raises: ValueError: there is no such file or column, or a case has two rows.
+    Raises:
+        ValueError: There is no such file or column, or a case has two rows.
     """
     if not path.is_file():
         raise ValueError(f"there is no table targets={path}")
@@ -90,14 +91,15 @@ def join(
     *,
     valid: Sequence[Bool[np.ndarray, " n"]],
 ) -> Joined:
-    """The cases that all features and the table have, with a value in every column.
+    """Return the cases that all features and the table have, with a value in every column.
 
     Args:
-        features: one, or two to be compared.
-        rows: of the table.
-        valid: of each of `features`, which of its cases have the wanted feature.
+        features: The features, or two of them to compare.
+        rows: Rows of the table, by case.
+        valid: For each of `features`, which of its cases have the feature that is probed.
 
-    Raises: ValueError: there is no such case.
+    Raises:
+        ValueError: There is no such case.
     """
     shown = [set(f.case[v].tolist()) for f, v in zip(features, valid, strict=True)]
     everywhere = set.intersection(*shown)
@@ -117,9 +119,10 @@ def join(
 
 
 def build_task(kind: str, joined: Joined, columns: Columns, *, num_folds: int = 5, max_components: int = 32) -> Task:
-    """The task that predicts the target of the joined cases, `num_folds` of each kind or more.
+    """Return the task that predicts the target of the joined cases, with at least `num_folds` of each kind.
 
-    Raises: ValueError: an unknown task, a value that is no number, or one that nothing can be learnt from.
+    Raises:
+        ValueError: The task is unknown, a value is no number, or nothing can be learnt from the values.
     """
     choice("task", kind, TASKS)
     if (kind == "survival") != (columns.event is not None):
