@@ -1,1 +1,1 @@
-"""From files to views: reading, the store, placements, drawing."""
+"""The way from files to views: reading, the store, placements, drawing."""

@@ -1,4 +1,4 @@
-"""Files that many processes may write: all or nothing, one writer at a time, nothing half written left behind."""
+"""Atomic files: written whole or not at all, by one process at a time; nothing half written is left behind."""
 
 import contextlib
 import json
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".{}.*.partial"
-"""Names of what is being written for a file or folder of that name, as a pattern: NAME and the process."""
+"""Pattern of the names under which a file or folder is being written: its name and the process."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; the file gets the name `path` once the body is done, and is gone where it fails."""
+    """Yield a path to write to; the file gets the name `path` once the body is done, and is removed if it fails."""
     partial = _partial_of(path)
     try:
         yield partial
@@ -26,9 +26,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to write to; it replaces `path` once the body is done, and is gone where it fails."""
+    """Yield an empty folder to write to; it replaces `path` once the body is done, and is removed if it fails."""
     partial = _partial_of(path)
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with this number
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with this number
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -39,7 +39,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, all or nothing; one that holds the text already is not touched."""
+    """Write a file, all or nothing; a file that already holds the text is not touched."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.read_text() == text:
             return
@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Write rows as sorted JSON lines; without rows there is no file."""
+    """Write rows as sorted JSON lines; without rows, remove the file."""
     if rows:
         write_text(path, "".join(sorted(json.dumps(row, sort_keys=True) + "\n" for row in rows)))
     elif path.exists():
@@ -56,12 +56,12 @@ def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, none where there is no such file."""
+    """Return the rows of a file of JSON lines; none where there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def clear_partial(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left half written in a folder, of all files and folders or of those of a name."""
+    """Remove half-written files and folders of killed processes from a folder, all or those of one name."""
     for partial in folder.glob(PARTIAL.format(name)):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -75,7 +75,7 @@ def _partial_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def alone_in(root: Path) -> Iterator[None]:
-    """Hold the lock of the folder: two processes never prepare one store at once; a killed one lets go of it."""
+    """Hold the lock of a store: two processes never prepare it at once, and a killed one releases the lock."""
     try:
         import fcntl
     except ImportError:  # no such locks on this system

@@ -1,4 +1,4 @@
-"""Which voxels crops are centred on: the points of a body that pairs are looked for at."""
+"""Body points: the voxels that crops are centred on and pairs are searched for."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float, Int64
 from medssl.data.store import VolumeStore
 
 MOST_TRIES = 256
-"""Voxels of CT that are read for one point; of a body without any above the threshold the first is taken."""
+"""Voxels of CT that are read for one point. If none of them lies above the threshold, the first one is taken."""
 
 
 def voxels_at(uniform: Float[np.ndarray, "n 3"], shape: tuple[int, int, int]) -> Int64[np.ndarray, "n 3"]:
-    """The voxels of a volume that uniform numbers from [0, 1) stand for.
+    """Return the voxels of a volume that uniform numbers from [0, 1) stand for.
 
     Source: the loader released with arXiv:2302.05615.
     """
@@ -26,7 +26,7 @@ def away_from_faces(
     lower: np.ndarray | float,
     upper: np.ndarray | float,
 ) -> Bool[np.ndarray, " n"]:
-    """Which voxels leave at least `lower` voxels before them and `upper` behind them, along every axis."""
+    """Return which voxels leave at least `lower` voxels before them and `upper` behind them, along every axis."""
     return np.all((voxels >= lower) & (voxels < np.array(shape) - upper), axis=1)
 
 
@@ -38,14 +38,14 @@ def first_above(
     count: int,
     most_tries: int | None = None,
 ) -> Int64[np.ndarray, "m 3"]:
-    """The first `count` voxels whose value exceeds `low`, or fewer; the first `count` of all where there is none.
+    """Return the first `count` voxels with a value above `low`, or fewer; with none, the first `count` of all.
 
     Args:
-        voxels: candidates in order.
-        values: of some voxels; it is asked for `count` of them at a time, as far as needed.
-        low: bound.
-        count: voxels wanted.
-        most_tries: candidates that are looked at; None for all.
+        voxels: The candidates, in order.
+        values: Function that gives the values of some voxels. It gets `count` voxels at a time, as far as needed.
+        low: Bound that the values must exceed.
+        count: Number of voxels to return.
+        most_tries: Number of candidates that are looked at; None for all.
     """
     accepted: list[np.ndarray] = []
     for start in range(0, len(voxels[:most_tries]), count):
@@ -66,10 +66,11 @@ def draw_body_points(
     margin_voxel: float,
     most_tries: int | None = None,
 ) -> Int64[np.ndarray, "n 3"]:
-    """At most `count` body voxels of a case in random order, away from the faces of the volume.
+    """Return at most `count` body voxels of a case in random order, away from the faces of the volume.
 
-    Of CT only voxels above `low_hu` in the first channel: no lung, no air. Where there is none, any body voxel; where
-    all lie near the faces, these. The margin is at most a quarter of a side.
+    Of CT only voxels above `low_hu` in the first channel are taken: no lung, no air. Where there is none, any body
+    voxel is taken. Where all body voxels lie near the faces, these are taken. The margin is at most a quarter of a
+    side.
     """
     record, points = store.record(case), store.points(case)
     body = rng.permutation(points[points[:, 3] == -1, :3].astype(np.int64))
@@ -89,7 +90,7 @@ def draw_body_points(
 def draw_body_point(
     store: VolumeStore, case: int, *, rng: np.random.Generator, low_hu: float | None, margin_voxel: float
 ) -> Float[np.ndarray, "3"]:
-    """One body voxel of a case, by the rule of `draw_body_points`; without bounds any, by a single random number."""
+    """Return one body voxel by the rule of `draw_body_points`; without bounds, any one by a single random number."""
     if low_hu is None and margin_voxel == 0:
         points = store.points(case)
         body = points[points[:, 3] == -1, :3]

@@ -1,4 +1,4 @@
-"""A case to be prepared, and what a scan of a source found."""
+"""The cases that are to be prepared, and the scan of a source that finds them."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from medssl.data.reading import check_label_file, read_label, read_volume
 from medssl.data.volume import Volume
 
 OUTLINE_BYTES = 4096
-"""Read at both ends of a file: they hold header and, behind compressed voxels, their checksum."""
+"""Bytes read at both ends of a file: they hold the header and, behind compressed voxels, their checksum."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Case:
     """One volume to be prepared.
 
     Attributes:
-        case: unique and file-name safe.
-        image: file, or folder of a DICOM series.
-        label: its label map.
-        group: cohort, or "".
-        split: "train", "validation", "test", or "" where the source does not say.
-        modality: "ct" or "mr" where the source says so for sure; None leaves it to the voxels.
-        more_channels: files of the channels after the first.
-        skip_label_maps: whether a volume that looks like a label map is no image.
+        case: Name of the case, unique and safe as a file name.
+        image: Image file, or folder of a DICOM series.
+        label: File of its label map.
+        group: Cohort of the case, or "".
+        split: "train", "validation" or "test", or "" where the source does not say.
+        modality: "ct" or "mr" where the source states it; None leaves the choice to the voxels.
+        more_channels: Files of the channels after the first.
+        skip_label_maps: Whether to skip a volume that looks like a label map.
     """
 
     case: str
@@ -48,20 +48,20 @@ class Case:
 
     @property
     def has_label(self) -> bool:
-        """Whether `read` gives a label map."""
+        """Whether `read` returns a label map."""
         return self.label is not None
 
     def fingerprint(self) -> str:
-        """A hash that changes when the case is to be made anew: files, their sizes and ends, the modality.
+        """Return a hash that changes when the case must be prepared again: files, their sizes and ends, the modality.
 
-        No times enter, so that copies of the files on another machine or day give the same.
+        No times enter it, so copies of the files on another machine or day give the same hash.
         """
         files = [self.image, *self.more_channels, *([] if self.label is None else [self.label])]
         facts = [self.has_label, self.modality, *([os.fsdecode(file), _outline(file)] for file in files)]
         return _hash(json.dumps(facts))[:32]
 
     def problem(self) -> tuple[Path, str] | None:
-        """The file and the reason why the case cannot be read, as far as names and headers tell."""
+        """Return the file and the reason why the case cannot be read, as far as names and headers show."""
         for file in (self.image, *self.more_channels):
             if not file.exists():
                 return file, "the image file does not exist"
@@ -75,7 +75,12 @@ class Case:
     def read(
         self, *, channels: str | int | None, min_side_voxel: int
     ) -> tuple[Volume, Int[np.ndarray, "x y z"] | None]:
-        """The volume and its label map. Raises ReadError, and LabelMapError for a label map that is to be skipped."""
+        """Return the volume and its label map.
+
+        Raises:
+            ReadError: The volume or its label map cannot be read.
+            LabelMapError: The volume is a label map that is to be skipped.
+        """
         files = (self.image, *self.more_channels)
         if len(files) > 1 and isinstance(channels, int):
             if channels >= len(files):
@@ -90,13 +95,13 @@ class Case:
         return volume, None if self.label is None else read_label(self.label, volume)
 
     def targets(self, volume: Volume, label: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
-        """What is known of the subject as a number, by name; most sources know nothing."""
+        """Return known numbers of the subject, by name; most sources know none."""
         return {}
 
 
 @dataclass
 class Scan:
-    """What a source found: usable cases, files left out on purpose, and what is wrong (rows of file, case, reason)."""
+    """The findings of a source: usable cases, skipped files, and problems (rows of file, case, reason)."""
 
     cases: list[Case] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
@@ -111,9 +116,9 @@ class Scan:
         self.skipped.append({"file": str(file), "reason": reason})
 
     def checked(self, *, finished: Collection[Case] = ()) -> "Scan":
-        """The scan with cases turned into problems where files are missing, labels do not fit, or names repeat.
+        """Return the scan with cases turned into problems where files are missing, labels do not fit, or names repeat.
 
-        The files of `finished` cases are not looked at.
+        The files of `finished` cases are not checked.
         """
         with ThreadPoolExecutor(8) as pool:
             reasons = list(pool.map(lambda case: None if case in finished else case.problem(), self.cases))
@@ -134,17 +139,17 @@ class Scan:
 
 @runtime_checkable
 class Source(Protocol):
-    """What `prepare_store` needs of a source; one that knows what label values mean has `label_names()` as well."""
+    """A source of cases for `prepare_store`; one that knows the names of label values has `label_names()` too."""
 
     def scan(self) -> Scan:
-        """Find the cases."""
+        """Return the cases, the skipped files and the problems."""
 
     def recipe(self) -> dict[str, Any]:
-        """What a store made from this source depends on, as JSON values."""
+        """Return all that a store made from this source depends on, as JSON values."""
 
 
 def case_names(relative: Sequence[Path], root_name: str) -> list[str]:
-    """Names from paths below the root: folders and stem joined by `__`, told apart by a hash where two agree."""
+    """Return names from paths below the root: folders and stem joined by `__`, with a hash where two agree."""
     plain = [file_name("__".join([*path.parts[:-1], stem(path)]) or root_name) for path in relative]
     count = Counter(name.lower() for name, _ in set(zip(plain, relative, strict=True)))
     return [
@@ -154,9 +159,9 @@ def case_names(relative: Sequence[Path], root_name: str) -> list[str]:
 
 
 def file_name(name: str) -> str:
-    """The name with nothing in it that a file system dislikes, at most 120 characters long; "" stays "".
+    """Return the name with safe characters only, at most 120 characters long; "" stays "".
 
-    A hash of the name is added where something had to change, so that other names do not end in the same.
+    A changed name gets a hash of the original, so that different names stay different.
     """
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".-")
     return safe if safe == name and len(safe) <= 120 else f"{safe[:111] or 'case'}-{_hash(name)[:8]}"
@@ -167,7 +172,7 @@ def _hash(text: str | Path) -> str:
 
 
 def _outline(path: Path) -> list[Any]:
-    """What changes with a file: size, and hash of both ends. Of a folder: names and sizes, and its first file."""
+    """Return values that change with a file: size, hash of both ends; for a folder: names, sizes, its first file."""
     try:
         if path.is_dir():
             files = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path) if entry.is_file())

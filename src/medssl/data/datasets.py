@@ -1,4 +1,4 @@
-"""Public data sets with labels, in the folders that they are published in: BTCV and AMOS."""
+"""Public data sets with labels, read in their published folder layout: BTCV and AMOS."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ AMOS_ORGANS = (
     "prostate or uterus",
 )  # fmt: skip
 LAST_CT = 500
-"""Of the numbers in AMOS; those above are MR."""
+"""The largest case number of a CT in AMOS; cases above it are MR."""
 NUM_NAMED = 6
 
 
@@ -28,22 +28,22 @@ NUM_NAMED = 6
 class Btcv:
     """Beyond the Cranial Vault (Synapse): 30 abdominal CTs with 13 organs, and 20 without labels.
 
-    Read are `Training/img/img0001.nii.gz` with `Training/label/label0001.nii.gz`, where the root may be Training or a
-    folder above it, and `imagesTr` with `labelsTr`; `Testing/img` and `imagesTs` are test cases.
+    It reads `Training/img/img0001.nii.gz` with `Training/label/label0001.nii.gz`, where the root may be Training or a
+    folder above it, and `imagesTr` with `labelsTr`. The images of `Testing/img` and `imagesTs` are test cases.
     """
 
     root: str | Path
 
     def recipe(self) -> dict[str, Any]:
-        """The root."""
+        """Return the root folder."""
         return {"kind": "btcv", "root": str(resolved_root(self.root))}
 
     def label_names(self) -> dict[int, str]:
-        """The 13 organs."""
+        """Return the names of the 13 organs."""
         return dict(enumerate(BTCV_ORGANS, start=1))
 
     def scan(self) -> Scan:
-        """One case an image, named as it is (`img0001`)."""
+        """Return one case per image, named like the file (`img0001`)."""
         root, scan = existing_root(self.root), Scan()
         for images, labels, split in self._folders(root):
             for number, image, label in _pairs(scan, images, labels, prefixes=("img", "label"), split=split):
@@ -54,7 +54,7 @@ class Btcv:
 
     @staticmethod
     def _folders(root: Path) -> Iterator[tuple[Path, Path, str]]:
-        """Folders of images and of labels, and their split."""
+        """Return the folders of images and of labels, and their split."""
         above = root, root / "RawData", root / "Abdomen" / "RawData"
         for training in [root] if (root / "img").is_dir() else [folder / "Training" for folder in above]:
             yield training / "img", training / "label", "train"
@@ -68,23 +68,23 @@ class Amos:
     """AMOS 2022: abdominal CT (numbers up to 500) and MR (above) with 15 organs, in its official split.
 
     Args:
-        root: folder with imagesTr, labelsTr, imagesVa, labelsVa, imagesTs, or the one above (`amos22`).
-        modality: "ct", "mr" or "both".
+        root: Folder that holds imagesTr, labelsTr, imagesVa, labelsVa and imagesTs, or the folder above (`amos22`).
+        modality: Which images become cases: "ct", "mr" or "both".
     """
 
     root: str | Path
     modality: str = "both"
 
     def recipe(self) -> dict[str, Any]:
-        """Root and modality."""
+        """Return the root folder and the modality."""
         return {"kind": "amos", "root": str(resolved_root(self.root)), "modality": self.modality}
 
     def label_names(self) -> dict[int, str]:
-        """The 15 organs."""
+        """Return the names of the 15 organs."""
         return dict(enumerate(AMOS_ORGANS, start=1))
 
     def scan(self) -> Scan:
-        """One case an image, named as it is (`amos_0001`); its modality is its group."""
+        """Return one case per image, named like the file (`amos_0001`); its modality is its group."""
         if self.modality not in ("ct", "mr", "both"):
             raise ValueError(f"data.modality must be ct, mr or both, got {self.modality!r}")
         root, scan = existing_root(self.root), Scan()
@@ -110,17 +110,17 @@ def _pairs(
     split: str,
     numbers: range = range(10_000),
 ) -> Iterator[tuple[int, Path, Path | None]]:
-    """Number, image and label of what lies in two folders; only test cases may lack their label.
+    """Return number, image and label of each case in two folders; only test cases may lack their label.
 
-    Other names, and one of a pair without the other, are problems.
+    A file with another name is a problem. So is an image or label without its counterpart.
 
     Args:
-        scan: where problems are noted.
-        images: folder of files called by the first prefix and four digits.
-        labels: folder of files called by any of the prefixes and the same digits.
-        prefixes: of the names.
-        split: of the cases.
-        numbers: which are wanted.
+        scan: The scan that notes the problems.
+        images: Folder of files named by the first prefix and four digits.
+        labels: Folder of files named by any of the prefixes and the same digits.
+        prefixes: Prefixes of the file names.
+        split: Split of the cases.
+        numbers: Case numbers that are read.
     """
     image_of = _by_number(scan, images, prefixes[:1], numbers)
     label_of = _by_number(scan, labels, prefixes, numbers)
@@ -157,7 +157,7 @@ AMOS_LAYOUT = (
 
 
 def _layout_error(scan: Scan, root: Path, what: str, layout: str) -> SourceMissingError:
-    """What lies at the root, and what was expected there."""
+    """Return an error that names what lies at the root and what was expected there."""
     entries = sorted(root.iterdir()) if root.is_dir() else []
     names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries[:NUM_NAMED]]
     more = ", ..." if len(entries) > NUM_NAMED else ""

@@ -1,4 +1,4 @@
-"""From stored voxels to views: which box to read, then one interpolation, or a slice where voxels stay voxels."""
+"""Drawing of views from stored voxels: a box to read, then one interpolation, or a slice where voxels stay voxels."""
 
 from dataclasses import dataclass
 
@@ -25,10 +25,10 @@ class ReadBox:
     """The box of one stored level that a view is drawn from.
 
     Args:
-        level: number of the level.
-        lower: first voxel of the box in the level, (3,) int.
-        upper: one past the last voxel.
-        frame: view voxel -> voxel of the box.
+        level: Number of the stored level.
+        lower: First voxel of the box in the level, (3,) int.
+        upper: One past the last voxel of the box, (3,) int.
+        frame: Map from view voxels to voxels of the box.
     """
 
     level: int
@@ -38,7 +38,7 @@ class ReadBox:
 
 
 def box_of(view: PlacedView, spec: ViewSpec, *, finest: bool = False) -> ReadBox:
-    """The coarsest level still as fine as the view's grid (`finest`: level 0), and its box that covers the view."""
+    """Return the box that covers the view, in the coarsest level as fine as its grid (`finest`: in level 0)."""
     frame, displacement = view.pose
     level = 0
     if not finest:
@@ -64,7 +64,7 @@ def box_of(view: PlacedView, spec: ViewSpec, *, finest: bool = False) -> ReadBox
 
 
 def _filter_ratios(frame: Frame, view: PlacedView, *, oblique: bool) -> Float64[np.ndarray, "3"]:
-    """For each axis of the box the `ratio` to filter by: 1 (linear) unless the view is coarser than the volume."""
+    """Return the `ratio` to filter by for each axis of the box: 1 (linear) unless the view is coarser."""
     step = frame.step_voxel
     if oblique:
         return np.where(step > PREFILTER_RATIO, step, 1.0)
@@ -74,7 +74,7 @@ def _filter_ratios(frame: Frame, view: PlacedView, *, oblique: bool) -> Float64[
 def _allowed(
     view: PlacedView, spec: ViewSpec, level: int, factor: Float64[np.ndarray, "3"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First and one-past-last voxel of the level that the view may see."""
+    """Return the first and one-past-last voxel of the level that the view may see."""
     last = -(-np.array(view.record.shape) // factor.astype(int))
     if spec.context == "volume":
         return np.zeros(3, dtype=np.int64), last
@@ -85,7 +85,7 @@ def _allowed(
 
 
 def cut_regions(store: VolumeStore, view: PlacedView, name: str) -> tuple[ReadBox, Int64[Tensor, "one bx by bz"]]:
-    """The part of a derived map of regions that covers the view, and its box; nothing of it is kept in memory."""
+    """Return the part of a derived map of regions that covers the view, and its box; the map is not cached."""
     with np.load(store.derived_file(name, view.case)) as table:
         regions, to_volume = table["regions"], table["to_volume"]
     frame, displacement = view.pose
@@ -138,7 +138,7 @@ def grid_sampled(
     fill: Float32[Tensor, "channel 1 1 1"] | None,
     out: Float32[Tensor, "channel x y z"],
 ) -> None:
-    """As `linear_at`, in one kernel: the fastest on a GPU, and on a CPU half as fast. Works on `values` in place."""
+    """Do the same as `linear_at` in one kernel: fastest on a GPU, half as fast on a CPU. It changes `values`."""
     if fill is not None:
         values.sub_(fill)  # beyond the box the sampler sees zeros
     padding = "border" if fill is None else "zeros"
@@ -154,7 +154,7 @@ def _fill(view: PlacedView, outside: str | float, device: torch.device) -> Float
 
 
 def _scale(values: Tensor, view: PlacedView) -> None:
-    """Stored integers to file units, in place."""
+    """Turn stored integers into file units, in place."""
     slope, intercept = view.record.slope, view.record.intercept
     if set(slope) != {1.0} or set(intercept) != {0.0}:
         factor, shift = (torch.tensor(v, device=values.device)[:, None, None, None] for v in (slope, intercept))
@@ -175,14 +175,14 @@ def draw_label(
 
 
 def draw_valid(view: PlacedView, device: torch.device) -> Bool[Tensor, "one x y z"]:
-    """Which voxels of the view lie inside the volume."""
+    """Return which voxels of the view lie inside the volume."""
     whole = ReadBox(0, np.zeros(3, dtype=int), np.array(view.record.shape), view.pose.frame)
     grid = sampling_grid(whole, view, device)[0]
     return torch.all(grid.abs() <= 1, dim=-1)[None]
 
 
 def places_of(box: ReadBox, view: PlacedView, device: torch.device) -> Places:
-    """Where the view's voxels lie in the box, displacement included."""
+    """Return where the view's voxels lie in the box, displacement included."""
     displacement = view.pose.displacement
     if displacement is None:
         return Places(box.frame)
@@ -190,7 +190,7 @@ def places_of(box: ReadBox, view: PlacedView, device: torch.device) -> Places:
 
 
 def displacement_field(view: PlacedView, device: torch.device) -> Float32[Tensor, "3 x y z"]:
-    """The displacement of every view voxel, view voxels; zero where the view is not bent."""
+    """Return the displacement of every view voxel, in view voxels; zero where the view is not bent."""
     displacement = view.pose.displacement
     shape = view.pose.frame.shape
     if displacement is None:
@@ -200,7 +200,7 @@ def displacement_field(view: PlacedView, device: torch.device) -> Float32[Tensor
 
 
 def sampling_grid(box: ReadBox, view: PlacedView, device: torch.device) -> Float32[Tensor, "one x y z 3"]:
-    """Where each view voxel lies in the box, as `grid_sample` counts it: -1 and 1 are the faces, last axis first."""
+    """Return where view voxels lie in the box, as `grid_sample` counts: -1 and 1 are the faces, last axis first."""
     sides = box.upper - box.lower
     linear = box.frame.linear * (2 / sides)[:, None]  # box voxel -> (2 i + 1) / n - 1
     start = (2 * box.frame.matrix[:3, 3] + 1) / sides - 1
@@ -218,13 +218,13 @@ def sampling_grid(box: ReadBox, view: PlacedView, device: torch.device) -> Float
 
 
 def _covers(box: ReadBox) -> bool:
-    """Whether the box holds every voxel of an aligned view."""
+    """Return whether the box holds every voxel of an aligned view."""
     low, high = box.frame.bounds()
     return bool(np.all(np.rint(low) >= 0) and np.all(np.rint(high) < box.upper - box.lower))
 
 
 def _turned(voxels: Tensor, frame: Frame) -> Tensor:
-    """An aligned view cut from its box: slice, then flip and permute to the view's axes."""
+    """Cut an aligned view from its box: slice, then flip and permute to the view's axes."""
     low, high = (np.rint(edge).astype(int) for edge in frame.bounds())
     cut = voxels[:, low[0] : high[0] + 1, low[1] : high[1] + 1, low[2] : high[2] + 1]
     axes = frame.axes
@@ -237,7 +237,7 @@ def _turned(voxels: Tensor, frame: Frame) -> Tensor:
 def _drawn_by_axis(
     values: Float32[Tensor, "channel bx by bz"], frame: Frame, *, ratios: Float64[np.ndarray, "3"], fill: Tensor | None
 ) -> Float32[Tensor, "channel x y z"]:
-    """An axis-parallel view: one matrix an axis, then the view's order of axes. `fill` None repeats the border."""
+    """Draw an axis-parallel view: one matrix per axis, then its order of axes. `fill` None repeats the border."""
     axes = frame.axes
     assert axes is not None
     matrices: list[np.ndarray] = [np.empty(0)] * 3
@@ -254,7 +254,7 @@ def _drawn_by_axis(
 
 
 def _picked_by_axis(voxels: Integer[Tensor, "one bx by bz"], frame: Frame) -> Integer[Tensor, "one x y z"]:
-    """The nearest voxels of an axis-parallel view, 0 outside the box."""
+    """Return the nearest voxels of an axis-parallel view, 0 outside the box."""
     axes = frame.axes
     assert axes is not None
     for view_axis, axis in enumerate(axes):
@@ -268,5 +268,5 @@ def _picked_by_axis(voxels: Integer[Tensor, "one bx by bz"], frame: Frame) -> In
 
 
 def _low_pass(side: int, ratio: float) -> Float[Tensor, "side side"]:
-    """The filter for an output `ratio` times as coarse, on the input's own grid; the identity for a ratio of 1."""
+    """Return the filter for an output `ratio` times as coarse, on the input's grid; the identity for a ratio of 1."""
     return torch.from_numpy(resampling_matrix(np.arange(side, dtype=np.float64), side, ratio=float(ratio), border=True))

@@ -1,4 +1,4 @@
-"""Opening image files: the header as the file states it, and a function that loads voxels in the order of the file."""
+"""Image file formats: the header as the file states it, and a function that loads voxels in the file's order."""
 
 import contextlib
 import gzip
@@ -20,13 +20,13 @@ IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd")
 MAX_VOXELS = 2**32
 """Four times a whole-body CT of 1024 x 1024 x 1024; a header that claims more is broken."""
 MAX_COMPRESSION = 1032
-"""The best ratio that DEFLATE can reach, so a header that claims more than this per byte of the file lies."""
+"""The best ratio that DEFLATE can reach: a header that claims more bytes per byte of the file is wrong."""
 MAX_SCOUT_SLICES = 7
 """A series this short beside a longer one in its folder is a scout view or a report, not a second scan."""
 IMAGE_CLASSES = re.compile(
     r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(([1-35-7]|12|13|14|20|77|128|130)(\.|$)|4($|\.[134]($|\.))|481\.1$)"
 )
-"""Storage classes of images: radiography, CT, US, MR (but spectra), NM, secondary capture, PET, RT images and others.
+"""Storage classes of images: radiography, CT, US, MR (no spectra), NM, secondary capture, PET, RT images and others.
 
 Source: DICOM PS3.4, table B.5-1.
 """
@@ -35,7 +35,7 @@ _SILENCE = threading.Lock()
 
 
 class ReadError(ValueError):
-    """An image that cannot be used: `path`, and the `reason` in words."""
+    """An image cannot be used: `path` names it, and `reason` says why."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -48,7 +48,7 @@ class ReadError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """What a file says of itself: sides as stored, voxel index -> RAS mm, and whether its voxels are whole numbers."""
+    """The header of a file: sides as stored, map from voxel index to RAS mm, and whether voxels are whole numbers."""
 
     shape: tuple[int, ...]
     num_channels: int
@@ -58,24 +58,24 @@ class Header:
 
 
 Load = Callable[[int | None], Shaped[np.ndarray, "x y z c"]]
-"""Reads one channel, or all for None, in the order of the file."""
+"""A function that reads one channel, or all for None, in the order of the file."""
 
 
 def has_image_suffix(path: Path) -> bool:
-    """Whether the name ends like an image file that can be read."""
+    """Return whether the name ends like an image file that can be read."""
     return path.name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def stem(path: Path) -> str:
-    """The file name without its image suffix."""
+    """Return the file name without its image suffix."""
     return next((path.name[: -len(s)] for s in IMAGE_SUFFIXES if path.name.lower().endswith(s)), path.name)
 
 
 def open_image(path: Path) -> tuple[Header, Load]:
-    """The header of an image file or of the DICOM series in a folder, and the function that loads its voxels.
+    """Return the header of an image file or of the DICOM series in a folder, and the function that loads its voxels.
 
     Raises:
-        ReadError: no image, a kind of voxels that is not carried, or a header that claims what the file cannot hold.
+        ReadError: The file is not an image, its voxel type is not supported, or its header claims what it cannot hold.
     """
     if path.is_dir():
         return _open_series(path)
@@ -165,7 +165,7 @@ def _open_series(folder: Path) -> tuple[Header, Load]:
 
 
 def _itk_reader(file: Path) -> Any:
-    """SimpleITK's reader of one file, with the header read."""
+    """Return SimpleITK's reader of one file, with the header read."""
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
@@ -176,7 +176,7 @@ def _itk_reader(file: Path) -> Any:
 
 
 def _slice_step(folder: Path, slices: Sequence[Any]) -> Float[np.ndarray, "3"]:
-    """The step from slice to slice in RAS mm, after a check that all steps are alike."""
+    """Return the step from slice to slice in RAS mm, after a check that all steps are alike."""
     origins = np.array([s.GetOrigin()[:3] for s in slices]) * [-1, -1, 1]
     steps = np.diff(origins, axis=0)
     lengths = np.linalg.norm(steps, axis=1)
@@ -190,12 +190,12 @@ def _slice_step(folder: Path, slices: Sequence[Any]) -> Float[np.ndarray, "3"]:
 
 
 def is_dicom(file: Path) -> bool:
-    """Whether the file begins as DICOM files do (the letters DICM at byte 128)."""
+    """Return whether the file begins as DICOM files do (the letters DICM at byte 128)."""
     return dicom_class(file) is not None
 
 
 def dicom_class(file: Path) -> str | None:
-    """The class of the DICOM object in the file (media storage SOP class UID), "" if it is lost; None: no DICOM file.
+    """Return the class of a DICOM object (media storage SOP class UID), "" if it is missing; None for other files.
 
     Source: DICOM PS3.10, 7.1 (the meta information is in explicit VR, little endian).
     """
@@ -218,7 +218,7 @@ def dicom_class(file: Path) -> str | None:
 
 
 def is_image_class(kind: str) -> bool:
-    """Whether objects of the class are images, or may be: not structures, plans, reports, signals, directories."""
+    """Return whether objects of the class may be images: not structures, plans, reports, signals, directories."""
     return not kind or IMAGE_CLASSES.match(kind) is not None
 
 
@@ -249,7 +249,7 @@ def _itk_loader(reader: Any, shape: Sequence[int]) -> Load:
 def _affine_from_lps(
     direction: Sequence[float], spacing: Sequence[float], origin: Sequence[float]
 ) -> Float[np.ndarray, "4 4"]:
-    """SimpleITK's physical space is LPS: x and y change their sign here and nowhere else."""
+    """Return the RAS affine of SimpleITK's LPS space; x and y change their sign here and nowhere else."""
     num = len(spacing)
     affine = np.eye(4)
     side = min(num, 3)
@@ -286,13 +286,13 @@ def _check_claim(path: Path, header: Header) -> None:
 
 
 def size_text(shape: Sequence[int]) -> str:
-    """The sides as a reader writes them: 24 x 24 x 21."""
+    """Return the sides as text: 24 x 24 x 21."""
     return " x ".join(map(str, shape))
 
 
 @contextlib.contextmanager
 def reasons_for(path: Path) -> Iterator[None]:
-    """Whatever a parser stumbles over becomes the reason why this file cannot be read."""
+    """Turn every error of a parser into the reason why this file cannot be read."""
     try:
         yield
     except ReadError:
@@ -319,7 +319,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Nothing that ITK and its libraries write to the console from C++ comes through."""
+    """Suppress all that ITK and its libraries write to the console from C++."""
     import SimpleITK as sitk
 
     sitk.ProcessObject.GlobalWarningDisplayOff()

@@ -13,17 +13,17 @@ ALIGNED_TOLERANCE_VOXEL = 1e-6
 
 
 def apply(matrix: Float64[np.ndarray, "4 4"], points: Num[np.ndarray, "*points 3"]) -> Float64[np.ndarray, "*points 3"]:
-    """Points after an affine map, such as voxels in millimetres."""
+    """Return points after an affine map, such as voxels in millimetres."""
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A view's place: `matrix @ (u, 1)` is the level-0 volume voxel (centres at integers) of view voxel u.
+    """The place of a view: `matrix @ (u, 1)` is the level-0 volume voxel (centres at integers) of view voxel u.
 
     Args:
-        shape: voxels of the view along its own axes.
-        matrix: (4, 4), float64.
+        shape: Number of voxels of the view along its own axes.
+        matrix: Affine map (4, 4) from view voxels to volume voxels, float64.
     """
 
     shape: tuple[int, int, int]
@@ -31,7 +31,7 @@ class Frame:
 
     @classmethod
     def at(cls, center: Vector, shape: Sequence[int], *, step_voxel: Vector) -> "Frame":
-        """The axis-aligned frame about `center` (volume voxels) with one view voxel every `step_voxel`."""
+        """Return the axis-aligned frame about `center` (volume voxels) with one view voxel every `step_voxel`."""
         matrix = np.diag([*map(float, step_voxel), 1.0])
         middle = (np.array(shape) - 1) / 2
         matrix[:3, 3] = np.asarray(center, dtype=np.float64) - middle * matrix.diagonal()[:3]
@@ -56,45 +56,45 @@ class Frame:
 
     @cached_property
     def inverse(self) -> Float[np.ndarray, "4 4"]:
-        """Volume voxel -> view voxel."""
+        """The map from volume voxels to view voxels."""
         return np.linalg.inv(self.matrix)
 
     def to_volume(self, points: Float[np.ndarray, "*points 3"]) -> Float[np.ndarray, "*points 3"]:
-        """View voxels -> volume voxels."""
+        """Map view voxels to volume voxels."""
         return apply(self.matrix, points)
 
     def to_view(self, points: Float[np.ndarray, "*points 3"]) -> Float[np.ndarray, "*points 3"]:
-        """Volume voxels -> view voxels."""
+        """Map volume voxels to view voxels."""
         return apply(self.inverse, points)
 
     def contains(self, points: Float[np.ndarray, "*points 3"]) -> np.ndarray:
-        """Whether volume points lie in the view (up to the outer faces of its voxels)."""
+        """Return whether volume points lie in the view (up to the outer faces of its voxels)."""
         inside = self.to_view(points)
         return np.all((inside >= -0.5) & (inside <= np.array(self.shape) - 0.5), axis=-1)
 
     def moved(self, affine: Float[np.ndarray, "4 4"]) -> "Frame":
-        """The frame after a map of volume voxels to volume voxels."""
+        """Return the frame after a map of volume voxels to volume voxels."""
         return Frame(self.shape, affine @ self.matrix)
 
     def reindexed(self, shape: tuple[int, int, int], matrix: Float[np.ndarray, "4 4"]) -> "Frame":
-        """The frame with other view axes (flipped, permuted): `matrix` maps the new view voxels to the old ones."""
+        """Return the frame with other view axes (flipped, permuted); `matrix` maps new view voxels to old ones."""
         return Frame(shape, self.matrix @ matrix)
 
     def overlap(self, other: "Frame") -> float:
-        """Share of this view, in [0, 1], that lies in `other`; sampled on at most 16 cells an axis."""
+        """Return the share of this view, in [0, 1], that lies in `other`; sampled on at most 16 cells per axis."""
         cells = [(np.arange(min(n, 16)) + 0.5) * n / min(n, 16) - 0.5 for n in self.shape]
         grid = np.stack(np.meshgrid(*cells, indexing="ij"), axis=-1)
         return float(other.contains(self.to_volume(grid)).mean())
 
     def bounds(self, margin_view_voxel: float = 0.0) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
-        """Lowest and highest volume voxel that a view voxel centre reaches; displaced centres with a margin."""
+        """Return the lowest and highest volume voxel of all view voxel centres; a margin covers displaced centres."""
         middle = (np.array(self.shape) - 1) / 2
         reach = np.abs(self.linear) @ (middle + margin_view_voxel)
         return self.center - reach, self.center + reach
 
     @cached_property
     def axes(self) -> tuple[int, int, int] | None:
-        """For each view axis the one volume axis that it runs along; None where the frame is oblique."""
+        """The volume axis that each view axis runs along; None where the frame is oblique."""
         axes = []
         for column, side in zip(self.linear.T.tolist(), self.shape, strict=True):  # lists: ten times as fast as arrays
             lengths = [abs(entry) for entry in column]
@@ -113,7 +113,7 @@ class Frame:
 
     @property
     def step_voxel(self) -> Float[np.ndarray, "3"]:
-        """Stored voxels per view voxel along each volume axis: waves along it are seen down to twice this length."""
+        """Stored voxels per view voxel along each volume axis: the view shows waves down to twice this length."""
         return np.abs(self.linear).max(axis=1)
 
 
@@ -124,13 +124,13 @@ def affine_about(
     translation: Float[np.ndarray, "3"],
     to_space: Float[np.ndarray, "3 3"],
 ) -> Float[np.ndarray, "4 4"]:
-    """The map of volume voxels that turns and scales about `center` in another space and then shifts.
+    """Return the map of volume voxels that turns and scales about `center` in another space and then shifts.
 
     Args:
-        center: the fixed point, volume voxels.
-        linear: rotation, scale and shear in the other space; a scale above 1 makes a view cover more.
-        translation: in units of the other space.
-        to_space: linear map from volume voxels to that space (the volume's affine for millimetres).
+        center: The fixed point, in volume voxels.
+        linear: Rotation, scale and shear in the other space; a scale above 1 makes a view cover more.
+        translation: Shift, in units of the other space.
+        to_space: Linear map from volume voxels to that space (the volume's affine for millimetres).
     """
     back = np.linalg.inv(to_space)
     matrix = np.eye(4)
@@ -140,7 +140,7 @@ def affine_about(
 
 
 def rotation_matrix(angles_rad: Vector) -> Float[np.ndarray, "3 3"]:
-    """Rotation about x, then y, then z, right-handed, angles in radians."""
+    """Return the rotation about x, then y, then z, right-handed, with angles in radians."""
     (ca, cb, cg), (sa, sb, sg) = np.cos(angles_rad), np.sin(angles_rad)
     about_x = np.array([[1, 0, 0], [0, ca, -sa], [0, sa, ca]])
     about_y = np.array([[cb, 0, sb], [0, 1, 0], [-sb, 0, cb]])
@@ -153,8 +153,8 @@ class Displacement:
     """A smooth displacement of a view: cubic B-splines on a lattice of control points, in view voxels.
 
     Args:
-        nodes: (3, nx, ny, nz) coefficients; the field never exceeds the largest one.
-        node_spacing_voxel: distance of control points; the spline smooths like a Gaussian of 0.58 of it.
+        nodes: Coefficients (3, nx, ny, nz). The field never exceeds the largest one.
+        node_spacing_voxel: Distance of control points. The spline smooths like a Gaussian of 0.58 of this width.
     """
 
     nodes: Float32[np.ndarray, "3 nx ny nz"]
@@ -162,23 +162,23 @@ class Displacement:
 
     @staticmethod
     def num_nodes(side: int, node_spacing_voxel: float) -> int:
-        """Control points that an axis of `side` voxels needs."""
+        """Return the number of control points that an axis of `side` voxels needs."""
         return int(np.floor((side - 1) / node_spacing_voxel)) + 4
 
     @property
     def bound_voxel(self) -> float:
-        """No component of the field is larger than this."""
+        """A bound on the absolute value of every component of the field."""
         return float(np.abs(self.nodes).max())
 
     def weights(self, axis: int, side: int) -> Float32[np.ndarray, "side nodes"]:
-        """Spline weights of the control points for each voxel of one axis: the field is their product over the axes."""
+        """Return the spline weights of one axis for each of its voxels: the field is their product over the axes."""
         return spline_weights(side, node_spacing_voxel=self.node_spacing_voxel, num_nodes=self.nodes.shape[1 + axis])
 
 
 def spline_weights(
     side: int, *, node_spacing_voxel: float, num_nodes: int
 ) -> Float32[np.ndarray, "{side} {num_nodes}"]:
-    """Cubic B-spline weights of equally spaced control points, the second at voxel 0, for each voxel of an axis."""
+    """Return cubic B-spline weights of an axis' voxels for equally spaced control points, the second at voxel 0."""
     position = np.arange(side) / node_spacing_voxel + 1
     offset = np.abs(position[:, None] - np.arange(num_nodes))
     near = 2 / 3 - offset**2 + offset**3 / 2
@@ -187,4 +187,4 @@ def spline_weights(
 
 
 SPLINE_ENERGY = 151 / 315
-"""Integral of the squared cubic B-spline: independent unit coefficients give a field of this variance, an axis."""
+"""Integral of the squared cubic B-spline: per axis, independent unit coefficients give a field of this variance."""

@@ -1,4 +1,4 @@
-"""Stored voxels at the places of an oblique or bent view: gathered by slabs that a CPU's cache holds."""
+"""Interpolation at the places of an oblique or bent view, by slabs that fit into a CPU's cache."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from medssl.data.geometry import Frame
 
 CACHED_VOXELS = 65_536
 ROUNDING_VOXEL = 1e-3
-"""Places are known to a little better than this in single precision."""
+"""Bound on the rounding error of places in single precision."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Places:
     """Where the voxels of a view lie in a box.
 
     Args:
-        frame: view voxel -> voxel of the box.
-        field: displacement of every view voxel, view voxels.
-        bound_voxel: no component of the field is larger.
+        frame: Map from view voxels to voxels of the box.
+        field: Displacement of every view voxel, in view voxels.
+        bound_voxel: Largest absolute component that the field can have, in view voxels.
     """
 
     frame: Frame
@@ -31,17 +31,17 @@ class Places:
     bound_voxel: float = 0.0
 
     def lie_within(self, lowest: float, highest: np.ndarray) -> bool:
-        """Whether no place is below `lowest` or above `highest` (3), rounding included."""
+        """Return whether no place is below `lowest` or above `highest` (3), rounding included."""
         low, high = self.frame.bounds(self.bound_voxel)
         return bool(np.all(low >= lowest + ROUNDING_VOXEL) and np.all(high <= highest - ROUNDING_VOXEL))
 
     def slabs(
         self, device: torch.device, *, padded: Sequence[int] | None
     ) -> Iterator[tuple[slice, Float32[Tensor, "3 slab y z"]]]:
-        """Slices of the view's first axis and the places of their voxels; all at once on a GPU, which has no need.
+        """Yield slices of the view's first axis and the places of their voxels; a GPU gets all of them at once.
 
-        With the sides of the box in `padded`, the places are those in the box with one more voxel below and above, and
-        what lies further out is moved onto these.
+        `padded` gives the sides of the box before one more voxel was added below and above. The places then count in
+        the padded box, and those further out are moved onto the added voxels.
         """
         x, y, z = self.frame.shape
         columns, origin = torch.from_numpy(self.frame.linear.copy()), torch.from_numpy(self.frame.matrix[:3, 3].copy())
@@ -103,7 +103,7 @@ def nearest_at(voxels: Integer[Tensor, "one bx by bz"], places: Places, *, out: 
 
 
 def _framed(voxels: Shaped[Tensor, "channel bx by bz"], fill: Tensor | int, above: int) -> Tensor:
-    """The box in a frame of `fill`, one voxel wide below and `above` wide above."""
+    """Return the box in a frame of `fill`, one voxel wide below and `above` wide above."""
     channels, x, y, z = voxels.shape
     framed = voxels.new_empty(channels, x + 1 + above, y + 1 + above, z + 1 + above)
     framed[:] = fill
@@ -112,6 +112,6 @@ def _framed(voxels: Shaped[Tensor, "channel bx by bz"], fill: Tensor | int, abov
 
 
 def _flat_index(index: Float32[Tensor, "3 slab y z"], last_sides: Sequence[int]) -> Int32[Tensor, " voxel"]:
-    """Numbers of voxels in a flattened box whose last two sides are given."""
+    """Return the numbers of voxels in a flattened box that has the given last two sides."""
     x, y, z = index.to(torch.int32)
     return x.mul_(last_sides[0]).add_(y).mul_(last_sides[1]).add_(z).flatten()

@@ -1,4 +1,4 @@
-"""Reading ahead: requests are placed, their boxes read asynchronously, a few batches before they are needed."""
+"""The prefetching loader: it places requests and reads their boxes a few batches before they are needed."""
 
 import time
 from collections import deque
@@ -33,7 +33,7 @@ class RawView:
 
 @dataclass
 class RawBatch:
-    """Boxes read for one micro-batch, by group and sample-major; moves between devices as one."""
+    """The boxes read for one micro-batch, by group and sample-major; they move between devices together."""
 
     requests: list[Request]
     groups: dict[str, list[RawView]]
@@ -42,7 +42,7 @@ class RawBatch:
     micro: int
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "RawBatch":
-        """The batch with its voxels on the device."""
+        """Return the batch with its voxels on the device."""
         for raw in (raw for views in self.groups.values() for raw in views):
             raw.voxels = raw.voxels.to(device, non_blocking=non_blocking)
             raw.label = None if raw.label is None else raw.label.to(device, non_blocking=non_blocking)
@@ -52,14 +52,14 @@ class RawBatch:
 
 @dataclass
 class Timers:
-    """Seconds since the last `take`: waiting for voxels (placing and stacking included), and drawing."""
+    """Seconds since the last `take`, spent on waiting for voxels (placing and stacking included) and on drawing."""
 
     wait_s: float = 0.0
     draw_s: float = 0.0
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def take(self) -> dict[str, float]:
-        """The seconds, which start again from zero; on a GPU this waits for the drawing kernels."""
+        """Return the seconds and reset them to zero; on a GPU this waits for the drawing kernels."""
         for start, end in self.events:
             end.synchronize()
             self.draw_s += start.elapsed_time(end) / 1000
@@ -69,17 +69,19 @@ class Timers:
 
 
 class MicroBatches:
-    """The requests of one rank from one step to another, `accumulate` micro-batches a step; placed when iterated.
+    """The requests of one rank from one step to another, in `accumulate` micro-batches per step.
+
+    The sampler is asked for requests during the iteration.
 
     Args:
-        sampler: chooses cases.
-        index: case numbers to choose from.
-        steps: first step and one past the last.
-        batch_size: requests of all ranks and micro-batches together.
-        accumulate: micro-batches a step.
-        seed: of the run.
-        rank: this process.
-        world: number of processes.
+        sampler: Chooses the cases.
+        index: Case numbers to choose from.
+        steps: Range of steps: the first and one past the last.
+        batch_size: Number of requests of all ranks and micro-batches together.
+        accumulate: Number of micro-batches per step.
+        seed: Seed of the run.
+        rank: Number of this process.
+        world: Number of processes.
     """
 
     def __init__(
@@ -103,11 +105,11 @@ class MicroBatches:
         self.batch_size, self.accumulate, self.seed, self.rank, self.world = batch_size, accumulate, seed, rank, world
 
     def __len__(self) -> int:
-        """Micro-batches."""
+        """Return the number of micro-batches."""
         return len(self.steps) * self.accumulate
 
     def __iter__(self) -> Iterator[tuple[int, int, list[Request]]]:
-        """(step, micro, requests)."""
+        """Yield (step, number of the micro-batch in it, requests)."""
         for step in self.steps:
             requests = self.sampler.batch(
                 step, index=self.index, batch_size=self.batch_size, seed=self.seed, rank=self.rank, world=self.world
@@ -118,16 +120,16 @@ class MicroBatches:
 
 
 class PrefetchingLoader:
-    """Iterates over raw batches and keeps the reads of the next ones in flight: one thread places, no process.
+    """Iterate over raw batches and keep the reads of the next ones in flight: one thread places, no process.
 
     Args:
-        store: where voxels are read.
-        plan: the views to place.
-        micro_batches: what to read, pulled as far ahead as reads are started.
-        seed: of the run.
-        prefetch: batches in flight beside the one in use.
-        timers: where waiting is counted.
-        pin_memory: put the voxels into page-locked memory, for transfer to a GPU.
+        store: Store that voxels are read from.
+        plan: Views to place.
+        micro_batches: Requests to read, taken as far ahead as reads are started.
+        seed: Seed of the run.
+        prefetch: Number of batches in flight besides the one in use.
+        timers: Timers that count the waiting.
+        pin_memory: Whether to put the voxels into page-locked memory, for transfer to a GPU.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class PrefetchingLoader:
         self.seed, self.prefetch, self.timers, self.pin_memory = seed, prefetch, timers, pin_memory
 
     def __iter__(self) -> Iterator[RawBatch]:
-        """Batches in order; time spent here counts as waiting.
+        """Yield batches in order; time spent here counts as waiting.
 
         There is no length: Lightning would compare it with the batches of the whole run, and end a resumed one early.
         """

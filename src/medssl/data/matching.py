@@ -16,24 +16,24 @@ ON_FAIL = ("best", "last")
 
 @runtime_checkable
 class Matcher(Protocol):
-    """Proposes corresponding points of a request's two cases; it may be asked again.
+    """A matcher, which proposes corresponding points of a request's two cases, as often as it is asked.
 
-    One that also has `auto_threshold(scene)` says what `Matched(score_threshold="auto")` means.
+    With a method `auto_threshold(scene)` it gives the threshold for `Matched(score_threshold="auto")`.
     """
 
     def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-        """A point of the first case, its counterpart in the second (both RAS mm), and a score: higher is better."""
+        """Return a point of the first case, its counterpart in the second (both RAS mm), and a score (high is good)."""
 
 
 class BodyCoordinateMatcher:
-    """Pairs points of one body coordinate: a random body voxel of the first case and its place in the second's box.
+    """Pair points of one body coordinate: a random body voxel of the first case and its place in the second's box.
 
     The score falls from 1 as the counterpart lies farther from the second case's body: 1 / (1 + distance / `scale_mm`).
 
     Args:
-        scale_mm: distance at which the score is a half.
-        low_hu: points of CT lie in voxels above it, where the body has any; None takes any body voxel.
-        margin_voxel: least distance of points from the faces of the first volume, at most a quarter of a side.
+        scale_mm: Distance at which the score is one half.
+        low_hu: Points of CT lie in voxels above this value, where the body has any. None takes any body voxel.
+        margin_voxel: Least distance of points from the faces of the first volume, at most a quarter of a side.
     """
 
     def __init__(self, *, scale_mm: float = 10.0, low_hu: float | None = None, margin_voxel: float = 0) -> None:
@@ -56,13 +56,13 @@ class BodyCoordinateMatcher:
 
 
 class SelfMatcher:
-    """Gives a random body point of a case as its own counterpart, with score 1: for two crops of one place.
+    """Return a random body point of a case as its own counterpart, with score 1: for two crops of one place.
 
-    It wants requests of a case and itself: sampler `Pairs(partner="self")`.
+    It needs requests that pair a case with itself: sampler `Pairs(partner="self")`.
 
     Args:
-        low_hu: as in `BodyCoordinateMatcher`.
-        margin_voxel: likewise.
+        low_hu: Same as in `BodyCoordinateMatcher`.
+        margin_voxel: Same as in `BodyCoordinateMatcher`.
     """
 
     def __init__(self, *, low_hu: float | None = None, margin_voxel: float = 0) -> None:
@@ -80,14 +80,14 @@ class SelfMatcher:
 
 
 class TableMatcher:
-    """Draws from the pairs of points that `python -m medssl.derive what=pairs` found, for two cases that it matched.
+    """Draw from the pairs of points that `python -m medssl.derive what=pairs` found for two matched cases.
 
-    It wants the partners that the table knows: sampler `Pairs(partner="linked")` with the `num_links` of the table. A
+    It needs the partners that the table knows: sampler `Pairs(partner="linked")` with the `num_links` of the table. A
     case that has no partner is matched with itself.
 
     Args:
-        table: name of the derived table: `partner` (p) names of cases, `first` (p + 1) the row where each begins,
-            `query_mm`, `key_mm` (row, 3) and `score` (row).
+        table: Name of the derived table. It holds `partner` (p), the names of cases, `first` (p + 1), the row where
+            each begins, `query_mm` and `key_mm` (row, 3), and `score` (row).
     """
 
     def __init__(self, *, table: str = "pairs") -> None:
@@ -115,15 +115,15 @@ class TableMatcher:
 class Matched(ViewSpec):
     """Two crops about corresponding points of two cases: the query, then the key (`count` is 2).
 
-    Along axes at native spacing the voxel nearest to the point is number `size // 2` of the crop. Points beyond the
-    volume are moved to its nearest voxel, and refused where they lie half a crop away from it.
+    Along axes at native spacing the voxel nearest to the point is number `size // 2` of the crop. A point beyond the
+    volume moves to its nearest voxel, and is refused where it lies more than half a crop away from it.
 
     Args:
-        matcher: proposes pairs of points.
-        score_threshold: a proposal is taken once its score exceeds this; "auto" asks the matcher (`OnlineMatcher`
+        matcher: Matcher that proposes pairs of points.
+        score_threshold: A proposal is taken once its score exceeds this value. "auto" asks the matcher (`OnlineMatcher`
             knows the median score of random matches).
-        tries: proposals before giving up.
-        on_fail: what is taken then: the "best" or the "last" proposal.
+        tries: Number of proposals before giving up.
+        on_fail: Proposal that is taken after that: the "best" or the "last" one.
     """
 
     matcher: Matcher = field(default_factory=BodyCoordinateMatcher)
@@ -150,7 +150,7 @@ class Matched(ViewSpec):
             )
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
-        """Query and key."""
+        """Return the query and the key."""
         if len(scene.records) != 2 or self.count != 2:
             raise ValueError(
                 f"Matched places 2 views in 2 cases, got count {self.count} and {len(scene.records)}; use sampler Pairs"
@@ -181,7 +181,7 @@ class Matched(ViewSpec):
 
 
 def extent_text(record: Record) -> str:
-    """Which millimetres a volume covers, in words."""
+    """Return, in words, which millimetres a volume covers."""
     corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * np.array(record.shape) - 0.5
     in_mm = apply(record.volume_to_mm, corners)
     ranges = [f"{name} {a:.0f} to {b:.0f}" for name, a, b in zip("xyz", in_mm.min(0), in_mm.max(0), strict=True)]

@@ -1,4 +1,4 @@
-"""The data module: requests ahead of time, chunk reads in flight, and drawing on the device after the transfer."""
+"""The data module: it plans requests, reads chunks ahead, and draws views on the device after the transfer."""
 
 import time
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from medssl.data.store import VolumeStore
 from medssl.data.views import View, ViewPlan
 
 VALIDATION_SEED = 20_240_001
-"""Validation views have a seed of their own: the same crops at every validation of every run."""
+"""Seed of the validation views: the crops are the same at every validation of every run."""
 
 
 @dataclass
 class Batch:
-    """What a training step gets: drawn views by group, the names of the cases they come from, and where in the run."""
+    """The input of a training step: drawn views by group, the names of their cases, and the place in the run."""
 
     views: dict[str, View]
     cases: list[str]
@@ -33,18 +33,18 @@ class Batch:
 
 
 class VolumeDataModule(lightning.LightningDataModule):
-    """Feeds a trainer from a store: training batches from the trainer's step on, validation batches of held-out cases.
+    """Feed a trainer from a store: training batches from the trainer's step on, validation batches of held-out cases.
 
     Args:
-        store: prepared volumes.
-        views: what the method wants.
-        sampler: which cases make a batch.
-        batch_size: samples of an optimiser step, over all processes and micro-batches.
-        seed: of the run.
-        accumulate: micro-batches an optimiser step.
-        training_cases: numbers of the cases to train on (`medssl.data.splits` chooses them).
-        validation_cases: numbers of the held-out cases; none turns validation off.
-        prefetch: batches read ahead.
+        store: The prepared volumes.
+        views: The views that the method asks for.
+        sampler: Chooses the cases of a batch.
+        batch_size: Number of samples of an optimiser step, over all processes and micro-batches.
+        seed: Seed of the run.
+        accumulate: Micro-batches per optimiser step.
+        training_cases: Numbers of the cases to train on (`medssl.data.splits` chooses them).
+        validation_cases: Numbers of the held-out cases; none turns validation off.
+        prefetch: Number of batches read ahead.
     """
 
     def __init__(
@@ -68,10 +68,11 @@ class VolumeDataModule(lightning.LightningDataModule):
         self.group_numbers = {name: n for n, name in enumerate(sorted({group for group, _ in store.cohorts}))}
 
     def facts(self) -> dict[str, int | float | list[int]]:
-        """Plain numbers that schedules, queue sizes and networks are made of; an epoch need not be whole steps.
+        """Return the plain numbers that schedules, queue sizes and networks depend on.
 
-        `crop_voxel` is the size of the first group of views, `steps_per_round` how long a sampler of locations takes to
-        visit all of them, an epoch for others.
+        An epoch need not be a whole number of steps. `crop_voxel` is the size of the first group of views.
+        `steps_per_round` is the number of steps in which a sampler of locations visits all of them; for other samplers
+        it is an epoch.
         """
         num_cases, per_epoch = len(self.training_cases), len(self.training_cases) / self.batch_size
         of_round = getattr(self.sampler, "steps_per_round", lambda num_cases, batch_size: per_epoch)
@@ -85,14 +86,14 @@ class VolumeDataModule(lightning.LightningDataModule):
         }
 
     def train_dataloader(self) -> PrefetchingLoader:
-        """Batches from the trainer's present step to its last."""
+        """Return the batches from the trainer's present step to its last."""
         trainer = self.trainer
         assert trainer is not None
         steps = range(trainer.global_step, trainer.max_steps)
         return self.loader(self.sampler, self.training_cases, steps=steps, seed=self.seed, accumulate=self.accumulate)
 
     def val_dataloader(self) -> PrefetchingLoader | list[Any]:
-        """Each held-out case about once (paired, if at all, with other held-out ones), the same crops every time."""
+        """Return batches with each held-out case about once; pairs are of held-out cases, crops are always the same."""
         world = self.trainer.world_size if self.trainer else 1
         size = max(world, self.batch_size // self.accumulate // world * world)
         if not self.validation_cases:
@@ -110,7 +111,7 @@ class VolumeDataModule(lightning.LightningDataModule):
         batch_size: int | None = None,
         accumulate: int = 1,
     ) -> PrefetchingLoader:
-        """A loader for this process."""
+        """Return a loader for this process."""
         trainer = self.trainer
         batches = MicroBatches(
             sampler,
@@ -151,7 +152,7 @@ class VolumeDataModule(lightning.LightningDataModule):
 
     @torch.no_grad()
     def draw(self, batch: RawBatch) -> Batch:
-        """The drawn batch; with autocast off, since grey values and coordinates want float32."""
+        """Return the drawn batch; autocast is off because grey values and coordinates need float32."""
         device = next(iter(batch.groups.values()))[0].voxels.device
         with torch.autocast(device.type, enabled=False):
             views = {
@@ -167,7 +168,7 @@ class VolumeDataModule(lightning.LightningDataModule):
 def view_of(
     spec: ViewSpec, raws: Sequence[RawView], *, num_samples: int, store: VolumeStore, group_numbers: dict[str, int]
 ) -> View:
-    """One group of a batch, drawn: geometry crop by crop into one tensor, then the intensity augmentations at once."""
+    """Draw one group of a batch: geometry crop by crop into one tensor, then intensity augmentations at once."""
     device, placed = raws[0].voxels.device, [raw.placed for raw in raws]
     channels = {view.record.channels for view in placed}
     if len(channels) > 1:

@@ -1,4 +1,4 @@
-"""Placements: which region of which case a view shows. Geometry only; tables of points are consulted, voxels never."""
+"""Placements, which choose the region of a case that a view shows: from geometry and tables of points, not voxels."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,21 +20,22 @@ class ViewSpec(ABC):
     """A group of `count` views of one size: where they lie (subclasses) and how they are drawn.
 
     Args:
-        size: voxels along x, y, z of the drawn view.
-        count: views of the group.
-        slot: which of the request's cases is shown.
-        spacing_mm: "native" (one view voxel is one stored voxel), or millimetres, one number or three.
-        outside: value beyond the volume: "minimum" of the volume, "border" (the nearest voxel), or a number in file
+        size: Number of voxels along x, y, z of the drawn view.
+        count: Number of views of the group.
+        slot: Number of the request's case that is shown.
+        spacing_mm: Spacing of the view: "native" (one view voxel is one stored voxel), or one or three numbers of
+            millimetres.
+        outside: Value beyond the volume: "minimum" of the volume, "border" (the nearest voxel), or a number in file
             units (HU).
-        context: "volume": an augmented view may see all of the volume; "crop": only its own un-augmented box, as if
-            it had been cut out first.
-        augment: augmentations in order, normalisation among them.
-        valid: also give the mask of voxels that lie inside the volume.
-        label: also give the label, nearest neighbour.
-        points: name of a derived table whose `points_voxel` (k, 3) travel with the view; every case must hold the
-            same k.
-        regions: name of a derived table whose map `regions` (x y z), on a grid of its own that `to_volume` (4, 4)
-            takes to volume voxels, is drawn like a label.
+        context: Part of the volume that an augmented view may see: all of it ("volume"), or only its own un-augmented
+            box, as if that were cut out first ("crop").
+        augment: Augmentations in order, normalisation among them.
+        valid: Whether to return the mask of voxels that lie inside the volume.
+        label: Whether to return the label, drawn by nearest neighbour.
+        points: Name of a derived table. Its `points_voxel` (k, 3) travel with the view; k must be the same in every
+            case.
+        regions: Name of a derived table. Its map `regions` (x y z) is drawn like a label; it has a grid of its own that
+            `to_volume` (4, 4) maps to volume voxels.
     """
 
     size: Sequence[int] = ()
@@ -50,7 +51,7 @@ class ViewSpec(ABC):
     regions: str | None = None
 
     def __post_init__(self) -> None:
-        """Check what every placement shares."""
+        """Check the settings that all placements share."""
         name = type(self).__name__
         if self.needs_size and (len(self.size) != 3 or min(self.size) < 1):
             raise ValueError(f"{name}: size must be three positive voxel counts [x, y, z], got {list(self.size)}")
@@ -74,12 +75,12 @@ class ViewSpec(ABC):
 
     @abstractmethod
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
-        """`count` places; `placed` holds the groups stated before this one, by name."""
+        """Return `count` places; `placed` holds the groups stated before this one, by name."""
 
     def step_voxel(self, record: Record, scale: float = 1.0) -> Float[np.ndarray, "3"]:
-        """Stored voxels per view voxel, `scale` times the stated spacing.
+        """Return stored voxels per view voxel, for `scale` times the stated spacing.
 
-        A spacing that is the volume's but for rounding in the header counts as equal: such views are cut, not
+        A spacing that equals the volume's up to rounding in the header counts as equal: such views are cut, not
         interpolated.
         """
         if isinstance(self.spacing_mm, str):
@@ -89,7 +90,7 @@ class ViewSpec(ABC):
         return np.where(np.abs(step - 1) < SAME_SPACING, 1.0, step)
 
     def frame(self, center: Float[np.ndarray, "3"], step_voxel: Float[np.ndarray, "3"]) -> Frame:
-        """The frame about `center`; on whole voxels along the axes that have one view voxel per stored voxel."""
+        """Return the frame about `center`, on whole voxels along axes with one view voxel per stored voxel."""
         frame = Frame.at(center, self.size, step_voxel=step_voxel)
         native = step_voxel == 1
         frame.matrix[:3, 3] = np.where(native, np.floor(frame.matrix[:3, 3] + 0.5), frame.matrix[:3, 3])
@@ -97,7 +98,7 @@ class ViewSpec(ABC):
 
 
 def clamped(center: Float[np.ndarray, "3"], box: Box, side_voxel: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3"]:
-    """The nearest centre whose crop lies in the box; the box's middle along axes where the crop is larger."""
+    """Return the nearest centre of a crop inside the box; the box's middle along axes where the crop is larger."""
     slack = np.maximum(box.size - side_voxel, 0) / 2
     middle = (box.lower + box.upper) / 2
     return np.clip(center, middle - slack, middle + slack)
@@ -108,12 +109,12 @@ class RandomCrop(ViewSpec):
     """Crops at uniform places inside the body box or the volume, padded where they do not fit.
 
     Args:
-        within: where the crop has to lie.
-        fraction: draw each side, an axis, as a share of the region's side and resize to `size`; None cuts `size`
-            voxels at `spacing_mm`.
-        label_share: share of the crops whose centre is a voxel of one of the case's labels (each label equally often).
-        foreground_share: share of the rest whose centre is a body voxel.
-        labels: values that count for `label_share`; None for all that the case holds.
+        within: Region in which the crop has to lie.
+        fraction: Range from which each side is drawn, as a share of the region's side, before the crop is resized to
+            `size`. None cuts `size` voxels at `spacing_mm`.
+        label_share: Share of the crops that are centred on a voxel of one of the case's labels (each equally often).
+        foreground_share: Share of the remaining crops that are centred on a body voxel.
+        labels: Label values that count for `label_share`; None for all that the case holds.
     """
 
     within: Region = "volume"
@@ -136,7 +137,7 @@ class RandomCrop(ViewSpec):
             raise ValueError(f"RandomCrop: labels must be label values from 1 on, or null, got {list(self.labels)}")
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
-        """Independent crops."""
+        """Return independent crops."""
         return [Placement(self.slot, self._one(scene, rng)) for _ in range(self.count)]
 
     def _one(self, scene: Scene, rng: np.random.Generator) -> Frame:
@@ -173,13 +174,13 @@ class GridCrop(ViewSpec):
     """The crop at the request's grid location, or those at the locations next to it.
 
     Args:
-        grid: locations along x, y, z: the centres of equal cells of the region. Locations are numbered with z fastest;
-            their coordinates run from -1 to 1 from face to face of the region.
-        within: the region that the grid divides.
-        table: name of a derived table with `centre_mm` (location, 3) instead of a grid; it may also hold `coordinate`
+        grid: Number of locations along x, y, z: the centres of equal cells of the region. Locations are numbered with
+            z fastest; their coordinates run from -1 to 1 from face to face of the region.
+        within: The region that the grid divides.
+        table: Name of a derived table with `centre_mm` (location, 3) instead of a grid. It may also hold `coordinate`
             (location, 3), `valid` (location) and, for neighbours, `neighbours` (location, k).
-        neighbours: True places the `count` nearest other locations that the case shows, instead of the request's own.
-            Where there are fewer, invalid ones follow.
+        neighbours: Whether to place the `count` nearest other locations that the case shows, instead of the request's
+            own. Where there are fewer, invalid ones follow.
     """
 
     grid: Sequence[int] | None = None
@@ -199,11 +200,11 @@ class GridCrop(ViewSpec):
 
     @property
     def num_locations(self) -> int:
-        """Locations of the grid (0 where a table holds them)."""
+        """The number of locations of the grid (0 where a table holds them)."""
         return int(np.prod(self.grid)) if self.grid is not None else 0
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
-        """The crop at each wanted location; `count` copies of it where it is the request's own."""
+        """Return the crop at each location; `count` copies of one crop at the request's own location."""
         location = scene.request.location
         if location is None:
             raise ValueError("GridCrop needs a request with a location; use sampler SameLocation")
@@ -227,7 +228,7 @@ class GridCrop(ViewSpec):
         return placements
 
     def locations(self, scene: Scene) -> Locations:
-        """All locations of the case in the slot."""
+        """Return all locations of the case in the slot."""
         record = scene.record(self.slot)
         if self.table is None:
             centers = scene.box(self.slot, self.within).to_volume(self.cells)
@@ -243,7 +244,7 @@ class GridCrop(ViewSpec):
 
     @cached_property
     def cells(self) -> Float[np.ndarray, "location 3"]:
-        """Centres of the grid's cells, as shares of the region."""
+        """The centres of the grid's cells, as shares of the region."""
         assert self.grid is not None
         axes = [(np.arange(n) + 0.5) / n for n in self.grid]
         return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -257,21 +258,21 @@ class GridCrop(ViewSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Same(ViewSpec):
-    """The places of another group, to be drawn a second time; `size` may be left out, or resizes the same region.
+    """The places of another group, drawn a second time; `size` may be left out, or resizes the same region.
 
     Args:
-        of: name of a group stated before.
+        of: Name of a group stated before.
     """
 
     of: str = ""
 
     @property
     def needs_size(self) -> bool:
-        """The other group's size is the default."""
+        """False: the other group's size is the default."""
         return False
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
-        """The other group's places; one place is repeated `count` times."""
+        """Return the other group's places; a single place is repeated `count` times."""
         found = _group(placed, self.of, "Same")
         if len(found) not in (1, self.count):
             raise ValueError(
@@ -293,12 +294,12 @@ class Same(ViewSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Nearby(ViewSpec):
-    """Crops about the centre of another group's first view, or about the request's anchor, shifted by a little.
+    """Crops about the centre of another group's first view, or about the request's anchor, with a small shift.
 
     Args:
-        of: name of a group stated before, or "anchor" for the request's anchor (a body coordinate).
-        shift: largest shift along each axis, as a share of the region's side.
-        within: the region: shifts are shares of it, and the crop is moved to lie inside it.
+        of: Name of a group stated before, or "anchor" for the request's anchor (a body coordinate).
+        shift: Largest shift along each axis, as a share of the region's side.
+        within: Region that shifts are shares of; the crop is moved to lie inside it.
     """
 
     of: str = "anchor"
@@ -306,7 +307,7 @@ class Nearby(ViewSpec):
     within: Region = "body"
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
-        """Independently shifted crops."""
+        """Return independently shifted crops."""
         record, box = scene.record(self.slot), scene.box(self.slot, self.within)
         if self.of == "anchor":
             if scene.request.anchor_body is None:
@@ -322,13 +323,13 @@ class Nearby(ViewSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Containing(ViewSpec):
-    """Crops of their own scales that hold one common point.
+    """Crops that hold one common point, each with a scale of its own.
 
     Args:
-        scale: range of each crop's scale; its spacing is `spacing_mm` times that.
-        independent: probability that the crops are placed independently of each other instead.
-        within: where the crops have to lie, and the common point.
-        margin_voxel: distance of the common point from the region's faces.
+        scale: Range of each crop's scale. Its spacing is `spacing_mm` times the scale.
+        independent: Probability that the crops are placed independently of each other instead.
+        within: Region in which the crops and the common point have to lie.
+        margin_voxel: Least distance of the common point from the region's faces.
     """
 
     scale: Sequence[float] = (1.0, 1.0)
@@ -349,7 +350,7 @@ class Containing(ViewSpec):
             )
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
-        """`count` crops about one point, or wherever they fall."""
+        """Return `count` crops about one point, or independent ones."""
         record, box = scene.record(self.slot), scene.box(self.slot, self.within)
         apart = rng.uniform() < self.independent
         margin = np.minimum(np.broadcast_to(np.asarray(self.margin_voxel, dtype=np.float64), 3), box.size / 2)
@@ -369,18 +370,18 @@ class Containing(ViewSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(ViewSpec):
-    """The crop about a stated body or volume coordinate (0 to 1 along each axis), without chance.
+    """The crop about a stated body or volume coordinate (0 to 1 along each axis), with nothing random.
 
     Args:
-        center: shares of the region along x, y, z.
-        within: the region.
+        center: Centre of the crop, in shares of the region along x, y, z.
+        within: Region that the centre refers to.
     """
 
     center: Sequence[float] = (0.5, 0.5, 0.5)
     within: Region = "volume"
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
-        """`count` equal crops."""
+        """Return `count` equal crops."""
         center = scene.box(self.slot, self.within).to_volume(np.array(self.center, dtype=np.float64))
         frame = self.frame(center, self.step_voxel(scene.record(self.slot)))
         return [Placement(self.slot, frame)] * self.count

@@ -1,4 +1,4 @@
-"""From a source to a store: case by case in parallel, resumable at any moment, bad files set aside with reasons."""
+"""Preparation of a store from a source: case by case in parallel, resumable, bad files listed with reasons."""
 
 import json
 import shutil
@@ -35,14 +35,15 @@ NO_MEMORY = "the image does not fit into memory"
 
 
 class PrepareError(ValueError):
-    """Too few usable cases. Finished cases and `rejected.jsonl` stay in the store."""
+    """There are too few usable cases. Finished cases and `rejected.jsonl` stay in the store."""
 
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What became of the cases of a source; rows of `rejected` have the keys case, file, reason.
+    """Counts of prepared, rejected and skipped cases of a source.
 
-    `num_moved` counts cases with another group or split than before, `num_removed` those that left the index.
+    Rows of `rejected` have the keys case, file, reason. `num_moved` counts cases with another group or split than
+    before, `num_removed` those that left the index.
     """
 
     root: Path
@@ -56,7 +57,7 @@ class PrepareSummary:
 
     @property
     def has_changed(self) -> bool:
-        """Whether the index is another one than before."""
+        """Whether the index differs from the one before."""
         return bool(self.num_new or self.num_moved or self.num_removed)
 
     def __str__(self) -> str:
@@ -75,7 +76,7 @@ class PrepareSummary:
 
 @dataclass(frozen=True)
 class Job:
-    """One case and how to prepare it."""
+    """One case and the settings of its preparation."""
 
     case: Case
     root: Path
@@ -90,7 +91,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`kind` is done, rejected or skipped; one with a fingerprint holds as long as the case has it."""
+    """The result for one case: `kind` is done, rejected or skipped.
+
+    An outcome with a fingerprint is valid as long as the case has this fingerprint.
+    """
 
     case: str
     kind: str
@@ -99,7 +103,7 @@ class Outcome:
     fingerprint: str = ""
 
     def row(self) -> dict[str, str]:
-        """The line in `rejected.jsonl` or `skipped.jsonl`."""
+        """Return the line in `rejected.jsonl` or `skipped.jsonl`."""
         row = {"case": self.case, "file": self.file, "reason": self.reason}
         return {**row, "fingerprint": self.fingerprint} if self.fingerprint else row
 
@@ -116,24 +120,24 @@ def prepare_store(
     progress: bool = True,
     prune: bool = True,
 ) -> PrepareSummary:
-    """Bring the store to what the source holds: finished cases stay as they are, the others are made.
+    """Bring the store up to date with the source: finished cases stay, the others are prepared.
 
-    The store does not depend on the number of workers, nor on how often the work was killed on the way.
+    The store does not depend on the number of workers, nor on how often the work was killed before it ended.
 
     Args:
-        source: where the cases come from.
-        store: folder of the store.
-        channels: "all", the number of a channel, or None, which refuses files with several.
-        spacing_mm: resample to it; None keeps the spacing of each file.
-        min_side_voxel: volumes with a shorter side are rejected.
-        max_rejected_fraction: share of rejected cases above which the store is not finished.
-        num_workers: processes; None means one a core, 0 works in this one.
-        progress: whether to show a bar and to list problems on stderr.
-        prune: whether to delete finished cases that the source has no more; False only takes them off the index.
+        source: Source of the cases.
+        store: Folder of the store.
+        channels: Channels to keep: "all", the number of one, or None, which refuses files with several channels.
+        spacing_mm: Spacing to resample to; None keeps the spacing of each file.
+        min_side_voxel: Volumes with a shorter side are rejected.
+        max_rejected_fraction: Share of rejected cases above which the store is not finished.
+        num_workers: Number of processes; None means one per core, 0 works in this process.
+        progress: Whether to show a bar and to list problems on stderr.
+        prune: Whether to delete finished cases that the source no longer has. False only removes them from the index.
 
     Raises:
-        PrepareError: too many cases rejected, or none usable.
-        ValueError: the folder is no store, or one with another recipe.
+        PrepareError: Too many cases were rejected, or none is usable.
+        ValueError: The folder is not a store, or holds a store with another recipe.
     """
     root = Path(store).expanduser()
     check_channels(channels)
@@ -169,7 +173,7 @@ def prepare_store(
             description="preparing",
             num_done=len(scan.cases) - len(jobs),
         )
-        clear_partial(root)  # again: a worker of a killed run may have written on for a moment
+        clear_partial(root)  # again: a worker of a killed run may have written a little longer
         _write_label_names(root, source)
         return _finish(
             root, scan, outcomes, max_rejected_fraction=max_rejected_fraction, progress=progress, prune=prune
@@ -177,7 +181,7 @@ def prepare_store(
 
 
 def prepare_case(job: Job) -> Outcome:
-    """Read, measure and store one case; what is wrong with it is an outcome, not an exception."""
+    """Read, measure and store one case; a problem with it becomes an outcome, not an exception."""
     case = job.case
     try:
         volume, label = case.read(channels=job.channels, min_side_voxel=job.min_side_voxel)
@@ -228,7 +232,7 @@ def prepare_case(job: Job) -> Outcome:
 
 
 def read_fingerprint(folder: Path) -> str:
-    """The fingerprint of the case (`Case.fingerprint`) that a finished folder was made from; "" where there is none."""
+    """Return the fingerprint (`Case.fingerprint`) of the case in a finished folder; "" where there is none."""
     try:
         return json.loads((folder / "zarr.json").read_text())["attributes"]["fingerprint"]
     except (OSError, KeyError, TypeError, ValueError):
@@ -236,7 +240,7 @@ def read_fingerprint(folder: Path) -> str:
 
 
 def _begin(root: Path, recipe: dict[str, Any]) -> None:
-    """Write the recipe; what another one left, under which no case was finished, goes."""
+    """Write the recipe, and delete the lists of another recipe under which no case was finished."""
     description = root / "store.json"
     text = json.dumps({"format": FORMAT, "recipe": recipe}, indent=1, sort_keys=True)
     if description.is_file() and description.read_text() != text:
@@ -247,7 +251,7 @@ def _begin(root: Path, recipe: dict[str, Any]) -> None:
 
 
 def _finished(root: Path, cases: Sequence[Case]) -> tuple[dict[Case, str], set[Case]]:
-    """The fingerprint of each case, and the cases that the store holds with this very fingerprint."""
+    """Return the fingerprint of each case, and the cases that the store holds with this fingerprint."""
     with ThreadPoolExecutor(8) as pool:
         fingerprints = dict(zip(cases, pool.map(lambda case: case.fingerprint(), cases), strict=True))
         stored = pool.map(lambda case: read_fingerprint(root / f"{case.case}.zarr"), cases)
@@ -255,13 +259,13 @@ def _finished(root: Path, cases: Sequence[Case]) -> tuple[dict[Case, str], set[C
 
 
 def _remembered(root: Path) -> dict[str, Outcome]:
-    """What earlier runs rejected or skipped after they had read it."""
+    """Return the cases that earlier runs rejected or skipped after reading them."""
     rows = [(kind, row) for kind in ("rejected", "skipped") for row in read_lines(root / f"{kind}.jsonl")]
     return {row["case"]: Outcome(kind=kind, **row) for kind, row in rows if "fingerprint" in row}
 
 
 def _news(root: Path, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows that were not rejected when the store was finished."""
+    """Return the rows that were not yet rejected when the store was finished."""
     told = read_lines(root / "rejected.jsonl") if (root / "index.jsonl").is_file() else []
     return [row for row in rows if row not in told]
 
@@ -309,7 +313,7 @@ def _finish(
 
 
 def _write_label_names(root: Path, source: Source) -> None:
-    """Write what label values mean, in the order of the values; no file where the source does not know."""
+    """Write the names of label values, in the order of the values; no file where the source does not know them."""
     names: dict[int, str] = getattr(source, "label_names", dict)()
     path = root / "labels.json"
     if names:
@@ -319,7 +323,7 @@ def _write_label_names(root: Path, source: Source) -> None:
 
 
 def _write_targets(root: Path, cases: Sequence[str]) -> None:
-    """Write `targets.csv`, what is known of each subject as numbers; no file where nothing is."""
+    """Write `targets.csv`, the known numbers of each subject; no file where there are none."""
     attributes = (json.loads((root / f"{case}.zarr" / "zarr.json").read_text())["attributes"] for case in cases)
     known = {case: found["targets"] for case, found in zip(cases, attributes, strict=True) if "targets" in found}
     if known:
@@ -338,7 +342,7 @@ def _prune(root: Path, cases: Collection[str]) -> None:
 
 
 def _same_channels(records: Sequence[Record]) -> tuple[list[Record], list[dict[str, str]]]:
-    """Records with the usual number of channels, the others as rejected rows: a batch has one number of channels."""
+    """Return records with the usual number of channels, and the others as rejected rows, as batches need one number."""
     if not records:
         return [], []
     counts = Counter(record.channels for record in records)
@@ -351,7 +355,7 @@ def _same_channels(records: Sequence[Record]) -> tuple[list[Record], list[dict[s
 
 
 def _check_share(root: Path, rejected: list[dict[str, str]], total: int, max_rejected_fraction: float) -> None:
-    """Raise where too many are rejected, with `rejected.jsonl` written."""
+    """Raise a PrepareError where too many cases are rejected, after writing `rejected.jsonl`."""
     if len(rejected) > max_rejected_fraction * total:
         write_lines(root / "rejected.jsonl", rejected)
         share = f"{len(rejected)} of {total} cases are rejected, more than max_rejected_fraction"

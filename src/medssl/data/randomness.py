@@ -1,4 +1,4 @@
-"""Counter-based randomness: every draw is a pure function of its key, so that runs resume and split over ranks."""
+"""Counter-based random numbers: every draw is a pure function of its key, so that runs resume and split over ranks."""
 
 import math
 from hashlib import blake2b
@@ -11,16 +11,16 @@ from torch import Tensor
 Key = int | str
 
 CACHED_NUMBERS = 65_536
-"""Numbers a row that are made at once on a CPU: what they pass through stays in its cache, in half the time."""
+"""Numbers per row that are computed at once on a CPU: they stay in its cache, which halves the time."""
 
 
 def counter_key(*key: Key) -> int:
-    """A 63-bit number that depends on every entry of `key` and on their order."""
+    """Return a 63-bit number that depends on every entry of `key` and on their order."""
     return int.from_bytes(_digest(key, 8), "little") >> 1
 
 
 def counter_generator(*key: Key) -> np.random.Generator:
-    """A NumPy generator (Philox) whose whole stream is a function of `key`."""
+    """Return a NumPy generator (Philox) whose whole stream is a function of `key`."""
     return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(key, 16), "little")))
 
 
@@ -29,13 +29,13 @@ def _digest(key: tuple[Key, ...], size: int) -> bytes:
 
 
 def hash_normal(num: int, key: Int64[Tensor, " row"]) -> Float32[Tensor, "row {num}"]:
-    """Standard normal numbers, a pure function of (row's key, column): the same on every device to about 1e-6.
+    """Return standard normal numbers, a pure function of (row's key, column): equal on all devices to about 1e-6.
 
     Two 32-bit hashes (a multiply-xorshift finaliser over a counter) make two numbers by the Box-Muller transform.
 
     Args:
-        num: numbers a row.
-        key: one 63-bit key a row, on the device where the numbers are wanted.
+        num: Numbers per row.
+        key: One 63-bit key per row, on the device where the numbers are needed.
     """
     half = -(-num // 2)
     low, high = (_int32(key & 0xFFFFFFFF)[:, None], _int32(key >> 32)[:, None])
@@ -56,7 +56,7 @@ def _int32(value: Int64[Tensor, " row"]) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """An avalanche over 32 bits, in place; integer products wrap alike on all devices."""
+    """Mix 32 bits thoroughly, in place; integer products wrap alike on all devices."""
     shifted = torch.empty_like(x)  # fresh memory costs more than the arithmetic
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, None)):
         torch.bitwise_right_shift(x, shift, out=shifted)
@@ -67,5 +67,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _uniform(x: Tensor) -> Float32[Tensor, "row half"]:
-    """Bits to (0, 1): the upper 23 and a half, so that the logarithm is finite."""
+    """Turn bits into numbers in (0, 1): the upper 23 bits and a half, so that the logarithm is finite."""
     return x.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)

@@ -1,4 +1,4 @@
-"""Image files to volumes in canonical RAS; what is wrong with a file is said in one readable reason."""
+"""Reading of image files as volumes in canonical RAS; an unusable file gives one readable reason."""
 
 import contextlib
 import threading
@@ -22,7 +22,7 @@ _ONE_LABEL = threading.Lock()
 
 
 class LabelMapError(ReadError):
-    """A label map among the images of a folder: skipped, not rejected."""
+    """A label map lies among the images of a folder; it is skipped, not rejected."""
 
 
 def read_volume(
@@ -32,17 +32,17 @@ def read_volume(
     min_side_voxel: int = 8,
     skip_label_maps: bool = False,
 ) -> Volume:
-    """The volume in a NIfTI, NRRD or MetaImage file, or in the DICOM series of a folder, in canonical RAS.
+    """Return the volume in a NIfTI, NRRD or MetaImage file, or in the DICOM series of a folder, in canonical RAS.
 
     Args:
-        path: file, or folder of a DICOM series.
-        channels: what to take from a file with several channels: "all", the number of one, or None, which refuses it.
-        min_side_voxel: volumes with a shorter side are refused.
-        skip_label_maps: whether what looks like a label map is none of the images that are looked for.
+        path: Image file, or folder of a DICOM series.
+        channels: Choice from a file with several channels: "all", the number of one, or None, which refuses it.
+        min_side_voxel: Volumes with a shorter side are refused.
+        skip_label_maps: Whether to refuse a volume that looks like a label map.
 
     Raises:
-        LabelMapError: it looks like a label map, one of a channel for each structure included.
-        ReadError: the volume cannot be used; the reason names what to do where there is something to do.
+        LabelMapError: The volume looks like a label map. One with a channel for each structure counts too.
+        ReadError: The volume cannot be used. The reason says what to do, where something can be done.
     """
     path = Path(path)
     check_channels(channels)
@@ -59,10 +59,10 @@ def read_volume(
 
 
 def read_label(path: str | Path, volume: Volume) -> Int[np.ndarray, "x y z"]:
-    """The label map in a file, on the grid of `volume`, as int16 or int32.
+    """Return the label map in a file, on the grid of `volume`, as int16 or int32.
 
     Raises:
-        ReadError: another shape or place than the volume's, fractional, negative or non-finite values.
+        ReadError: The map has another shape or place than the volume, or fractional, negative or non-finite values.
     """
     path = Path(path)
     with reasons_for(path):
@@ -72,7 +72,7 @@ def read_label(path: str | Path, volume: Volume) -> Int[np.ndarray, "x y z"]:
             raise ReadError(path, f"a label map has one channel, this one has {header.num_channels}")
         if (shape := _canonical_shape(header.shape, header.affine)) != volume.shape:
             raise ReadError(path, _wrong_shape(shape, volume.shape))
-        whole = _whole_numbers(path, load(None))  # before it is turned: that takes a copy, now a narrow one
+        whole = _whole_numbers(path, load(None))  # narrow before the turn to RAS, which copies
         array, affine = _canonical(whole, header.affine)
         _check_place(path, affine, volume)
         return array[0]
@@ -83,7 +83,7 @@ def _wrong_shape(label: Sequence[int], image: Sequence[int]) -> str:
 
 
 def check_label_file(path: Path, image: Path) -> str | None:
-    """Why `path` cannot be the label map of `image`, as far as the image's header tells; None if it can."""
+    """Return why `path` cannot be the label map of `image`, by the image's header; None if it can."""
     try:
         with reasons_for(path):
             header, load = open_image(path)
@@ -104,9 +104,9 @@ def check_label_file(path: Path, image: Path) -> str | None:
 
 
 def looks_like_label_map(channels: Iterable[Shaped[np.ndarray, "x y z"]]) -> bool:
-    """Whether each channel holds few whole values from -1 on, in pieces: most neighbours in a piece are equal.
+    """Return whether each channel holds few whole values from -1 on, in pieces: most neighbours in a piece are equal.
 
-    A constant channel is that of a structure which is not there; all constant, they are a label map if stored in bytes.
+    A constant channel stands for an absent structure. If all are constant, they are a label map if stored in bytes.
     """
     kinds = []
     for channel in channels:
@@ -124,7 +124,7 @@ def _whole(value: Any) -> bool:
 
 def _few_values_in_pieces(channel: Shaped[np.ndarray, "x y z"]) -> bool:
     values: set[float] = set()
-    for plane in channel[:: max(1, channel.shape[0] // 16)], channel:  # a few planes tell most images
+    for plane in channel[:: max(1, channel.shape[0] // 16)], channel:  # a few planes rule out most images
         for part in plane:
             if not np.array_equal(part, np.rint(part)):
                 return False
@@ -195,7 +195,7 @@ def check_sides(path: Path, shape: Sequence[int], min_side_voxel: int) -> None:
 
 
 def check_channels(channels: str | int | None) -> None:
-    """Raise a ValueError for what is neither "all", None nor a channel's number."""
+    """Raise a ValueError unless `channels` is "all", None or the number of a channel."""
     if channels in (None, "all") or (isinstance(channels, int) and not isinstance(channels, bool) and channels >= 0):
         return
     raise ValueError(f"channels takes all, null or the number of a channel (from 0), got {channels!r}")
@@ -235,7 +235,7 @@ def _check_place(path: Path, affine: Float[np.ndarray, "4 4"], volume: Volume) -
 
 
 def _check_labels(path: Path, array: Shaped[np.ndarray, "..."]) -> None:
-    """Raise a ReadError where values are no whole numbers from 0 on; slab by slab, without copies of the whole."""
+    """Raise a ReadError unless all values are whole numbers from 0 on; slab by slab, without copies of the whole."""
     num_fractional, example = 0, 0.0
     channels = np.moveaxis(array, -1, 0) if array.dtype.kind == "f" else ()
     for part in (slab for c in channels for slab in (c.T if c.flags.f_contiguous else c)):

@@ -1,4 +1,4 @@
-"""The recipe of a store: all that its content depends on; it names the store and is checked before work in it."""
+"""The recipe of a store: all that its content depends on. It names the store and is checked before any work."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def store_recipe(
     spacing_mm: float | Sequence[float] | None = None,
     min_side_voxel: int = 8,
 ) -> dict[str, Any]:
-    """All that the content of a store depends on, as JSON values."""
+    """Return all that the content of a store depends on, as JSON values."""
     spacing = three_spacings(spacing_mm)
     return {
         "source": source.recipe(),
@@ -30,14 +30,15 @@ def store_recipe(
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that stand for a recipe."""
+    """Return twelve hexadecimal digits that stand for a recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def locate_store(data: Any, store: str | Path | None) -> Path:
-    """The folder of the store that a configuration's `data` and `store` mean.
+    """Return the folder of the store that a configuration's `data` and `store` mean.
 
-    Raises: ValueError: none is named for `data=store`, or the named one was prepared with another recipe.
+    Raises:
+        ValueError: No store is named for `data=store`, or the named store was prepared with another recipe.
     """
     if data.get("source") is None:
         root = store or data.get("root")
@@ -85,7 +86,7 @@ def check_recipe(root: Path, recipe: dict[str, Any]) -> None:
 
 
 def three_spacings(spacing_mm: float | Sequence[float] | None) -> tuple[float, ...] | None:
-    """The spacing along x, y, z that one or three numbers mean; None stays None."""
+    """Return the spacing along x, y, z that one or three numbers mean; None stays None."""
     if spacing_mm is None:
         return None
     values = [spacing_mm] * 3 if isinstance(spacing_mm, int | float) else list(spacing_mm)

@@ -8,22 +8,21 @@ LOBES = 4
 
 
 SINC_RATIO = 1 + 1e-9
-"""The least ratio that asks for the Lanczos filter: for views as fine as a pyramid level but coarser than level 0."""
+"""Least ratio that selects the Lanczos filter, for views as fine as their pyramid level but coarser than level 0."""
 
 
 def resampling_matrix(
     positions: Float64[np.ndarray, " out"], num_in: int, *, ratio: float, border: bool
 ) -> Float32[np.ndarray, "out {num_in}"]:
-    """Weights that turn `num_in` samples into values at `positions`.
+    """Return the weights that turn `num_in` samples into values at `positions`.
 
-    With `ratio` <= 1 (the output is as fine as the input or finer) this is linear interpolation; with `ratio` > 1 a
-    Lanczos filter
-    stretched by `ratio`, so that nothing beyond the output's Nyquist limit folds back.
+    With `ratio` <= 1 (the output is as fine as the input or finer) this is linear interpolation. With `ratio` > 1 it is
+    a Lanczos filter stretched by `ratio`, so that nothing beyond the output's Nyquist limit folds back.
 
     Args:
-        positions: where to sample, in input voxels (0 is the centre of the first one).
-        num_in: number of input samples.
-        ratio: output step over input step.
+        positions: Places to sample at, in input voxels (0 is the centre of the first one).
+        num_in: Number of input samples.
+        ratio: Step of the output over step of the input.
         border: True repeats the edge sample outside; False counts what lies outside as zero, so that rows sum to less
             than one there.
 
@@ -50,14 +49,14 @@ def resampling_matrix(
 
 
 def support_voxel(ratio: float) -> float:
-    """Half width of the filter for an output `ratio` times as coarse as the input, in input voxels."""
+    """Return the half width of the filter for an output `ratio` times as coarse as the input, in input voxels."""
     return LOBES * ratio if ratio > 1 else 1.0
 
 
 def resample_axis(
     array: Float32[np.ndarray, "..."], axis: int, *, positions: Float64[np.ndarray, " out"], ratio: float
 ) -> Float32[np.ndarray, "..."]:
-    """The array with one axis sampled at `positions` (input voxels); edge samples repeat outside."""
+    """Return the array with one axis sampled at `positions` (input voxels); edge samples repeat outside."""
     matrix = resampling_matrix(positions, array.shape[axis], ratio=ratio, border=True)
     return np.ascontiguousarray(np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis))
 
@@ -65,7 +64,7 @@ def resample_axis(
 def halve(
     array: Float32[np.ndarray, "channel x y z"], *, axes: tuple[bool, ...]
 ) -> Float32[np.ndarray, "channel x2 y2 z2"]:
-    """The array at half the resolution along the chosen spatial axes: voxel i lies at 2i + 0.5 of the input."""
+    """Return the array at half the resolution along the chosen axes; voxel i lies at 2i + 0.5 of the input."""
     for axis, chosen in enumerate(axes, start=1):
         if chosen:
             positions = 2.0 * np.arange(-(-array.shape[axis] // 2)) + 0.5

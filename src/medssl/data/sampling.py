@@ -1,4 +1,4 @@
-"""Which cases make a batch: samplers are pure functions of the step, so that a run resumes by starting at its step."""
+"""Samplers, which choose the cases of a batch: pure functions of the step, so that a run resumes at its step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from medssl.data.randomness import counter_generator
 
 PARTNERS = ("random", "previous", "linked", "self")
 NUM_LINKS = 8
-"""Links of a case in tables of pairs: up to 16 partners, of which a store of 30 cases has about 7."""
+"""Links of a case in tables of pairs: up to 16 partners. A store of 30 cases has about 7 of them."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Request:
     """One sample to be made.
 
     Args:
-        cases: numbers of the cases in the store.
-        sample: its number in the run: with the seed it determines everything drawn for it.
-        location: grid location, where the sampler assigns one.
-        anchor_body: body coordinate, where the sampler assigns one.
+        cases: Numbers of the cases in the store.
+        sample: Number of the sample in the run. With the seed it determines everything drawn for the sample.
+        location: Grid location, where the sampler assigns one.
+        anchor_body: Body coordinate, where the sampler assigns one.
     """
 
     cases: tuple[int, ...]
@@ -33,20 +33,22 @@ class Request:
 
 @runtime_checkable
 class CaseSampler(Protocol):
-    """Gives every rank its part of each step's batch."""
+    """A sampler, which gives every rank its part of each step's batch."""
 
     def batch(
         self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> list[Request]:
-        """The requests of one rank at one step: disjoint and equally many over the ranks, the same for any number.
+        """Return the requests of one rank at one step.
+
+        Ranks get disjoint requests, equally many each. All together are the same for any number of ranks.
 
         Args:
-            step: optimiser step, from 0.
-            index: case numbers to choose from.
-            batch_size: requests of all ranks together, divisible by `world`.
-            seed: of the run.
-            rank: this process.
-            world: number of processes.
+            step: Optimiser step, counted from 0.
+            index: Case numbers to choose from.
+            batch_size: Number of requests of all ranks together, divisible by `world`.
+            seed: Seed of the run.
+            rank: Number of this process.
+            world: Number of processes.
         """
 
 
@@ -56,7 +58,7 @@ def _permutation(num: int, *key: int | str) -> np.ndarray:
 
 
 def _nth(index: Sequence[int], position: int, *key: int | str) -> int:
-    """Entry `position` of the endless sequence of reshuffled copies of `index`."""
+    """Return entry `position` of the endless sequence of reshuffled copies of `index`."""
     epoch, place = divmod(position, len(index))
     return int(index[_permutation(len(index), *key, epoch)[place]])
 
@@ -73,7 +75,7 @@ def _of_rank(requests: list[Request], rank: int, world: int) -> list[Request]:
 
 
 class Shuffled:
-    """Every case once an epoch, in a new order each; batches run on over the end of an epoch."""
+    """A sampler that takes every case once per epoch, in a new order each time; a batch may span two epochs."""
 
     def batch(
         self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
@@ -84,12 +86,14 @@ class Shuffled:
 
 
 class Pairs:
-    """Every case once an epoch, each with a partner case; a case without any is paired with itself.
+    """A sampler that takes every case once per epoch, each with a partner case.
+
+    A case without a partner is paired with itself.
 
     Args:
-        partner: "random": any other case, uniformly; "previous": the case one sample before; "linked": one of the
-            cases that a table of pairs knows (`linked_cases`), uniformly; "self": the case itself.
-        num_links: of the table, for "linked".
+        partner: "random" draws any other case, uniformly. "previous" is the case one sample before. "linked" draws one
+            of the cases that a table of pairs knows (`linked_cases`), uniformly. "self" is the case itself.
+        num_links: Links per case of the table, for "linked".
     """
 
     def __init__(self, *, partner: str = "random", num_links: int = NUM_LINKS) -> None:
@@ -125,23 +129,26 @@ class Pairs:
 
 
 def linked_cases(case: int, num_links: int = NUM_LINKS) -> list[int]:
-    """The partners of a case in tables of pairs: the cases 1, 2, 4, ... 2^(num_links - 1) places before or after it.
+    """Return the partners of a case in tables of pairs: cases 1, 2, 4, ... 2^(num_links - 1) places before or after.
 
-    Places are numbers in the store; those above 0 may exceed its last. The relation is symmetric and needs to know
-    neither the size of the store nor who is held out, so that a sampler and a table agree on any part of a store.
+    Places are numbers in the store; the numbers returned may exceed its last one. The relation is symmetric. It depends
+    neither on the size of the store nor on the held-out cases, so a sampler and a table agree on any part of a store.
     """
     steps = [2**link for link in range(num_links)]
     return [other for other in [case - step for step in reversed(steps)] if other >= 0] + [case + s for s in steps]
 
 
 class SameLocation:
-    """One grid location a batch, for all ranks, or a few; all locations once a round, in a new order each.
+    """A sampler of one grid location per batch, or a few, for all ranks.
+
+    Every round visits all locations once, in a new order each time.
 
     Args:
-        num_locations: number of locations.
-        batches_per_visit: batches at a location before the next; None: as many as the cases fill, at least one.
+        num_locations: Number of grid locations.
+        batches_per_visit: Batches at a location before the next one. None means as many as the cases fill, at least
+            one.
         order: "shuffled" or "sequential".
-        locations_per_batch: more than 1 mixes that many locations, each with an equal share of the batch.
+        locations_per_batch: Number of locations in a batch, each with an equal share of it.
     """
 
     def __init__(
@@ -167,11 +174,11 @@ class SameLocation:
         self.locations_per_batch = locations_per_batch
 
     def steps_per_visit(self, num_cases: int, batch_size: int) -> int:
-        """Batches at one location before the next."""
+        """Return the number of batches at one location before the next."""
         return self.batches_per_visit or max(1, num_cases * self.locations_per_batch // batch_size)
 
     def steps_per_round(self, num_cases: int, batch_size: int) -> float:
-        """Batches in which every location is visited once."""
+        """Return the number of batches in which every location is visited once."""
         return self.steps_per_visit(num_cases, batch_size) * self.num_locations / self.locations_per_batch
 
     def batch(
@@ -196,13 +203,15 @@ class SameLocation:
 
 
 class Anchored:
-    """A few places of the body, each seen in several cases: nearby centres from different volumes in one batch.
+    """A sampler of a few places of the body: a batch has nearby centres from different volumes.
+
+    Each place is seen in several cases.
 
     Args:
-        volumes_per_anchor: cases for each anchor.
-        min_distance_body: least distance (largest axis) between the anchors of a batch, as far as it can be had in
-            100 draws.
-        margin_body: distance of anchors from the faces of the body box.
+        volumes_per_anchor: Number of cases for each anchor.
+        min_distance_body: Least distance (largest axis) between the anchors of a batch. Where 100 draws reach none, the
+            farthest one is taken.
+        margin_body: Least distance of anchors from the faces of the body box.
     """
 
     def __init__(

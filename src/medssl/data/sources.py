@@ -1,4 +1,4 @@
-"""Where cases come from: folders, data-set lists, tables. A scan reads names and headers, not images."""
+"""Sources of cases: folders, data-set lists, tables. A scan reads names and headers, not images."""
 
 import csv
 import difflib
@@ -37,19 +37,19 @@ NUM_DICOM_PROBES = 256
 class Folder:
     """Any tree of images: NIfTI, NRRD, MetaImage files and folders of DICOM slices; label maps in it are skipped.
 
-    Label maps are what lies in folders `labels*`, what ends in `_seg`, `_label`, `_organs`, `_vertebrae`, and, judged
-    when the file is read, volumes of few whole values. The top folder of a file is its group.
+    Label maps are files in folders `labels*`, files that end in `_seg`, `_label`, `_organs`, `_vertebrae`, and volumes
+    of few whole values, which show when the file is read. The top folder of a file is its group.
     """
 
     root: str | Path
     include_labels: bool = False
 
     def recipe(self) -> dict[str, Any]:
-        """Root and choice of labels."""
+        """Return the root folder and the choice of labels."""
         return {"kind": "folder", "root": str(resolved_root(self.root)), "include_labels": self.include_labels}
 
     def scan(self) -> Scan:
-        """Walk the tree once; a file is opened only to tell DICOM from other files without an image suffix."""
+        """Walk the tree once; a file without an image suffix is opened only to see whether it is DICOM."""
         root = existing_root(self.root)
         if not root.is_dir():
             raise ValueError(f"data.root={self.root} is a file; data=folder takes a folder of images")
@@ -79,15 +79,15 @@ class Decathlon:
     root: str | Path
 
     def recipe(self) -> dict[str, Any]:
-        """The root."""
+        """Return the root folder."""
         return {"kind": "decathlon", "root": str(resolved_root(self.root))}
 
     def label_names(self) -> dict[int, str]:
-        """What `labels` of the list says."""
+        """Return the names that `labels` of the list gives."""
         return _listed_names(existing_root(self.root) / "dataset.json")
 
     def scan(self) -> Scan:
-        """The listed images; labels where the list has them."""
+        """Return the listed images, with labels where the list has them."""
         root = existing_root(self.root)
         listed = _read_json(root / "dataset.json")
         scan = Scan()
@@ -111,21 +111,21 @@ class Decathlon:
 
 @dataclass(frozen=True, kw_only=True)
 class NnUnet:
-    """The raw layout of nnU-Net: imagesTr/CASE_0000.*, labelsTr/CASE.*, imagesTs/; one file a channel."""
+    """The raw layout of nnU-Net: imagesTr/CASE_0000.*, labelsTr/CASE.*, imagesTs/; one file per channel."""
 
     root: str | Path
 
     def recipe(self) -> dict[str, Any]:
-        """The root."""
+        """Return the root folder."""
         return {"kind": "nnunet", "root": str(resolved_root(self.root))}
 
     def label_names(self) -> dict[int, str]:
-        """What `labels` of dataset.json says, where there is one; regions of several values are left out."""
+        """Return the names of `labels` in dataset.json, where there is one; regions of several values are left out."""
         path = existing_root(self.root) / "dataset.json"
         return _listed_names(path) if path.is_file() else {}
 
     def scan(self) -> Scan:
-        """Cases of imagesTr (train) and imagesTs (test); a label without image and a missing channel are problems."""
+        """Return cases of imagesTr (train) and imagesTs (test); a lone label or a missing channel is a problem."""
         root = existing_root(self.root)
         scan = Scan()
         folders = (("labelsTr", "train"), ("labelsTs", "test"))
@@ -160,12 +160,12 @@ class NnUnet:
 
 @dataclass(frozen=True, kw_only=True)
 class Csv:
-    """A table: column `image` and, at will, `label case group split modality`; paths count from its folder."""
+    """A table with column `image` and, optionally, `label case group split modality`; paths count from its folder."""
 
     root: str | Path
 
     def recipe(self) -> dict[str, Any]:
-        """The table."""
+        """Return the path of the table."""
         return {"kind": "csv", "root": str(self._table())}
 
     def _table(self) -> Path:
@@ -178,7 +178,7 @@ class Csv:
         return tables[0]
 
     def scan(self) -> Scan:
-        """One case a row."""
+        """Return one case per row."""
         existing_root(self.root)
         table = self._table()
         rows = read_table(table)
@@ -217,16 +217,20 @@ class Csv:
 
 
 class SourceMissingError(ValueError):
-    """The images are not at hand; a store that was made from them can be used all the same."""
+    """The images are missing; a store that was made from them can still be used."""
 
 
 def resolved_root(root: str | Path) -> Path:
-    """The folder that `data.root` means, as a full path."""
+    """Return the folder that `data.root` means, as a full path."""
     return Path(root).expanduser().resolve()
 
 
 def existing_root(root: str | Path) -> Path:
-    """The folder that `data.root` means; a SourceMissingError where there is none."""
+    """Return the folder that `data.root` means.
+
+    Raises:
+        SourceMissingError: There is no such folder.
+    """
     path = resolved_root(root)
     if not path.exists():
         raise SourceMissingError(f"data.root={root} does not exist")
@@ -238,7 +242,7 @@ def _beside(table: Path, file: str) -> Path:
 
 
 def read_table(table: Path) -> list[dict[str, str]]:
-    """The rows of a file with a header: cells between commas, semicolons or tabs, whichever the header has most of."""
+    """Return the rows of a file with a header; the cell separator is the most frequent of comma, semicolon, tab."""
     try:
         lines = table.read_text(encoding="utf-8-sig").splitlines()
         delimiter = max(",;\t", key=lines[0].count) if lines else ","
@@ -251,7 +255,7 @@ def read_table(table: Path) -> list[dict[str, str]]:
 
 
 def _listed_names(path: Path) -> dict[int, str]:
-    """Values and names of the labels in a dataset.json, whichever of the two is the key; the background is left out."""
+    """Return values and names of labels in a dataset.json, whichever of the two is the key, without the background."""
     labels = _read_json(path).get("labels")
     names: dict[int, str] = {}
     for key, entry in labels.items() if isinstance(labels, dict) else ():
@@ -271,14 +275,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder, sorted, hidden ones left out; none where there is no such folder."""
+    """Return the image files in a folder, sorted, without hidden ones; none where there is no such folder."""
     if not folder.is_dir():
         return []
     return sorted(f for f in folder.iterdir() if has_image_suffix(f) and not f.name.startswith("."))
 
 
 def _images_below(root: Path, scan: Scan) -> Iterator[Path]:
-    """Image files and DICOM folders, sorted; hidden names and .zarr folders are left out, links followed once."""
+    """Yield image files and DICOM folders, sorted, without hidden names and .zarr folders; follow links once."""
     seen: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
@@ -299,7 +303,7 @@ def _images_below(root: Path, scan: Scan) -> Iterator[Path]:
 
 
 def _holds_slices(folder: Path, files: Sequence[Path], scan: Scan) -> bool:
-    """Whether one of the files is a DICOM image; a folder that only might hold some is noted as skipped."""
+    """Return whether one of the files is a DICOM image; a folder that only might hold some is noted as skipped."""
     probes = sorted(files, key=lambda file: file.suffix.lower() not in DICOM_SUFFIXES)[:NUM_DICOM_PROBES]
     num_objects = 0
     for file in probes:

@@ -1,6 +1,6 @@
-"""Which cases train, which are held out, which are labelled: by rule or from a file, with a hash that names the choice.
+"""Splits: the training, held-out and labelled cases, by rule or from a file, with a hash of the choice.
 
-A hash stands for the names of the cases alone: equal lists of two stores have equal hashes.
+The hash depends on the names of the cases alone: equal lists of two stores have equal hashes.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ RULES = ("auto", "source", "5fold")
 PARTS = ("train", "validation", "test")
 NUM_FOLDS = 5
 FOLD_SEED = 12345
-"""The seed of nnU-Net's default folds: the same case names give the same folds as there."""
+"""Seed of nnU-Net's default folds: the same case names give the same folds as in nnU-Net."""
 
 
 @dataclass(frozen=True)
 class CaseSplit:
-    """Case numbers of a store by their use.
+    """The case numbers of a store, by their use.
 
     Args:
-        name: "btcv_24_6", "5fold-0", "source", or the stem of a file.
-        training: cases to train on.
-        validation: cases to look at while training.
-        test: cases to report on.
-        hash: twelve hexadecimal digits of the lists of names.
+        name: Name of the split: "btcv_24_6", "5fold-0", "source", or the stem of a file.
+        training: Numbers of the cases to train on.
+        validation: Numbers of the cases to validate on during training.
+        test: Numbers of the cases to report on.
+        hash: Twelve hexadecimal digits that stand for the lists of names.
     """
 
     name: str
@@ -45,19 +45,19 @@ class CaseSplit:
 
     @property
     def evaluation(self) -> tuple[str, tuple[int, ...]]:
-        """What results are reported on: the test cases where there are some, else those for validation."""
+        """Name and cases of the part that results are reported on: test, or validation where there is no test case."""
         return ("test", self.test) if self.test else ("validation", self.validation)
 
 
 @dataclass(frozen=True)
 class LabelledSubset:
-    """The training cases whose labels are used.
+    """The labelled training cases that are used.
 
     Args:
-        cases: case numbers, ascending.
-        requested: what was asked for: a count, a share, or None for all.
-        seed: of the draw.
-        hash: twelve hexadecimal digits of the sorted names.
+        cases: Case numbers in ascending order.
+        requested: Requested size: a count, a share, or None for all.
+        seed: Seed of the draw.
+        hash: Twelve hexadecimal digits that stand for the sorted names.
     """
 
     cases: tuple[int, ...]
@@ -67,18 +67,18 @@ class LabelledSubset:
 
 
 def resolve_split(store: VolumeStore, *, split: str = "auto", fold: int = 0, labelled: bool = True) -> CaseSplit:
-    """The split that a configuration means, in case numbers of the store.
+    """Return the split that a configuration means, in case numbers of the store.
 
     Args:
-        store: prepared cases.
-        split: `source` (as the source calls its cases), `5fold` (the folds of nnU-Net), `auto` (the first where the
-            source names cases to evaluate on, else the second), a name of the registry, or the path of a JSON file.
-        fold: number of the fold that is held out, where the split has folds.
-        labelled: whether every case needs a label map, as for fine-tuning; False is for pre-training.
+        store: Store of the prepared cases.
+        split: `source` (the split that the source states), `5fold` (the folds of nnU-Net), `auto` (`source` where the
+            source names cases to evaluate on, else `5fold`), a name of the registry, or the path of a JSON file.
+        fold: Number of the held-out fold, where the split has folds.
+        labelled: Whether every case needs a label map, as for fine-tuning. False is for pre-training.
 
     Raises:
-        ValueError: no such split or fold; a case that the store lacks, that lacks its label or stands in two lists;
-            none to train or, with `labelled`, to evaluate on.
+        ValueError: There is no such split or fold; a case is missing from the store, lacks its label or stands in two
+            lists; or no case is left to train on or, with `labelled`, to evaluate on.
     """
     if split == "auto":
         named = [n for n, (_, part) in enumerate(store.cohorts) if part in ("validation", "test")]
@@ -100,23 +100,23 @@ def resolve_split(store: VolumeStore, *, split: str = "auto", fold: int = 0, lab
 
 
 def split_hash(lists: Mapping[str, Sequence[str]]) -> str:
-    """Twelve hexadecimal digits that stand for the names in the lists train, validation and test, in any order."""
+    """Return twelve hexadecimal digits that stand for the names in the lists train, validation, test, in any order."""
     return _hash({part: sorted(lists[part]) for part in PARTS})
 
 
 def few_labels(
     store: VolumeStore, training: Sequence[int], *, labelled: int | float | None, seed: int = 0
 ) -> LabelledSubset:
-    """The first `labelled` training cases in the order of SHA-256("SEED/CASE"): a smaller subset lies in a larger one.
+    """Return the first `labelled` training cases by SHA-256("SEED/CASE"): a smaller subset lies in a larger one.
 
     Args:
-        store: where the cases have their names.
-        training: case numbers to choose from.
-        labelled: a count; a share in (0, 1], rounded, at least one case; None for all.
-        seed: another one gives other subsets.
+        store: Store that knows the names of the cases.
+        training: Case numbers to choose from.
+        labelled: A count, or a share in (0, 1] that is rounded to at least one case, or None for all.
+        seed: Seed of the order; another seed gives other subsets.
 
     Raises:
-        ValueError: no such count or share.
+        ValueError: The count or share is out of range.
     """
     is_count = isinstance(labelled, int) and not isinstance(labelled, bool)
     if labelled is None:
@@ -139,14 +139,14 @@ def few_labels(
 def pretraining_cases(
     store: VolumeStore, *, split: str | None, fold: int, validation_fraction: float
 ) -> tuple[list[int], list[int]]:
-    """Case numbers for training without labels and for its validation; a choice that does not depend on the seed.
+    """Return case numbers for training without labels and for its validation, independent of the seed.
 
-    With a split, its training and validation cases. Without one, the cases that the source calls "validation" are held
-    out or, where it calls none so, a share of all (at least one where it is positive and there are two); those called
-    "test" are never used. A share of 0 turns validation off.
+    A split gives its training and validation cases. Without a split, the cases that the source calls "validation" are
+    held out. Where there are none, a share of all is held out (at least one case if it is positive and there are two).
+    Cases called "test" are never used. A share of 0 turns validation off.
 
     Raises:
-        ValueError: the share is none, the split cannot be had, or no case is left to train on.
+        ValueError: The share is not in [0, 1), the split cannot be resolved, or no case is left to train on.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"data.validation_fraction must lie in [0, 1), got {validation_fraction}")
@@ -169,19 +169,20 @@ def pretraining_cases(
 
 
 def write_split(path: Path, store: VolumeStore, split: CaseSplit, **notes: Any) -> None:
-    """Write a split with its name and hash, so that it can be given again as `data.split=PATH`, and `notes` beside."""
+    """Write a split with its name, its hash and `notes`; the file can be given again as `data.split=PATH`."""
     cases = {"train": split.training, "validation": split.validation, "test": split.test}
     lists = {part: sorted(store.names[n] for n in numbers) for part, numbers in cases.items()}
     write_text(path, json.dumps({"name": split.name, "hash": split.hash, **lists, **notes}, indent=1) + "\n")
 
 
 def read_split(path: Path, *, fold: int = 0) -> tuple[str, dict[str, list[str]]]:
-    """Name and lists of a split file: {"train": [...], "validation": [...], "test": [...]}, or {"folds": [[...], ...]}.
+    """Return name and lists of a split file: {"train": [], "validation": [], "test": []} or {"folds": [[], ...]}.
 
-    Each list of `folds` is held out once, and the others train. nnU-Net's `splits_final.json` is read as well.
+    Of `folds`, the list with number `fold` is held out and the others train. nnU-Net's `splits_final.json` can be read
+    too.
 
     Raises:
-        ValueError: the file is no split, was changed after it had been given a hash, or has no such fold.
+        ValueError: The file is not a split, was changed after its hash was written, or has no such fold.
     """
     try:
         content = json.loads(path.read_text())
@@ -211,18 +212,18 @@ def read_split(path: Path, *, fold: int = 0) -> tuple[str, dict[str, list[str]]]
 
 
 def folds_of(names: Sequence[str]) -> list[list[str]]:
-    """Five lists that share the names out: sorted, shuffled with a fixed seed, cut into contiguous parts.
+    """Return five lists that share out the names: sorted, shuffled with a fixed seed, cut into contiguous parts.
 
     Source: nnU-Net's default folds, which are those of scikit-learn's KFold(5, shuffle=True, random_state=12345).
     """
     order = np.arange(len(names))
-    np.random.RandomState(FOLD_SEED).shuffle(order)  # the stream that others' folds come from
+    np.random.RandomState(FOLD_SEED).shuffle(order)  # the random stream of nnU-Net's folds
     ordered = sorted(names)
     return [sorted(ordered[n] for n in part) for part in np.array_split(order, NUM_FOLDS)]
 
 
 def _lists(path: Path, content: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The three lists, also where one is missing or `val` stands for validation."""
+    """Return the three lists, also where one is missing or `val` stands for validation."""
     lists = {part: content.get(part, []) for part in PARTS}
     lists["validation"] = lists["validation"] or content.get("val", [])
     if not lists["train"] or not all(isinstance(case, str) for cases in lists.values() for case in cases):
@@ -252,9 +253,9 @@ def _source_lists(store: VolumeStore, *, labelled: bool) -> dict[str, list[str]]
 
 
 def _fold_lists(store: VolumeStore, fold: int, *, labelled: bool) -> dict[str, list[str]]:
-    """The folds of the cases with labels; without labels being needed, the others join the training cases.
+    """Return the folds of the cases with labels; where labels are not needed, the other cases join the training.
 
-    So a case that fine-tuning holds out is held out by pre-training with the same fold too.
+    A case that fine-tuning holds out is therefore also held out by pre-training with the same fold.
     """
     if not 0 <= fold < NUM_FOLDS:
         raise ValueError(f"data.fold={fold} is not one of the {NUM_FOLDS} folds of data.split=5fold, counted from 0")
@@ -293,7 +294,7 @@ def _check_uses(store: VolumeStore, name: str, lists: Mapping[str, Sequence[str]
 
 
 def _some(names: Sequence[str]) -> str:
-    """A few of the names, and how many there are."""
+    """Return a few of the names, and how many there are."""
     more = f", ... ({len(names)} cases)" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 

@@ -1,6 +1,6 @@
 """The volume store: one OME-Zarr multiscale group per case, an index, and derived tables.
 
-Layout of a store: `store.json` (format and recipe), `index.jsonl` (one record a case, sorted), `<case>.zarr/` (arrays
+Layout of a store: `store.json` (format and recipe), `index.jsonl` (one record per case, sorted), `<case>.zarr/` (arrays
 `0`, `1`, ... of shape (channel, x, y, z) from fine to coarse; `labels/segmentation/0`; `points`),
 `derived/<name>-<recipe hash>/<case>.npz`.
 """
@@ -27,20 +27,19 @@ NEEDS = {
     "heights": " file=FILE.csv",
     "external_keypoints": " file=FILE.csv",
 }
-"""What `medssl.derive` has to be told besides, by the name of the table."""
+"""Further arguments that `medssl.derive` needs, by the name of the table."""
 
-# No chunk cache: crops hardly ever share chunks, and the process must not come to hold whole volumes.
+# No chunk cache: crops hardly ever share chunks, and the process must not hold whole volumes.
 CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the index knows of a case. `shape`, `spacing_mm`, `affine` are those of level 0, in (x, y, z), RAS.
+    """The entry of a case in the index. `shape`, `spacing_mm`, `affine` are those of level 0, in (x, y, z), RAS.
 
-    `statistics` has one dict a channel (of the whole volume, in file units); stored integers mean `slope * value +
-    intercept`.
-    `level_factors` are voxels of level 0 per voxel of each level; voxel i of a level lies at (i + 0.5) * factor - 0.5
-    of level 0.
+    `statistics` has one dict per channel (over the whole volume, in file units). Stored integers mean
+    `slope * value + intercept`. `level_factors` are voxels of level 0 per voxel of each level; voxel i of a level lies
+    at (i + 0.5) * factor - 0.5 of level 0.
     """
 
     case: str
@@ -68,27 +67,27 @@ class Record:
 
     @cached_property
     def volume_to_mm(self) -> Float[np.ndarray, "4 4"]:
-        """Voxel index of level 0 -> RAS millimetres."""
+        """The map from voxel indices of level 0 to RAS millimetres."""
         return np.array(self.affine, dtype=np.float64)
 
     @cached_property
     def mm_to_volume(self) -> Float[np.ndarray, "4 4"]:
-        """RAS millimetres -> voxel index of level 0."""
+        """The map from RAS millimetres to voxel indices of level 0."""
         return np.linalg.inv(self.volume_to_mm)
 
     def values(self, stored: Shaped[np.ndarray, " channel *box"]) -> Float32[np.ndarray, " channel *box"]:
-        """Stored integers in file units."""
+        """Return stored integers in file units."""
         shape = (-1, *[1] * (stored.ndim - 1))
         slope, intercept = (np.array(v, dtype=np.float32).reshape(shape) for v in (self.slope, self.intercept))
         return stored.astype(np.float32) * slope + intercept
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
+        """Return the record as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
-        """The record that `to_json` wrote."""
+        """Return the record that `to_json` wrote."""
         frozen: dict[str, Any] = {}
         for key, value in values.items():
             rows = value if isinstance(value, list) else None
@@ -99,7 +98,11 @@ class Record:
 
 
 def read_case_record(folder: Path) -> Record:
-    """The record inside a finished case folder, or a ValueError that names the folder."""
+    """Return the record inside a finished case folder.
+
+    Raises:
+        ValueError: The folder is not a finished case.
+    """
     try:
         return Record.from_json(json.loads((folder / "zarr.json").read_text())["attributes"]["medssl"])
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -111,10 +114,10 @@ def read_case_record(folder: Path) -> Record:
 class VolumeStore:
     """A prepared store, opened for reading: records by number, asynchronous partial reads, points, derived tables.
 
-    Records are parsed when they are asked for, so that opening costs one pass over the index file.
+    Records are parsed on demand, so that opening costs one pass over the index file.
 
     Raises:
-        ValueError: `root` is not a store, or was not prepared to its end.
+        ValueError: `root` is not a store, or its preparation did not finish.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -136,11 +139,11 @@ class VolumeStore:
         self.open = lru_cache(maxsize=4096)(self._open)
 
     def __len__(self) -> int:
-        """Number of cases."""
+        """Return the number of cases."""
         return len(self.lines)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Only the path travels to another process."""
+        """Return the path alone, which is all that travels to another process."""
         return {"root": self.root}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -149,12 +152,12 @@ class VolumeStore:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """How the store was prepared."""
+        """The recipe that the store was prepared with."""
         return json.loads((self.root / "store.json").read_text())["recipe"]
 
     @cached_property
     def cohorts(self) -> list[tuple[str, str]]:
-        """Group and split of every case, without parsing the records to their end."""
+        """Group and split of every case, without building the records."""
         rows = (json.loads(line) for line in self.lines)
         return [(row["group"], row["split"]) for row in rows]
 
@@ -165,17 +168,17 @@ class VolumeStore:
 
     @cached_property
     def label_names(self) -> dict[int, str]:
-        """What the label values mean, as far as the source knows; nothing in a store of an earlier version."""
+        """Names of the label values, as far as the source knows them; none in a store of an earlier version."""
         path = self.root / "labels.json"
         found = json.loads(path.read_text()) if path.is_file() else {}
         return {int(value): name for value, name in found.items()}
 
     def has_label(self, case: int) -> bool:
-        """Whether the case has a label map (which may be empty)."""
+        """Return whether the case has a label map (which may be empty)."""
         return bool(self.record(case).labels) or (self.root / f"{self.names[case]}.zarr" / "labels").is_dir()
 
     def records(self) -> Iterator[Record]:
-        """All records, in order of their number."""
+        """Return all records, in order of their number."""
         return (self._record(number) for number in range(len(self)))
 
     def read(
@@ -187,7 +190,11 @@ class VolumeStore:
     def read_label(
         self, case: int, lower: Corner, upper: Corner
     ) -> "tensorstore.Future[Shaped[np.ndarray, 'one x y z']]":
-        """Start to read the label of a box of level 0; a ValueError where the case has none."""
+        """Start to read the label of a box of level 0.
+
+        Raises:
+            ValueError: The case has no label.
+        """
         if not self.has_label(case):
             raise ValueError(
                 f"case {self.record(case).case} of {self.root} has no label; prepare it from a labelled source"
@@ -215,7 +222,7 @@ class VolumeStore:
             raise ValueError(f"case {self.record(case).case}: cannot open {path}: {error}") from error
 
     def _points(self, case: int) -> Int32[np.ndarray, "point 4"]:
-        """Body voxels (value -1) and label voxels of a case: x, y, z, value."""
+        """Return body voxels (value -1) and label voxels of a case: x, y, z, value."""
         return self._open(case, "points").read().result()
 
     def _derived(self, name: str, case: int) -> dict[str, np.ndarray]:
@@ -223,7 +230,7 @@ class VolumeStore:
             return dict(table)
 
     def derived_file(self, name: str, case: int) -> Path:
-        """The derived table `name` of a case, as `medssl.derive` made it; `derived` gives its arrays and keeps them."""
+        """Return the file of the derived table `name` of a case; `derived` returns its arrays and caches them."""
         pointer = self.root / "derived" / f"{name}.json"
         if not pointer.is_file():
             options = f"what={name}{NEEDS.get(name, '')} store={self.root}"

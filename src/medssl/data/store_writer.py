@@ -1,4 +1,4 @@
-"""Cases of a store and its index, written whole or not at all; `medssl.data.store` has the layout and reads it."""
+"""The writer of a store's cases and index, whole or not at all; `medssl.data.store` reads them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from medssl.data.volume import Box, Volume
 
 CHUNK_VOXEL = 32
 COARSEST_VOXEL = 96
-"""No further level is made once the longest side is at most this long, so that the coarsest is about 64 voxels."""
+"""Levels end once the longest side is at most this long, so that the coarsest one has about 64 voxels."""
 
 
 def write_case(
@@ -38,20 +38,20 @@ def write_case(
     """Write one case and return its record; it appears only when it is whole. Equal input gives equal bytes.
 
     Args:
-        root: the store.
-        case: file-name safe and unique.
-        volume: canonical RAS voxels; stored as int16, exactly where they are integers in its range, else linearly
-            quantised.
-        label: on the same grid, kept at full resolution only.
-        modality: "ct" or "mr".
-        group: the cohort the case belongs to.
-        split: "train", "validation", "test" or "" where the source does not say.
-        statistics: of the whole volume, one dict a channel.
-        body: box of the body, voxel faces.
-        points: x, y, z (voxels) and value: -1 for a body voxel, else the label there.
-        voxel_hash: of the canonical voxels as read.
-        source: where the case came from.
-        attributes: what else its description keeps.
+        root: Folder of the store.
+        case: Name of the case, unique and safe as a file name.
+        volume: Canonical RAS voxels. They are stored as int16: exactly where they are integers in its range, else
+            linearly quantised.
+        label: Label map on the same grid, kept at full resolution only.
+        modality: Modality of the volume, "ct" or "mr".
+        group: Cohort of the case.
+        split: "train", "validation" or "test", or "" where the source does not say.
+        statistics: Intensity statistics of the whole volume, one dict per channel.
+        body: Box of the body, in voxel faces.
+        points: Rows of x, y, z (voxels) and value: -1 for a body voxel, else the label there.
+        voxel_hash: Hash of the canonical voxels as read.
+        source: Place that the case came from.
+        attributes: Further entries of the description of the case.
     """
     stored, slope, intercept = _to_int16(volume.array, statistics)
     factors = _level_factors(volume.shape, volume.spacing_mm)
@@ -112,9 +112,9 @@ def write_index(root: Path, records: Sequence[Record]) -> None:
 def _to_int16(
     array: Shaped[np.ndarray, "channel x y z"], statistics: Sequence[dict[str, float]]
 ) -> tuple[Shaped[np.ndarray, "channel x y z"], tuple[float, ...], tuple[float, ...]]:
-    """Stored integers, slope and intercept of each channel: exact for whole numbers that span at most 65,536 values.
+    """Return stored integers, slope and intercept of each channel: exact for whole numbers in at most 65,536 values.
 
-    All else is quantised linearly; values beyond eight times the central range (0.5 to 99.5 %) are clipped,
+    Other values are quantised linearly. Values beyond eight times the central range (0.5 to 99.5 %) are clipped,
     because a single hot voxel would cost the resolution of all others.
     """
     stored, scales = np.empty(array.shape, np.int16), []

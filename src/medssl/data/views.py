@@ -1,4 +1,4 @@
-"""What a method asks for (`ViewPlan`) and what it gets (`View`)."""
+"""The view plan that a method states (`ViewPlan`) and the views that it gets (`View`)."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ from medssl.data.scene import Placement, Scene
 from medssl.data.store import Record, VolumeStore
 
 LARGEST_RATIO = 1.5
-"""Of the sides of a crop to those of the patches that its locations were found with."""
+"""Largest ratio between the sides of a crop and those of the patches that its locations were found with."""
 INVERSE_STEPS = 20
 INVERSE_TOLERANCE_VOXEL = 0.25
 
@@ -29,25 +29,25 @@ class View:
     """One group of a drawn batch: `b` samples with `v` views each, all of one size.
 
     Args:
-        image: grey values.
-        matrix: view voxel -> level-0 volume voxel.
-        volume_to_mm: volume voxel -> RAS mm, of the view's case.
-        volume_shape: voxels of the case's volume.
-        case: number of the case in the store.
-        group: number of the case's cohort; equal for equal cohorts.
-        location_body: body coordinate of the crop's centre before augmentation.
-        crop_body: lower and upper face of the crop before augmentation, in body coordinates.
-        body_faces: lower and upper face of the body box, in volume voxels.
-        displacement: view voxels, where a view was bent: the voxel u shows `matrix @ (u + displacement[u])`.
-        location_index: grid location, -1 where there is none.
-        coordinate: of the grid location, in [-1, 1] along each axis: the same for all cases.
-        location_valid: whether the case shows the grid location.
-        valid: voxels inside the volume.
-        label: nearest-neighbour labels.
-        regions: nearest-neighbour numbers of a derived map, 0 beyond it.
-        points: points that travel with the view, in volume voxels.
-        inside: whether they lie in the view.
-        point_features: further columns of the points' table.
+        image: Grey values of the views.
+        matrix: Map from view voxels to level-0 volume voxels.
+        volume_to_mm: Map from volume voxels of the view's case to RAS mm.
+        volume_shape: Number of voxels of the case's volume along x, y, z.
+        case: Number of the case in the store.
+        group: Number of the case's cohort, equal for equal cohorts.
+        location_body: Body coordinate of the crop's centre before augmentation.
+        crop_body: Lower and upper face of the crop before augmentation, in body coordinates.
+        body_faces: Lower and upper face of the body box, in volume voxels.
+        displacement: Displacement in view voxels, where a view is bent: voxel u shows `matrix @ (u + displacement[u])`.
+        location_index: Number of the grid location, -1 where there is none.
+        coordinate: Coordinate of the grid location, in [-1, 1] along each axis: the same for all cases.
+        location_valid: Whether the case shows the grid location.
+        valid: Mask of the voxels inside the volume.
+        label: Nearest-neighbour labels.
+        regions: Nearest-neighbour region numbers of a derived map, 0 beyond it.
+        points: Points that travel with the view, in volume voxels.
+        inside: Whether the points lie in the view.
+        point_features: Further columns of the points' table.
     """
 
     image: Float[Tensor, "b v c x y z"]
@@ -71,12 +71,12 @@ class View:
     point_features: Float32[Tensor, "b v k f"] | None = None
 
     def to_volume(self, points: Float[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
-        """View voxels -> volume voxels, displacement included."""
+        """Map view voxels to volume voxels, displacement included."""
         points = points.double()
         return apply_each(self.matrix, points + _displaced(points, self._field()))
 
     def to_view(self, points: Float[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
-        """Volume voxels -> view voxels; not-a-number where the inverse is off by more than 0.25 volume voxel."""
+        """Map volume voxels to view voxels; NaN where the inverse is off by more than 0.25 volume voxel."""
         straight = apply_each(torch.linalg.inv(self.matrix), points.double())
         if self.displacement is None:
             return straight
@@ -87,11 +87,11 @@ class View:
         return torch.where(residual <= INVERSE_TOLERANCE_VOXEL, found, torch.nan)
 
     def grid_mm(self) -> Float32[Tensor, "b v 3 x y z"]:
-        """RAS position of every voxel in millimetres, displacement included."""
+        """Return the RAS position of every voxel in millimetres, displacement included."""
         return self._grid(self.volume_to_mm @ self.matrix)
 
     def grid_body(self) -> Float32[Tensor, "b v 3 x y z"]:
-        """Body coordinate of every voxel, 0 to 1 inside the body box, displacement included."""
+        """Return the body coordinate of every voxel, 0 to 1 inside the body box, displacement included."""
         if self.body_faces is None:
             raise ValueError("this view does not know the body box of its case; make it with body_faces")
         lower, upper = self.body_faces.unbind(2)
@@ -100,12 +100,12 @@ class View:
         return self._grid(to_body @ self.matrix)
 
     def center_volume(self) -> Float64[Tensor, "b v 3"]:
-        """The middle of each view in volume voxels."""
+        """Return the middle of each view in volume voxels."""
         middle = (torch.tensor(self.image.shape[3:], dtype=torch.float64, device=self.image.device) - 1) / 2
         return apply_each(self.matrix, middle.expand(*self.case.shape, 1, 3))[..., 0, :]
 
     def _grid(self, matrix: Float64[Tensor, "b v 4 4"]) -> Float32[Tensor, "b v 3 x y z"]:
-        """Every displaced view voxel through a matrix."""
+        """Map every displaced view voxel through a matrix."""
         sides = self.image.shape[3:]
         axes = [torch.arange(n, dtype=torch.float64, device=self.image.device) for n in sides]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (3 x y z)
@@ -115,14 +115,14 @@ class View:
         return (moved + matrix[..., :3, 3, None, None, None]).float()
 
     def _field(self) -> Float64[Tensor, "b v 3 x y z"] | None:
-        """The displacement in double precision; to make it takes longer than to look up points in it."""
+        """Return the displacement in double precision; the conversion takes longer than looking up points in it."""
         return None if self.displacement is None else self.displacement.double()
 
 
 def _displaced(
     points: Float64[Tensor, "b v k 3"], field: Float64[Tensor, "b v 3 x y z"] | None
 ) -> Float64[Tensor, "b v k 3"]:
-    """The displacement at view voxels, trilinear, the edge's beyond the edge."""
+    """Return the displacement at view voxels, trilinear, with the edge's value beyond the edge."""
     if field is None:
         return torch.zeros_like(points)
     sides = torch.tensor(field.shape[3:], device=points.device)
@@ -133,7 +133,7 @@ def _displaced(
 
 
 def apply_each(matrix: Float64[Tensor, "*#b 4 4"], points: Float64[Tensor, "*#b k 3"]) -> Float64[Tensor, "... k 3"]:
-    """Points after the affine maps of their samples: `geometry.apply` for batches."""
+    """Return points after the affine maps of their samples: `geometry.apply` for batches."""
     return points @ matrix[..., :3, :3].mT + matrix[..., None, :3, 3]
 
 
@@ -142,12 +142,12 @@ class PlacedView:
     """Everything that determines one view, before any voxel is read.
 
     Args:
-        case: number of the case in the store.
-        record: its index record.
-        placement: the place before augmentation.
-        pose: the place after it.
-        parameters: of each intensity augmentation of the group, in order.
-        keys: of each intensity augmentation, for what it draws by voxel.
+        case: Number of the case in the store.
+        record: Its index record.
+        placement: Place of the view before augmentation.
+        pose: Place of the view after augmentation.
+        parameters: Parameters of each intensity augmentation of the group, in order.
+        keys: Key of each intensity augmentation, for the numbers it draws by voxel.
     """
 
     case: int
@@ -159,7 +159,7 @@ class PlacedView:
 
 
 def other_size(spec: GridCrop, store: VolumeStore) -> str | None:
-    """In words that crops are larger or smaller than the patches of their table; None where they are alike, or unknown.
+    """Return a note on crops with sides unlike the patches of their table; None if alike or unknown.
 
     Crops are measured in the first case.
     """
@@ -178,9 +178,9 @@ def other_size(spec: GridCrop, store: VolumeStore) -> str | None:
 
 
 def other_window(spec: ViewSpec, store: VolumeStore) -> str | None:
-    """In words that views show CT in another window than that in which their points were found; None where alike.
+    """Return a note on views that show CT in another window than the one in which their points were found.
 
-    None too where the window of either is unknown, and where the store has no CT.
+    None where the windows are equal, where one is unknown, and where the store has no CT.
     """
     pointer = store.root / "derived" / f"{spec.points}.json"
     if spec.points is None or not pointer.is_file():
@@ -200,7 +200,7 @@ def other_window(spec: ViewSpec, store: VolumeStore) -> str | None:
 
 
 def _window_hu(augmentation: Augmentation) -> Sequence[float] | None:
-    """Of CT, where the augmentation states one."""
+    """Return the window for CT, where the augmentation states one."""
     if isinstance(augmentation, Window):
         return augmentation.low_hu, augmentation.high_hu
     return augmentation.window_hu if isinstance(augmentation, ByModality) else None
@@ -210,7 +210,7 @@ class ViewPlan:
     """The groups of views a method asks for, by name, placed in the order in which they are stated.
 
     Args:
-        groups: name -> where the group's views lie and how they are drawn.
+        groups: Specification of each group by its name: where its views lie and how they are drawn.
     """
 
     def __init__(self, *, groups: Mapping[str, ViewSpec]) -> None:
@@ -226,12 +226,12 @@ class ViewPlan:
 
     @property
     def num_locations(self) -> int:
-        """Grid locations of the group that states a grid; 0 where none does."""
+        """The number of grid locations of the group that states a grid; 0 where none does."""
         return max(getattr(spec, "num_locations", 0) for spec in self.groups.values())
 
     @property
     def first_size(self) -> list[int]:
-        """Voxels of the views of the first group."""
+        """The size of the first group's views in voxels along x, y, z."""
         return [int(side) for side in next(iter(self.groups.values())).size]
 
     @property
@@ -240,7 +240,7 @@ class ViewPlan:
         return {table for spec in self.groups.values() if (table := getattr(spec, "table", None))}
 
     def locations_in(self, store: VolumeStore) -> int:
-        """Grid locations, also where a table of the store holds them; 0 where no group has any."""
+        """Return the number of grid locations, also where a table of the store holds them; 0 where there are none."""
         return max([self.num_locations, *(len(store.derived(table, 0)["centre_mm"]) for table in self.tables)])
 
     def check(self, store: VolumeStore) -> None:
@@ -251,13 +251,13 @@ class ViewPlan:
                     store.derived_file(name, 0)
 
     def notes(self, store: VolumeStore) -> list[str]:
-        """What is odd about the groups in this store, a line each."""
+        """Return notes on doubtful settings of the groups for this store, one line each."""
         found = [other_size(spec, store) for spec in self.groups.values() if isinstance(spec, GridCrop)]
         found += [other_window(spec, store) for spec in self.groups.values()]
         return [note for note in dict.fromkeys(found) if note is not None]
 
     def place(self, scene: Scene, *, seed: int, step: int) -> dict[str, list[PlacedView]]:
-        """The views of one request, a pure function of (seed, step, the request's sample, view)."""
+        """Return the views of one request, a pure function of (seed, step, the request's sample, view)."""
         sample = scene.request.sample
         places: dict[str, list[Placement]] = {}
         for name, spec in self.groups.items():

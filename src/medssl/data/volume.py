@@ -1,4 +1,4 @@
-"""A volume and what is measured on it once: its body, its intensities, its hash, points to place crops at."""
+"""A volume and its measurements: its body, its intensities, its hash, and points to place crops at."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from medssl.data.resampling import resample_axis, resampling_matrix
 
 PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
 BODY_RECIPE = {"threshold_hu": -500.0, "copy_spacing_mm": 4.0, "num_body_points": 4096, "num_label_points": 1024}
-"""How the body and the points are found; part of a store's recipe."""
+"""Settings for finding the body and the points; they are part of a store's recipe."""
 
 CT_MINIMUM_HU = -200.0
 SAME_SPACING = 1e-4
-"""Spacings whose ratio is this close to one are equal but for rounding in the header."""
+"""Spacings whose ratio is this close to one are equal up to rounding in the header."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +31,13 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Voxels along x, y, z."""
+        """Number of voxels along x, y, z."""
         x, y, z = self.array.shape[1:]
         return x, y, z
 
     @property
     def num_channels(self) -> int:
-        """Channels of a voxel."""
+        """Number of channels of a voxel."""
         return self.array.shape[0]
 
     @property
@@ -63,7 +63,7 @@ class Box:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> "Box":
-        """The box of a whole volume."""
+        """Return the box of a whole volume."""
         return cls(np.full(3, -0.5), np.asarray(shape, dtype=np.float64) - 0.5)
 
     @property
@@ -72,21 +72,21 @@ class Box:
         return self.upper - self.lower
 
     def to_body(self, points_voxel: Shaped[np.ndarray, "*point 3"]) -> Float64[np.ndarray, "*point 3"]:
-        """Volume voxels -> body coordinates."""
+        """Map volume voxels to body coordinates."""
         return (np.asarray(points_voxel, dtype=np.float64) - self.lower) / self.size
 
     def to_volume(self, points_body: Shaped[np.ndarray, "*point 3"]) -> Float64[np.ndarray, "*point 3"]:
-        """Body coordinates -> volume voxels."""
+        """Map body coordinates to volume voxels."""
         return np.asarray(points_body, dtype=np.float64) * self.size + self.lower
 
 
 def guess_modality(array: Shaped[np.ndarray, "channel x y z"]) -> str:
-    """`ct` where the minimum of the first channel lies below -200, else `mr`."""
+    """Return `ct` where the minimum of the first channel lies below -200, else `mr`."""
     return "ct" if float(array[0].min()) < CT_MINIMUM_HU else "mr"
 
 
 def voxel_hash(array: Shaped[np.ndarray, "channel x y z"]) -> str:
-    """SHA-256 of the shape and of the voxels as little-endian float32: the same for any file type and voxel type."""
+    """Return the SHA-256 of the shape and of the voxels as little-endian float32, for any file or voxel type."""
     digest = hashlib.sha256(np.asarray(array.shape, dtype="<i8").tobytes())
     for channel in array:
         for plane in channel:  # plane by plane: no float copy of the whole volume
@@ -95,7 +95,7 @@ def voxel_hash(array: Shaped[np.ndarray, "channel x y z"]) -> str:
 
 
 def intensity_statistics(array: Shaped[np.ndarray, "channel x y z"]) -> list[dict[str, float]]:
-    """Per channel: minimum, maximum, mean, std and the percentiles p0_5 p1 p5 p50 p95 p99 p99_5 of the whole volume."""
+    """Return minimum, maximum, mean, std and percentiles p0_5 p1 p5 p50 p95 p99 p99_5 of each whole channel."""
     return [_channel_statistics(channel) for channel in array]
 
 
@@ -124,7 +124,7 @@ def _channel_statistics(channel: Shaped[np.ndarray, "x y z"]) -> dict[str, float
 def coarse_copy(
     channel: Shaped[np.ndarray, "x y z"], *, spacing_mm: Sequence[float], target_mm: float
 ) -> tuple[Float[np.ndarray, "x2 y2 z2"], Int[np.ndarray, "3"]]:
-    """Block means at about `target_mm` (at least 16 voxels a side are kept), and the block size in voxels."""
+    """Return block means at about `target_mm` (at least 16 voxels a side are kept), and the block size in voxels."""
     factor = np.array(
         [max(1, min(round(target_mm / s), n // 16)) for s, n in zip(spacing_mm, channel.shape, strict=True)]
     )
@@ -143,7 +143,7 @@ def coarse_copy(
 def find_body(
     volume: Volume, *, modality: str, threshold_hu: float = -500.0, copy_spacing_mm: float = 4.0
 ) -> tuple[Box, Bool[np.ndarray, "x2 y2 z2"], Int[np.ndarray, "3"]]:
-    """The body: its box, its mask on a coarse copy, and the voxels per voxel of that copy.
+    """Return the box of the body, its mask on a coarse copy, and the voxels per voxel of that copy.
 
     The body is the largest component above `threshold_hu` (CT) or above Otsu's threshold (MR) of the first channel,
     with the holes of each axial slice filled, so that lungs belong to it. A volume without one is all body.
@@ -160,7 +160,7 @@ def find_body(
 
 
 def otsu_threshold(array: Shaped[np.ndarray, "..."], *, num_bins: int = 256) -> float:
-    """The threshold that maximises the variance between the two classes.
+    """Return the threshold that maximises the variance between the two classes.
 
     Source: N. Otsu, A threshold selection method from gray-level histograms, IEEE Trans. SMC 9 (1979).
     """
@@ -200,7 +200,7 @@ def draw_points(
     num_body_points: int = 4096,
     num_label_points: int = 1024,
 ) -> Int32[np.ndarray, "point 4"]:
-    """Rows x, y, z, value of voxels to place crops at: body voxels (value -1), then voxels of each label.
+    """Return rows x, y, z, value of voxels to place crops at: body voxels (value -1), then voxels of each label.
 
     `mask` and `factor` come from `find_body`. The draw depends on nothing but the case's name and the voxels.
     """
@@ -217,9 +217,9 @@ def draw_points(
 def _label_points(
     label: Int[np.ndarray, "x y z"], rng: np.random.Generator, *, num_points: int
 ) -> list[Int[np.ndarray, "point 4"]]:
-    """For each value but 0, rows x, y, z, value of at most `num_points` of its voxels; plane by plane.
+    """Return, for each value but 0, rows x, y, z, value of at most `num_points` of its voxels.
 
-    The voxels of a value are numbered in C order; which numbers are taken is drawn before they are looked up.
+    The voxels of a value are numbered in C order. Numbers are drawn first and then looked up plane by plane.
     """
     totals: dict[int, int] = {}
     for plane in label:
@@ -244,7 +244,7 @@ def _label_points(
 
 
 def resample_volume(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
-    """The volume on a grid of `spacing_mm` about the same centre, anti-aliased along axes that become coarser.
+    """Return the volume on a grid of `spacing_mm` about the same centre, anti-aliased along coarser axes.
 
     Integer voxels stay integer, within the range they had.
     """
@@ -264,7 +264,7 @@ def resample_volume(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
 def resample_label(
     label: Int[np.ndarray, "x y z"], volume: Volume, spacing_mm: Sequence[float]
 ) -> Int[np.ndarray, "x2 y2 z2"]:
-    """The label map of `volume` on the grid of `resample_volume`: in each voxel the value with the largest share.
+    """Return the label map on the grid of `resample_volume`: each voxel gets the value with the largest share.
 
     Every value is resampled alone, inside its own bounding box; on a tie the smaller value wins.
     """

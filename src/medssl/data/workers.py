@@ -1,4 +1,4 @@
-"""A process pool for work case by case: spawned, watched, and gone when its parent is gone."""
+"""A process pool for work case by case: its processes are spawned, watched, and end with their parent."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class WorkerDiedError(ValueError):
-    """A worker process ended without a word."""
+    """A worker process ended without an error message."""
 
 
 def run_all(
@@ -27,19 +27,19 @@ def run_all(
     description: str = "",
     num_done: int = 0,
 ) -> Iterator[Result]:
-    """Results of `function` on all items, as they come, with a progress bar (rate, remaining time).
+    """Yield the results of `function` on all items as they come, with a progress bar (rate, remaining time).
 
     Args:
-        function: importable by name; it runs on one item at a time in each process.
-        items: picklable.
-        num_workers: processes; None means one a core, 0 works in this process.
-        progress: whether to show the bar.
-        description: what the bar says.
-        num_done: items that were finished before, for the bar.
+        function: Function that is importable by name. It runs on one item at a time in each process.
+        items: Picklable arguments of the function.
+        num_workers: Number of processes; None means one per core, 0 works in this process.
+        progress: Whether to show the bar.
+        description: Text of the bar.
+        num_done: Number of items that were finished before, for the bar.
 
     Raises:
-        WorkerDiedError: a process was killed, most often for want of memory; names the items under way (`str`).
-        ValueError: a negative number of workers.
+        WorkerDiedError: A process was killed, most often because memory ran out; its text names the items under way.
+        ValueError: The number of workers is negative.
     """
     check_num_workers(num_workers)
     from tqdm import tqdm
@@ -60,13 +60,13 @@ def run_all(
 
 
 def check_num_workers(num_workers: int | None) -> None:
-    """Raise a ValueError for what is no number of processes."""
+    """Raise a ValueError for a negative number of processes."""
     if num_workers is not None and num_workers < 0:
         raise ValueError(f"num_workers takes null (one a core), 0 (no other process) or more, got {num_workers}")
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -95,7 +95,7 @@ def _in_processes(
                 yield future.result()
     except BrokenProcessPool as error:  # it broke while an item was handed over
         raise _died(list(running.values())[:workers], workers) from error
-    except BaseException:  # stopped: a case takes up to minutes, and what is unfinished is made again anyway
+    except BaseException:  # stopped: a case takes up to minutes, and unfinished cases are repeated anyway
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
         raise

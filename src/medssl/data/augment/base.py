@@ -19,10 +19,10 @@ class Augmentation:
     """Settings of every augmentation.
 
     Args:
-        probability: of acting at all.
-        share: who shares the drawn parameters: "view" (nobody), "group" (all views of the group), or a NAME: all
-            views of the sample, in any
-            group, whose augmentation of the same class carries that name. Voxel noise is independent in every case.
+        probability: Probability that the augmentation acts at all.
+        share: Views that share the drawn parameters: "view" (none), "group" (all views of the group), or a NAME: all
+            views of the sample, in any group, with an augmentation of the same class under that name. Voxel noise is
+            always independent.
     """
 
     probability: float = 1.0
@@ -35,27 +35,27 @@ class Augmentation:
 
 
 class Pose(NamedTuple):
-    """Where a view lies while spatial augmentations move it."""
+    """The place of a view while spatial augmentations move it."""
 
     frame: Frame
     displacement: Displacement | None
 
 
 class SpatialAugmentation(Augmentation, ABC):
-    """Moves the frame of a view; no voxel is touched until the one interpolation at the end."""
+    """Move the frame of a view; no voxel is touched until the one interpolation at the end."""
 
     @abstractmethod
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
-        """The pose after parameters drawn from `rng`."""
+        """Return the pose after a move with parameters drawn from `rng`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntensityAugmentation(Augmentation, ABC):
-    """Changes grey values of image batches with parameters of their own for each view.
+    """Change grey values of image batches, with separate parameters for each view.
 
     Args:
-        statistics: over what minimum, maximum and mean are taken: each "view", or the whole "group" of a sample;
-            always by channel.
+        statistics: Voxels over which minimum, maximum and mean are taken: each "view", or the whole "group" of a
+            sample. They are always taken by channel.
     """
 
     statistics: str = "view"
@@ -68,14 +68,14 @@ class IntensityAugmentation(Augmentation, ABC):
 
     @abstractmethod
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float] | np.ndarray:
-        """Numbers for one view, always equally many."""
+        """Draw the parameters of one view, always equally many."""
 
     @abstractmethod
     def change(self, image: Tensor, parameters: Tensor, measured: "Measured", keys: Int64[Tensor, " view"]) -> Tensor:
-        """The changed views (view c x y z); parameters are (view, k). It may work in place."""
+        """Return the changed views (view c x y z); parameters are (view, k). It may work in place."""
 
     def draw(self, rng: np.random.Generator, record: Record) -> np.ndarray:
-        """Whether to act (1 or 0), then the parameters."""
+        """Draw whether to act (1 or 0), then the parameters."""
         acts = rng.uniform() < self.probability
         return np.concatenate([[acts], self.parameters(rng, record)])
 
@@ -85,7 +85,7 @@ class IntensityAugmentation(Augmentation, ABC):
         parameters: Float[np.ndarray, "b v k"],
         keys: Int64[np.ndarray, "b v"],
     ) -> Float[Tensor, "b v c x y z"]:
-        """The batch with the views changed whose parameters say so; `keys` seed what is drawn for each voxel."""
+        """Return the batch after a change of the views that act; `keys` seed the numbers drawn for each voxel."""
         rows = np.flatnonzero(parameters[..., 0])
         if not len(rows):
             return image
@@ -108,9 +108,9 @@ class Measured:
     """Minimum, maximum, mean and standard deviation of views, by channel, (view c 1 1 1).
 
     Args:
-        image: the views (view c x y z); or, with `rows`, all views of the batch (b v c x y z), measured over each
+        image: The views (view c x y z); or, with `rows`, all views of the batch (b v c x y z), measured over each
             sample's group.
-        rows: numbers of the wanted views among b * v.
+        rows: Numbers of the views to measure, among b * v.
     """
 
     def __init__(self, image: Tensor, rows: np.ndarray | None = None) -> None:
@@ -123,22 +123,22 @@ class Measured:
 
     @property
     def minimum(self) -> Tensor:
-        """Smallest value."""
+        """The smallest value."""
         return self._pick(self.image.amin(self.dims, keepdim=True))
 
     @property
     def maximum(self) -> Tensor:
-        """Largest value."""
+        """The largest value."""
         return self._pick(self.image.amax(self.dims, keepdim=True))
 
     @property
     def mean(self) -> Tensor:
-        """Mean."""
+        """The mean."""
         return self._pick(self.image.mean(self.dims, keepdim=True))
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation (dividing by n)."""
+        """The standard deviation (dividing by n)."""
         return self._pick(self.image.std(self.dims, correction=0, keepdim=True))
 
 
@@ -155,11 +155,11 @@ def check_axes(name: str, axes: Sequence[int]) -> None:
 
 
 def uniform(rng: np.random.Generator, interval: Sequence[float]) -> float:
-    """A uniform number of [low, high]."""
+    """Draw a uniform number from [low, high]."""
     low, high = interval
     return float(rng.uniform(low, high))
 
 
 def column(parameters: Tensor, number: int) -> Tensor:
-    """One parameter, shaped to multiply views (view c x y z)."""
+    """Return one parameter, shaped to multiply views (view c x y z)."""
     return parameters[:, number, None, None, None, None]

@@ -1,4 +1,4 @@
-"""Changes that look at neighbourhoods or places: blur, low resolution, noise, bias field, cutout."""
+"""Intensity augmentations that depend on neighbours or places: blur, low resolution, noise, bias field, cutout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from medssl.data.store import Record
 
 
 def apply_axis_matrices(image: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Views (view c x y z) filtered along x, y, z by matrices (view, out, in); one without a view axis serves all."""
+    """Filter views (view c x y z) along x, y, z by matrices (view, out, in); one without a view axis serves all."""
     x, y, z = (m if m.ndim == 3 else m[None] for m in matrices)
     image = torch.matmul(x[:, None], image.flatten(3)).unflatten(3, image.shape[3:])
     image = torch.matmul(y[:, None, None], image)
@@ -24,18 +24,18 @@ def apply_axis_matrices(image: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _filtered(image: Tensor, matrices: Sequence[Sequence[np.ndarray]]) -> Tensor:
-    """`matrices` holds, for each axis, one matrix a view."""
+    """Filter views along each axis; `matrices` holds, for each axis, one matrix per view."""
     return apply_axis_matrices(image, [torch.from_numpy(np.stack(m)).to(image.device) for m in matrices])
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianBlur(IntensityAugmentation):
-    """Blurs; edge voxels repeat outside.
+    """Blur views with a Gaussian; edge voxels repeat outside.
 
     Args:
-        sigma_voxel: range of the Gaussian's width, 0 or more.
-        axes: the axes that are blurred.
-        radius_voxel: reach of the filter; None: four widths.
+        sigma_voxel: Range of the Gaussian's width, 0 or more.
+        axes: The axes that are blurred.
+        radius_voxel: Reach of the filter; None means four widths.
     """
 
     sigma_voxel: Sequence[float] = (0.5, 1.0)
@@ -49,7 +49,7 @@ class GaussianBlur(IntensityAugmentation):
         check_axes("GaussianBlur: axes", self.axes)
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
-        """The width."""
+        """Draw the width."""
         return [uniform(rng, self.sigma_voxel)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
@@ -71,11 +71,11 @@ class GaussianBlur(IntensityAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class LowResolution(IntensityAugmentation):
-    """Draws the view coarser and back: a Lanczos filter down, linear interpolation up.
+    """Resample the view coarser and back: a Lanczos filter down, linear interpolation up.
 
     Args:
-        zoom: range of the share of voxels kept along each of `axes`, in (0, 1].
-        axes: the axes that lose resolution.
+        zoom: Range of the share of voxels kept along each of `axes`, in (0, 1].
+        axes: The axes that lose resolution.
     """
 
     zoom: Sequence[float] = (0.5, 1.0)
@@ -88,7 +88,7 @@ class LowResolution(IntensityAugmentation):
         check_axes("LowResolution: axes", self.axes)
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
-        """The zoom."""
+        """Draw the zoom."""
         return [uniform(rng, self.zoom)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
@@ -109,10 +109,10 @@ class LowResolution(IntensityAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianNoise(IntensityAugmentation):
-    """Adds independent normal noise to every voxel of every view.
+    """Add independent normal noise to every voxel of every view.
 
     Args:
-        std: range of the noise's standard deviation, in the image's units at this place of the chain.
+        std: Range of the noise's standard deviation, in the image's units at this place of the chain.
     """
 
     std: Sequence[float] = (0.0, 0.1)
@@ -123,7 +123,7 @@ class GaussianNoise(IntensityAugmentation):
         check_range("GaussianNoise: std", self.std, low=0)
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
-        """The standard deviation."""
+        """Draw the standard deviation."""
         return [uniform(rng, self.std)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
@@ -134,16 +134,16 @@ class GaussianNoise(IntensityAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class BiasField(IntensityAugmentation):
-    """Multiplies by a smooth field, as the coil of an MR scanner does: the exponential of a cubic surface.
+    """Multiply by a smooth field, as the coil of an MR scanner does: the exponential of a cubic surface.
 
     Args:
-        strength: range of the standard deviation of the surface's coefficients.
+        strength: Range of the standard deviation of the surface's coefficients.
     """
 
     strength: Sequence[float] = (0.1, 0.5)
 
     NUM_NODES = 4
-    """One span of a cubic spline: the surface is one cubic polynomial an axis."""
+    """Control points per axis: one span of a cubic spline, so that the surface is one cubic polynomial per axis."""
 
     def __post_init__(self) -> None:
         """Check the range."""
@@ -151,7 +151,7 @@ class BiasField(IntensityAugmentation):
         check_range("BiasField: strength", self.strength, low=0)
 
     def parameters(self, rng: np.random.Generator, record: Record) -> np.ndarray:
-        """The coefficients."""
+        """Draw the coefficients."""
         return rng.standard_normal(self.NUM_NODES**3) * uniform(rng, self.strength)
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
@@ -166,12 +166,12 @@ class BiasField(IntensityAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Cutout(IntensityAugmentation):
-    """Overwrites boxes.
+    """Overwrite boxes of the view with one value.
 
     Args:
-        num_boxes: boxes a view.
-        fraction: range of each side of a box, as a share of the view's side, in (0, 1].
-        fill: "minimum" or "mean" of the view or group, or a number.
+        num_boxes: Number of boxes per view.
+        fraction: Range of each side of a box, as a share of the view's side, in (0, 1].
+        fill: Value of the boxes: "minimum" or "mean" of the view or group, or a number.
     """
 
     num_boxes: int = 1
@@ -186,7 +186,7 @@ class Cutout(IntensityAugmentation):
             raise ValueError(f"Cutout: fill must be minimum, mean or a number, got {self.fill!r}")
 
     def parameters(self, rng: np.random.Generator, record: Record) -> np.ndarray:
-        """Lower and upper corner of every box, as shares of the view."""
+        """Draw the lower and upper corner of every box, as shares of the view."""
         low, high = self.fraction
         side = rng.uniform(low, high, (self.num_boxes, 3))
         lower = rng.uniform(size=(self.num_boxes, 3)) * (1 - side)

@@ -1,4 +1,4 @@
-"""Pointwise changes of grey values: brightness, contrast, gamma."""
+"""Intensity augmentations that change each grey value alone: brightness, contrast, gamma."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from medssl.data.store import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Brightness(IntensityAugmentation):
-    """Multiplies by a factor and adds a shift.
+    """Multiply by a factor and add a shift.
 
     Args:
-        factor: range of the factor, 0 or more.
-        shift: range of the shift, in the image's units at this place of the chain.
+        factor: Range of the factor, 0 or more.
+        shift: Range of the shift, in the image's units at this place of the chain.
     """
 
     factor: Sequence[float] = (1.0, 1.0)
@@ -30,7 +30,7 @@ class Brightness(IntensityAugmentation):
         check_range("Brightness: shift", self.shift, low=-np.inf)
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
-        """Factor and shift."""
+        """Draw the factor and the shift."""
         return [uniform(rng, self.factor), uniform(rng, self.shift)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
@@ -40,11 +40,11 @@ class Brightness(IntensityAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast(IntensityAugmentation):
-    """Stretches values about the mean of the view or group.
+    """Stretch values about the mean of the view or group.
 
     Args:
-        factor: range of the stretch, 0 or more; 1 changes nothing.
-        keep_range: clip to the former minimum and maximum.
+        factor: Range of the stretch, 0 or more; 1 changes nothing.
+        keep_range: Whether to clip to the former minimum and maximum.
     """
 
     factor: Sequence[float] = (0.8, 1.2)
@@ -56,7 +56,7 @@ class Contrast(IntensityAugmentation):
         check_range("Contrast: factor", self.factor, low=0)
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
-        """The factor."""
+        """Draw the factor."""
         return [uniform(rng, self.factor)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
@@ -69,10 +69,12 @@ class Contrast(IntensityAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Gamma(IntensityAugmentation):
-    """Raises values, scaled to [0, 1] by minimum and maximum of the view or group, to a power, and scales them back.
+    """Raise values to a power after they are scaled to [0, 1] by minimum and maximum of the view or group.
+
+    The result is scaled back.
 
     Args:
-        gamma: range of the exponent, above 0, drawn uniformly; below 1 brightens.
+        gamma: Range of the exponent, above 0, drawn uniformly; below 1 brightens.
     """
 
     gamma: Sequence[float] = (0.7, 1.5)
@@ -83,7 +85,7 @@ class Gamma(IntensityAugmentation):
         check_range("Gamma: gamma", self.gamma, low=1e-3)
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
-        """The exponent."""
+        """Draw the exponent."""
         return [uniform(rng, self.gamma)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Normalisation: from stored values (HU, scanner units) to what a network sees. A linear map and a clip, by channel."""
+"""Normalisation: a linear map and a clip, by channel, from stored values (HU, scanner units) to network input."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ KNOWN_PERCENTILES = {0.5: "p0_5", 1: "p1", 5: "p5", 50: "p50", 95: "p95", 99: "p
 
 
 class LinearNormalisation(IntensityAugmentation):
-    """Maps each channel linearly and clips it; nothing is drawn."""
+    """Map each channel linearly and clip it; nothing is drawn."""
 
     @abstractmethod
     def limits(self, record: Record, channel: int) -> tuple[float, float, float, float]:
-        """Values (low, high) and what they become (low, high)."""
+        """Return two values (low, high) and the values that they become (low, high)."""
 
     def parameters(self, rng: np.random.Generator, record: Record) -> np.ndarray:
-        """Scale, shift, lowest and highest value of every channel."""
+        """Return scale, shift, lowest and highest value of every channel."""
         rows = []
         for channel in range(record.channels):
             low, high, out_low, out_high = self.limits(record, channel)
@@ -47,7 +47,7 @@ class LinearNormalisation(IntensityAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Window(LinearNormalisation):
-    """Clips [low_hu, high_hu] and maps it to `out`."""
+    """Clip to [low_hu, high_hu] and map this window to `out`."""
 
     low_hu: float
     high_hu: float
@@ -60,13 +60,13 @@ class Window(LinearNormalisation):
             raise ValueError(f"Window: low_hu must be below high_hu, got {self.low_hu} and {self.high_hu}")
 
     def limits(self, record: Record, channel: int) -> tuple[float, float, float, float]:
-        """The window."""
+        """Return the window."""
         return self.low_hu, self.high_hu, self.out[0], self.out[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Percentiles(LinearNormalisation):
-    """Clips at two percentiles of the whole volume (0.5, 1, 5, 50, 95, 99, 99.5 are known) and maps them to `out`."""
+    """Clip at two percentiles of the whole volume (of 0.5, 1, 5, 50, 95, 99, 99.5) and map them to `out`."""
 
     low: float = 0.5
     high: float = 99.5
@@ -84,7 +84,7 @@ class Percentiles(LinearNormalisation):
             raise ValueError(f"Percentiles: low must be below high, got {self.low} and {self.high}")
 
     def limits(self, record: Record, channel: int) -> tuple[float, float, float, float]:
-        """The case's percentiles; its range where they coincide."""
+        """Return the case's percentiles; its range where they coincide."""
         kept = record.statistics[channel]
         low, high = (kept[KNOWN_PERCENTILES[p]] for p in (self.low, self.high))
         if high <= low:
@@ -94,17 +94,17 @@ class Percentiles(LinearNormalisation):
 
 @dataclass(frozen=True, kw_only=True)
 class ZScore(LinearNormalisation):
-    """Zero mean and unit deviation of the whole volume; clips at `limit` deviations where one is given."""
+    """Map the whole volume to zero mean and unit deviation; clip at `limit` deviations where one is given."""
 
     limit: float | None = None
 
     @property
     def clips(self) -> bool:
-        """Only with a limit."""
+        """Whether there is a limit."""
         return self.limit is not None
 
     def limits(self, record: Record, channel: int) -> tuple[float, float, float, float]:
-        """`limit` (or one) standard deviation either way."""
+        """Return the values `limit` (or one) standard deviations below and above the mean."""
         kept, reach = record.statistics[channel], self.limit or 1.0
         spread = reach * max(kept["std"], 1e-8)
         return kept["mean"] - spread, kept["mean"] + spread, -reach, reach
@@ -119,7 +119,7 @@ class ByModality(LinearNormalisation):
     out: Sequence[float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Check both."""
+        """Check the window and the percentiles."""
         super().__post_init__()
         self._of("ct")
         self._of("mr")
@@ -130,16 +130,16 @@ class ByModality(LinearNormalisation):
         return Percentiles(low=self.percentiles[0], high=self.percentiles[1], out=self.out)
 
     def limits(self, record: Record, channel: int) -> tuple[float, float, float, float]:
-        """Those of the case's modality."""
+        """Return the limits for the case's modality."""
         return self._of(record.modality).limits(record, channel)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinMax(IntensityAugmentation):
-    """Maps the range of each view, or of a sample's group (`statistics`), to [0, 1]; a constant view becomes 0."""
+    """Map the range of each view, or of a sample's group (`statistics`), to [0, 1]; a constant view becomes 0."""
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
-        """None."""
+        """Return no parameters."""
         return ()
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
@@ -150,10 +150,10 @@ class MinMax(IntensityAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Standardise(IntensityAugmentation):
-    """Zero mean and unit deviation of each view, or of a sample's group (`statistics`)."""
+    """Map each view, or a sample's group (`statistics`), to zero mean and unit deviation."""
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
-        """None."""
+        """Return no parameters."""
         return ()
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Spatial augmentations move frames: any number of them costs one interpolation, or none where voxels stay voxels."""
+"""Spatial augmentations, which move frames: any number costs one interpolation, or none where voxels stay voxels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from medssl.data.store import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Flip(SpatialAugmentation):
-    """Mirrors each of `axes` (0 left-right, 1 front-back, 2 feet-head) with the probability, independently. Exact."""
+    """Mirror `axes` (0 left-right, 1 front-back, 2 feet-head) exactly, each with `probability`."""
 
     axes: Sequence[int] = (0, 1, 2)
     probability: float = 0.5
@@ -34,7 +34,7 @@ class Flip(SpatialAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Rotate90(SpatialAugmentation):
-    """Turns the view by 0, 90, 180 or 270 degrees in one of `planes` (pairs of axes of equal length). Exact."""
+    """Turn the view exactly by 0, 90, 180 or 270 degrees in one of `planes` (pairs of axes of equal length)."""
 
     planes: Sequence[Sequence[int]] = ((0, 1), (0, 2), (1, 2))
     probability: float = 0.5
@@ -63,16 +63,16 @@ class Rotate90(SpatialAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(SpatialAugmentation):
-    """Turns, scales and shifts the view about its centre.
+    """Turn, scale and shift the view about its centre.
 
     Args:
-        rotation_deg: largest angle either way, one number, one an axis, or [low, high] an axis; about x, then y, then
-            z.
-        scale: range of the sampling scale; above 1 the view covers more (content shrinks).
-        per_axis: draw a scale for each axis instead of one for all.
-        balanced: draw below and above 1 equally often, uniformly on each side.
-        translation: largest shift either way along each axis, one number or one an axis.
-        space: unit of it all: "mm", or "voxel" (the view's own).
+        rotation_deg: Largest angle either way: one number, one per axis, or [low, high] per axis. The view turns about
+            x, then y, then z.
+        scale: Range of the sampling scale; above 1 the view covers more (content shrinks).
+        per_axis: Whether to draw a scale for each axis instead of one for all.
+        balanced: Whether to draw scales below and above 1 equally often, uniformly on each side.
+        translation: Largest shift either way along each axis, one number or one per axis.
+        space: Space in which the view turns, scales and shifts: "mm", or "voxel" (the view's own voxels).
     """
 
     rotation_deg: float | Sequence[float] | Sequence[Sequence[float]] = 0.0
@@ -119,14 +119,14 @@ class Affine(SpatialAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Elastic(SpatialAugmentation):
-    """Bends the view by a smooth random displacement (cubic B-splines on random control points); at most one a view.
+    """Bend the view by a smooth random displacement (cubic B-splines on random control points); at most one per view.
 
     A slice, which has one voxel along an axis, is bent within its plane.
 
     Args:
-        sigma_voxel: range of the smoothness: the field is as smooth as white noise after a Gaussian of this width,
+        sigma_voxel: Range of the smoothness: the field is as smooth as white noise after a Gaussian of this width, in
             view voxels.
-        rms_voxel: range of the expected root-mean-square displacement of each component, view voxels.
+        rms_voxel: Range of the expected root-mean-square displacement of each component, in view voxels.
     """
 
     sigma_voxel: Sequence[float] = (8.0, 10.0)
@@ -157,12 +157,12 @@ class Elastic(SpatialAugmentation):
 
 @dataclass(frozen=True, kw_only=True)
 class Sometimes(SpatialAugmentation):
-    """All of some spatial augmentations together with the probability, else none of them; `share` is stated here."""
+    """Apply all of some spatial augmentations with one probability, else none of them; `share` is stated here."""
 
     augment: Sequence[SpatialAugmentation] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:
-        """Check what it holds."""
+        """Check the augmentations."""
         super().__post_init__()
         for augmentation in self.augment:
             if not isinstance(augmentation, SpatialAugmentation) or augmentation.share != "view":
