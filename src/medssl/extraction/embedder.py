@@ -119,12 +119,13 @@ def embed_volume(
         network: Image (1 c x y z) -> [fine (1 e i j k), coarse (1 e a b c)], of `strides` along x, y, z.
         fetch: The function that gives voxels of the volume.
         record: The record of the volume.
-        reading: Spacing, and what lies beyond the volume.
-
+        reading: The rules that give the spacing and the values beyond the volume.
+        normalise: The function that makes network input of file units.
         device: Device of the network.
         tile_voxel: Slices along z per call of the network; None for all.
 
-
+    Raises:
+        ValueError: The maps have other shapes than their strides say, or vectors of other lengths than 1.
     """
     fine_step, coarse_step = (np.array(stride) for stride in network.strides)  # type: ignore[union-attr]
     steps = np.ones(3) if isinstance(reading.spacing_mm, str) else np.array(reading.spacing_mm) / record.spacing_mm

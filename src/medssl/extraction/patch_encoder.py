@@ -53,7 +53,7 @@ class PatchEncoder:
         """Yield the features of the patches about `centers_voxel` of a case, by batch; the next one is read meanwhile.
 
         Raises:
-
+            ValueError: The case has other channels, cannot be read, or the features are not finite.
         """
         for part, patches in self.batches(store, case, centers_voxel):
             with torch.inference_mode():

@@ -35,7 +35,7 @@ class FeatureSettings:
         window_hu: Grey values of CT that are mapped to 0 to 1; None for those of the training.
         stride_voxel: Steps between the patches of a map; None if no maps are made, 0 for half a patch.
         untrained: Seed of random weights; None for those of the file.
-
+        batch_size: Patches per call of the network.
         device: `auto`, `cpu` or `cuda`.
         allow_modules: Packages whose networks a file may name.
     """
