@@ -30,7 +30,7 @@ def run(config: DictConfig) -> None:
     with stoppable(lambda: "finished features are kept, the same command goes on"):
         from medssl.extraction.features import Extraction, extract_all  # torch and all that takes seconds
 
-        extraction = Extraction.of(settings)  # before the store: a slip need not cost an hour of preparing
+        extraction = Extraction.of(settings)  # before the store: a mistake must not cost an hour of preparing
         num_failed = extract_all(extraction, prepared_store(config))
     if num_failed:
         sys.exit(1)

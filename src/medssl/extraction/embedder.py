@@ -20,7 +20,7 @@ from medssl.inference.working_grid import Fetch, WorkingImage
 from medssl.weights import load_encoder, read_card
 
 TILE_MARGIN_VOXEL = 32
-"""What a tile sees beyond its own slices, on each side; SAM sees 28 either way, so that tiles change nothing."""
+"""Slices that a tile sees beyond its own, on each side; SAM sees 28 on each side, so that tiles change nothing."""
 NORM_TOLERANCE = 0.02
 
 

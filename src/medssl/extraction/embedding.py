@@ -14,7 +14,7 @@ from medssl.data.geometry import apply
 from medssl.data.store import Record
 
 SIMILARITIES = 2**23
-"""Similarities held at once while a volume is searched, by number: 32 MB."""
+"""Number of similarities held at once while a volume is searched: 32 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class Embedding:
 
     @cached_property
     def _weights(self) -> tuple[Float32[Tensor, "cell coarse"], ...]:
-        """For each axis, the share of each coarse cell in a fine one: linear, and that of the edge beyond the edge."""
+        """The share of each coarse cell in a fine one, for each axis: linear, and that of the edge beyond the edge."""
         device = self.coarse.device
         return tuple(
             F.interpolate(torch.eye(m, device=device)[None], n, mode="linear", align_corners=False)[0].T

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PLANES = ("sagittal", "coronal", "axial")
 WINDOW_HU = (-200.0, 300.0)
 GRID_SHARES = (0.3, 0.5, 0.7), (0.5,), (0.75, 0.5, 0.25)
-"""Of the body box along x, y and z."""
+"""Shares of the body box along x, y and z."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ Fetch = Callable[[np.ndarray, np.ndarray], Shaped[np.ndarray, "c x y z"]]
 EQUAL_RATIO = 1e-4
 """Spacings that differ by no more than this share are the same but for rounding in a header."""
 DRAWN_SLICES = 16
-"""Slices drawn at once: what they need of the image is the largest float copy of it in memory."""
+"""Slices drawn at once: the part of the image behind them is the largest float copy in memory."""
 
 
 @dataclass(frozen=True)

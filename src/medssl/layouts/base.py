@@ -13,7 +13,7 @@ Recipe = Callable[[Mapping[str, Tensor], str], dict[str, Any]]
 Read = Callable[..., dict[str, Tensor]]
 """`read(checkpoint, source=NAME, branch=BRANCH)`: the content of a file, by `torch.load` -> tensors as `part.tensor`.
 
-The names are those of our networks. It raises a ValueError where the file holds no such branch, or no encoder.
+The names are those of our networks. It raises a ValueError if the file holds no such branch, or no encoder.
 """
 
 

@@ -54,7 +54,7 @@ class Regression:
         return len(rows)
 
     def fit(self, features: Float[np.ndarray, "n dim"], rows: Int[np.ndarray, " n"], penalty: float) -> Predict:
-        """See `Task`; the penalty is that of the squared coefficients."""
+        """Return the fitted model, see `Task`; the penalty is that of the squared coefficients."""
         from sklearn.linear_model import Ridge
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
@@ -88,7 +88,7 @@ class Classification:
         return int(np.unique(self.truth[rows], return_counts=True)[1].min())
 
     def fit(self, features: Float[np.ndarray, "n dim"], rows: Int[np.ndarray, " n"], penalty: float) -> Predict:
-        """See `Task`; the penalty is that of the squared coefficients."""
+        """Return the fitted model, see `Task`; the penalty is that of the squared coefficients."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler

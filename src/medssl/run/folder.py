@@ -28,7 +28,7 @@ WRITTEN = (
     *("segmenter.safetensors", "segmenter-best.safetensors", "segmenter-last.safetensors"),
     *("metrics.json", "cases.csv", "split.json"),
 )
-"""What a run writes, and all that overwriting one removes; what other programs write beside it stays."""
+"""The files that a run writes; overwriting a run removes these, and keeps the files of other programs."""
 
 
 class RunFolder:

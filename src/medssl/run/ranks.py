@@ -27,9 +27,9 @@ LAUNCH = (
 READY = "ready"
 POLL_S = 0.5
 STALL_S = 1800.0
-"""A single case takes minutes at most; a store in which nothing happens for so long has been given up."""
+"""A single case takes minutes at most; if nothing changes in a store for so long, rank 0 has stopped."""
 OLD_S = 120.0
-"""A word of rank 0 that is older than this process by so much comes from another launch."""
+"""A file of rank 0 that is older than this process by so much comes from another launch."""
 
 _STARTED = time.time()
 

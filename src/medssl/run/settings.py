@@ -37,7 +37,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     ),
     **dict.fromkeys(("optimizer.least_fraction", "label_share"), checks.share),
 }
-"""What is asked of a setting, by its name; settings that a command does not have are not asked for."""
+"""The check of each setting, by its name; settings that a command does not have are not checked."""
 MAY_CHANGE = {"output_dir", "overwrite", "resume", "store", "data", "logger", "max_rejected_fraction"}
 MAY_CHANGE |= {"checkpoint_every", "export_every", "figures_every"}
 """Settings that the course of a run does not depend on; `facts` describe the data."""

@@ -45,7 +45,7 @@ def finetune(run: Run) -> None:
     quiet()
     check_trainer(config)
     check_windows(config.overlap, config.window_batch)
-    initial = find_initial(config)  # the file before the store: a slip need not cost an hour of preparing
+    initial = find_initial(config)  # the file before the store: a mistake must not cost an hour of preparing
     store = open_store(config, is_resumed=run.checkpoint is not None)
     earlier = None if run.checkpoint is None else run_of(run.checkpoint) / folder.split.name
     plan, segmenter, recipe = build(Plan.of(config, store, initial, earlier=earlier))

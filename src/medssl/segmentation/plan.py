@@ -19,7 +19,7 @@ REPORTS = ("auto", "best", "last")
 
 LARGEST_CROP_VOXEL = 96
 CROP_STEP_VOXEL = 16
-"""Fitted crops are multiples of it: what four halvings or patches of 16 voxels need."""
+"""Step of fitted crops: four halvings, or patches of 16 voxels, need multiples of it."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from medssl.data.views import ViewPlan
 from medssl.methods.positions import PositionRule, Positions, is_gathered
 
 TARGET_RATE = 0.19
-"""What one axis with the threshold 0.1 has, where positions are uniform: 2 t - t^2."""
+"""The rate of one axis with the threshold 0.1 if positions are uniform: 2 t - t^2."""
 NUM_PAIRS = 10_000
 
 

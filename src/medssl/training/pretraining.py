@@ -33,7 +33,7 @@ def pretrain(run: Run) -> None:
     """
     config, folder = run.config, run.folder
     quiet()
-    world = check_trainer(config)  # this, views, sampler and method before the store: a slip costs no preparing
+    world = check_trainer(config)  # this, views, sampler and method before the store: a mistake is found at once
     views = instantiate(config.views, _convert_="all")
     if not views.tables:
         instantiate(with_facts(config, {"num_locations": views.num_locations}).sampler, _convert_="all")
