@@ -25,7 +25,7 @@ from medssl.data.placements import GridCrop, Locations
 from medssl.data.sampling import Request
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
-from medssl.data.views import other_size
+from medssl.data.view_notes import other_size
 from medssl.extraction.embedder import reading_of
 from medssl.extraction.feature_file import CARD, FILE, Features
 from medssl.extraction.patch_encoder import (
