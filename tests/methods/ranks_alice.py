@@ -46,10 +46,7 @@ def work(rank, world):
 
 def pairs(generator):
     """Two pairs of random pictures."""
-    eye = torch.eye(4, dtype=torch.float64).expand(2, 2, 4, 4)
-    case, shape = torch.zeros(2, 2, dtype=torch.long), torch.full((2, 2, 3), 16)
-    image = torch.rand(2, 2, 1, 16, 16, 16, generator=generator)
-    return {"pair": View(image, eye, eye, shape, case, case, torch.zeros(2, 2, 3, dtype=torch.float64))}
+    return {"pair": View.of(torch.rand(2, 2, 1, 16, 16, 16, generator=generator))}
 
 
 if __name__ == "__main__":

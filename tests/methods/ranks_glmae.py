@@ -39,11 +39,7 @@ def work(rank, world, centering):
 
 def group(count, side, generator):
     """A group of random pictures."""
-    eye = torch.eye(4, dtype=torch.float64).expand(2, count, 4, 4)
-    case = torch.zeros(2, count, dtype=torch.long)
-    shape, location = torch.full((2, count, 3), side), torch.zeros(2, count, 3, dtype=torch.float64)
-    image = torch.rand(2, count, 1, side, side, side, generator=generator)
-    return View(image, eye, eye, shape, case, case, location)
+    return View.of(torch.rand(2, count, 1, side, side, side, generator=generator))
 
 
 if __name__ == "__main__":

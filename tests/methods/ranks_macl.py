@@ -44,15 +44,13 @@ def batch_of(rank, world):
     """This process' share of four samples."""
     generator = torch.Generator().manual_seed(0)
     own = slice(4 // world * rank, 4 // world * (rank + 1))
-    location = torch.tensor([0.2, 0.6, 0.25, 0.9], dtype=torch.float64)[:, None, None]  # neighbours on other ranks
+    location = torch.tensor([0.2, 0.6, 0.25, 0.9], dtype=torch.float64)[:, None, None].expand(
+        4, 1, 3
+    )  # neighbours on other ranks
     views = {}
     for name, count in (("still", 1), ("moved", 2)):
         image = torch.rand(4, count, 1, 8, 8, 8, generator=generator, dtype=torch.float64)
-        eye = torch.eye(4, dtype=torch.float64).expand(4, count, 4, 4)
-        case = torch.arange(4)[:, None].expand(4, count)
-        shape = torch.full((4, count, 3), 8)
-        parts = (image, eye, eye, shape, case, torch.zeros_like(case), location.expand(4, count, 3))
-        views[name] = View(*(part[own] for part in parts))
+        views[name] = View.of(image[own], location_body=location[own])
     return views
 
 

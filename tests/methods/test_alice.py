@@ -74,18 +74,9 @@ def pairs():
         coarse = torch.rand(b, 1, 5, 5, 5, generator=generator)
         query = F.interpolate(coarse, size=(16, 16, 16), mode="trilinear")
         key = 0.8 * query + noise * torch.rand(query.shape, generator=generator)
-        return {"pair": view_of(torch.stack([query, key], dim=1))}
+        return {"pair": View.of(torch.stack([query, key], dim=1))}
 
     return make
-
-
-def view_of(image):
-    """A `View` with these images."""
-    b, v = image.shape[:2]
-    eye = torch.eye(4, dtype=torch.float64).expand(b, v, 4, 4)
-    case = torch.arange(b * v).view(b, v)
-    shape = torch.tensor(image.shape[3:]).expand(b, v, 3)
-    return View(image, eye, eye, shape, case, torch.zeros_like(case), torch.full((b, v, 3), 0.5, dtype=torch.float64))
 
 
 def train(method, batches, at, *, steps, rate=1e-3, first=0):
@@ -249,14 +240,14 @@ def test_a_group_for_the_student_is_what_it_sees_and_nothing_else(alice, pairs, 
     assert logs["reconstruction"].item() == pytest.approx(halved_mse(reconstruction, image).item(), rel=1e-5)
     assert logs["reconstruction"] != plain["reconstruction"]
     with pytest.raises(ValueError, match="`pair` and `student` must agree in count and size"):
-        method({**batch, "student": view_of(torch.rand(2, 1, 1, 16, 16, 16))}, at())
+        method({**batch, "student": View.of(torch.rand(2, 1, 1, 16, 16, 16))}, at())
 
 
 def test_a_batch_without_pairs_is_refused(alice, pairs, at):
     with pytest.raises(ValueError, match=r"view group called `pair` with two views; the batch has \{'crop'"):
         alice()({"crop": pairs()["pair"]}, at())
     with pytest.raises(ValueError, match="view group called `pair` with two views"):
-        alice()({"pair": view_of(torch.rand(2, 3, 1, 16, 16, 16))}, at())
+        alice()({"pair": View.of(torch.rand(2, 3, 1, 16, 16, 16))}, at())
 
 
 @pytest.mark.parametrize("options", CHOICES)

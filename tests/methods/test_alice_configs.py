@@ -57,10 +57,7 @@ def batch_of(*, b=1, side=16, seed=0):
     coarse = torch.rand(b, 1, 5, 5, 5, generator=generator)
     query = torch.nn.functional.interpolate(coarse, size=(side,) * 3, mode="trilinear")
     image = torch.stack([query, 0.8 * query + 0.1], dim=1)
-    eye = torch.eye(4, dtype=torch.float64).expand(b, 2, 4, 4)
-    case, shape = torch.arange(2 * b).view(b, 2), torch.full((b, 2, 3), side)
-    location = torch.full((b, 2, 3), 0.5, dtype=torch.float64)
-    return {"pair": View(image, eye, eye, shape, case, torch.zeros_like(case), location)}
+    return {"pair": View.of(image)}
 
 
 @pytest.mark.parity

@@ -46,9 +46,7 @@ def batch_of(side):
     coarse = torch.rand(1, 1, 5, 5, 5, generator=torch.Generator().manual_seed(0))
     query = torch.nn.functional.interpolate(coarse, size=(side,) * 3, mode="trilinear")
     image = torch.stack([query, 0.8 * query + 0.1], dim=1)
-    eye, case = torch.eye(4, dtype=torch.float64).expand(1, 2, 4, 4), torch.arange(2).view(1, 2)
-    location = torch.full((1, 2, 3), 0.5, dtype=torch.float64)
-    return {"pair": View(image, eye, eye, torch.full((1, 2, 3), side), case, torch.zeros_like(case), location)}
+    return {"pair": View.of(image)}
 
 
 @pytest.mark.parametrize(("model", "overrides"), ALTERNATIVES)

@@ -36,6 +36,20 @@ def test_a_draw_stays_the_same_between_versions():
     assert draw()[:2] == pytest.approx([0.0725150, 0.6416237], abs=1e-6)
 
 
+def test_dropout_depends_on_seed_step_micro_batch_and_rank_only():
+    def drawn(**changes):
+        Progress(**{**RUN, **changes}).seed_torch()
+        return torch.rand(5).tolist()
+
+    assert drawn() == drawn(total_steps=99, epoch=0.7, draw=5)
+    others = [drawn(seed=2), drawn(step=4), drawn(micro=1), drawn(rank=1)]
+    assert len({tuple(other) for other in (drawn(), *others)}) == 5
+
+
+def test_progress_needs_no_arguments_where_nothing_has_happened_yet():
+    assert Progress() == Progress(step=0, total_steps=1, epoch=0.0, total_epochs=1.0, seed=0, rank=0, micro=0)
+
+
 def test_biases_and_norms_are_not_decayed_and_frozen_tensors_not_trained():
     method = Small()
     decayed, plain = method.param_groups()

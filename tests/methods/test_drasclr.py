@@ -44,14 +44,13 @@ def make(**options):
 
 def view(images, locations, *, cases=None, valid=None):
     """Views (b v) of one size at locations (b v)."""
-    b, v = images.shape[:2]
-    eye = torch.eye(4, dtype=torch.float64).expand(b, v, 4, 4)
-    case = (torch.arange(b) if cases is None else torch.tensor(cases))[:, None].expand(b, v)
-    middle = torch.full((b, v, 3), 0.5, dtype=torch.float64)
-    made = View(images, eye, eye, torch.full((b, v, 3), 8), case, torch.zeros_like(case), middle)
-    index = torch.tensor(locations)
-    shown = torch.ones(b, v, dtype=torch.bool) if valid is None else torch.tensor(valid)
-    return replace(made, location_index=index, coordinate=COORDINATES[index], location_valid=shown)
+    return View.of(
+        images,
+        case=None if cases is None else torch.tensor(cases)[:, None],
+        location_index=locations,
+        coordinate=COORDINATES[torch.tensor(locations)],
+        location_valid=True if valid is None else valid,
+    )
 
 
 def batch(*, b=8, r=2, location=1, seed=0, **options):

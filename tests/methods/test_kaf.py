@@ -35,17 +35,14 @@ def make(*, points=None, local=False, mode="use", norm="batch", **options):
 
 def view(image, offset, points, *, location):
     """Views (b 1) cut from one grid at an offset; points (b k 3) in voxels of that grid."""
-    b = len(image)
-    matrix = torch.eye(4, dtype=torch.float64).repeat(b, 1, 1, 1)
-    matrix[..., :3, 3] = torch.tensor(offset, dtype=torch.float64)
-    case, shape = torch.arange(b)[:, None], torch.full((b, 1, 3), 24)
-    made = View(
-        image[:, None], matrix, torch.eye(4).double().expand(b, 1, 4, 4), shape, case, case * 0, location[:, None]
+    return View.of(
+        image,
+        corner_voxel=offset,
+        volume_shape=[24, 24, 24],
+        location_body=location,
+        crop_body=location[:, None] + torch.tensor([[-0.25], [0.25]], dtype=torch.float64),  # crops of half the body
+        points=points,
     )
-    faces = location[:, None, None] + torch.tensor([[-0.25], [0.25]], dtype=torch.float64)  # crops of half the body
-    moved = made.to_view(points[:, None])
-    inside = ((moved >= 0) & (moved <= SIDE - 1)).all(-1)
-    return replace(made, points=points[:, None], inside=inside, crop_body=faces)
 
 
 def batch(*, b=3, k=20, seed=0, offset=(3.0, 0.0, 2.0)):

@@ -41,13 +41,7 @@ def make(*, spatial_dims=3, in_channels=1, base_channels=2, num_levels=2, num_bl
 def view(*images, z=(0.1, 0.15, 0.5, 0.95)):
     """Views of samples at heights z."""
     image = torch.stack(images, dim=1)  # (b v c x y z)
-    b, v = image.shape[:2]
-    eye = torch.eye(4, dtype=torch.float64).expand(b, v, 4, 4)
-    case = torch.arange(b)[:, None].expand(b, v)
-    location = torch.full((b, v, 3), 0.5, dtype=torch.float64)
-    location[..., 2] = torch.tensor(z, dtype=torch.float64)[:, None]
-    shape = torch.tensor(image.shape[3:]).expand(b, v, 3)
-    return View(image, eye, eye, shape, case, torch.zeros_like(case), location)
+    return View.of(image, location_body=[[[0.5, 0.5, height]] for height in z])
 
 
 def batch(*, side=8, seed=0, **options):

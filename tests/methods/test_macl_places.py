@@ -97,5 +97,7 @@ def test_supervoxels_are_a_term_of_their_own_where_weighed():
 def test_wrong_numbers_are_refused():
     with pytest.raises(ValueError, match="must be positive"):
         PlaceRule(threshold=0.0)
+    views = batch()
+    views["still"].body_faces = None
     with pytest.raises(ValueError, match="body box"):
-        make(places=PlaceRule())(batch(), NOW)
+        make(places=PlaceRule())(views, NOW)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,18 +17,12 @@ def column(*values):
 
 def crops(centers, *, sides=(8, 8, 8), shape=(40, 40, 80), to_mm=None):
     """A view of crops about these voxels."""
-    b = len(centers)
-    eye, case = torch.eye(4, dtype=torch.float64), torch.arange(b)[:, None]
-    matrix = eye.repeat(b, 1, 1, 1)
-    matrix[:, 0, :3, 3] = torch.tensor(centers, dtype=torch.float64) - (torch.tensor(sides) - 1) / 2
-    return View(
-        image=torch.zeros(b, 1, 1, *sides),
-        matrix=matrix,
-        volume_to_mm=(eye if to_mm is None else torch.tensor(to_mm, dtype=torch.float64)).expand(b, 1, 4, 4),
-        volume_shape=torch.tensor(shape).expand(b, 1, 3),
-        case=case,
-        group=torch.zeros_like(case),
-        location_body=torch.full((b, 1, 3), 0.5, dtype=torch.float64),
+    return View.of(
+        torch.zeros(len(centers), 1, *sides),
+        corner_voxel=torch.tensor(centers, dtype=torch.float64) - (torch.tensor(sides) - 1) / 2,
+        volume_shape=shape,
+        volume_to_mm=to_mm,
+        location_body=0.5,
     )
 
 
@@ -94,7 +90,7 @@ def test_crops_may_be_compared_by_the_places_they_can_reach_or_by_what_they_shar
         shared.distance(shared.positions(positions)[:1], shared.positions(positions)[1:2])
     for rule in (PositionRule(frame="reachable"), shared):
         with pytest.raises(ValueError, match="views do not know theirs; make them with crop_body"):
-            rule(crops([(10, 10, 10)]))
+            rule(replace(view, crop_body=None))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

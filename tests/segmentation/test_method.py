@@ -31,10 +31,7 @@ def batch(*, samples=2, side=16):
     torch.manual_seed(1)
     image = torch.rand(samples, 1, 1, side, side, side)
     label = torch.tensor(VALUES)[(image > 0.5).long() + (image > 0.8).long()]
-    eye = torch.eye(4, dtype=torch.float64).expand(samples, 1, 4, 4)
-    number = torch.zeros(samples, 1, dtype=torch.int64)
-    shape = torch.full((samples, 1, 3), side)
-    return {"crop": View(image, eye, eye, shape, number, number, torch.zeros(samples, 1, 3).double(), label=label)}
+    return {"crop": View.of(image, label=label)}
 
 
 def test_label_values_with_gaps_become_class_numbers_and_others_background():

@@ -228,7 +228,5 @@ def view_of(
         view.points = table([t["points_voxel"] for t in tables], torch.float64)
         if "features" in tables[0]:
             view.point_features = table([t["features"] for t in tables], torch.float32)
-        found = view.to_view(view.points)
-        last = torch.tensor(image.shape[3:], device=device) - 1
-        view.inside = ((found >= 0) & (found <= last)).all(-1)
+        view.inside = view.contains(view.points)
     return view

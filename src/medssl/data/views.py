@@ -1,8 +1,9 @@
 """The view plan that a method states (`ViewPlan`) and the views that it gets (`View`)."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from medssl.data.scene import Placement, Scene
 from medssl.data.store import Record, VolumeStore
 from medssl.data.view_notes import other_size, other_window
 
+Given = Tensor | np.ndarray | Sequence[Any] | float | None
+"""What `View.of` takes for a field: anything that a tensor can be made of."""
 INVERSE_STEPS = 20
 INVERSE_TOLERANCE_VOXEL = 0.25
 
@@ -67,6 +70,119 @@ class View:
     inside: Bool[Tensor, "b v k"] | None = None
     point_features: Float32[Tensor, "b v k f"] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        image: Float[Tensor, "b *v c x y z"],
+        *,
+        corner_voxel: Given = None,
+        matrix: Given = None,
+        volume_shape: Given = None,
+        volume_to_mm: Given = None,
+        case: Given = None,
+        group: Given = 0,
+        body_faces: Given = None,
+        location_body: Given = None,
+        crop_body: Given = None,
+        displacement: Given = None,
+        location_index: Given = None,
+        coordinate: Given = None,
+        location_valid: Given = True,
+        valid: Given = None,
+        label: Given = None,
+        regions: Given = None,
+        points: Given = None,
+        inside: Given = None,
+        point_features: Given = None,
+    ) -> "View":
+        """Return tensors of one's own as a group of views, for a method that is called without a store.
+
+        An image alone is the whole of a volume with voxels of 1 mm, and the body fills the volume. Views of one sample
+        are of one case, those of different samples of different cases, and all of one cohort. An argument is stated
+        once for all views, or has the leading dimensions of `image`, with 1 in place of b or v where views are alike.
+
+        Args:
+            image: grey values; without the dimension v each sample has one view.
+            corner_voxel: place of the view's first voxel in its volume, for views that were cut out as they are.
+            matrix: the place of other views; both need `volume_shape`.
+            volume_shape: see `View`, as all that follow.
+            volume_to_mm: see above.
+            case: numbers from 0 on if not given.
+            group: cohort.
+            body_faces: the faces of the volume if not given.
+            location_body: follows from the place and `body_faces` if not given.
+            crop_body: follows from these too, about `location_body`.
+            displacement: of views that were bent.
+            location_index: needs `coordinate`.
+            coordinate: of the location.
+            location_valid: true, unless said otherwise.
+            valid: follows from `corner_voxel` or `matrix` and `volume_shape` if not given.
+            label: of each voxel.
+            regions: of each voxel.
+            points: in voxels of the volume.
+            inside: follows from the place if not given.
+            point_features: of each point.
+
+        Raises:
+            ValueError: an argument has a wrong shape, or lacks the one that it needs.
+        """
+        lead, sides, is_whole = image.shape[:-4], image.shape[-3:], corner_voxel is None and matrix is None
+        if len(lead) not in (1, 2):
+            raise ValueError(
+                f"an image has the dimensions b v c x y z or b c x y z; got the shape {tuple(image.shape)}"
+            )
+        if corner_voxel is not None and matrix is not None:
+            raise ValueError("corner_voxel and matrix both say where a view lies; give one of them")
+        if not is_whole and volume_shape is None:
+            raise ValueError("a view with a corner_voxel or a matrix is cut from a volume; give volume_shape too")
+        if (location_index is None) != (coordinate is None):
+            raise ValueError("location_index and coordinate belong together; give both or none")
+
+        def spread(name: str, given: Given, *inner: int, dtype: torch.dtype | None = torch.float64) -> Any:
+            return None if given is None else _spread(name, given, lead, inner, dtype=dtype, device=image.device)
+
+        eye = torch.eye(4, dtype=torch.float64, device=image.device)
+        place = spread("matrix", eye if matrix is None else matrix, 4, 4)
+        if corner_voxel is not None:
+            corner = spread("corner_voxel", corner_voxel, 3)
+            place = torch.cat([place[..., :3], F.pad(corner, (0, 1), value=1.0)[..., None]], dim=-1)
+        shape = spread("volume_shape", list(sides) if volume_shape is None else volume_shape, 3, dtype=torch.int64)
+        whole_volume = torch.stack([torch.full_like(shape, -0.5, dtype=torch.float64), shape - 0.5], dim=2)
+        numbers = torch.arange(len(image)).view(-1, *[1] * (len(lead) - 1))
+        is_shown = None if location_index is None else location_valid
+        view = cls(
+            image=image if len(lead) == 2 else image[:, None],
+            matrix=place,
+            volume_to_mm=spread("volume_to_mm", eye if volume_to_mm is None else volume_to_mm, 4, 4),
+            volume_shape=shape,
+            case=spread("case", numbers if case is None else case, dtype=torch.int64),
+            group=spread("group", group, dtype=torch.int64),
+            location_body=torch.full_like(shape, 0.5, dtype=torch.float64),
+            body_faces=whole_volume if body_faces is None else spread("body_faces", body_faces, 2, 3),
+            displacement=spread("displacement", displacement, 3, *sides, dtype=torch.float32),
+            location_index=spread("location_index", location_index, dtype=torch.int64),
+            coordinate=spread("coordinate", coordinate, 3, dtype=torch.float32),
+            location_valid=spread("location_valid", is_shown, dtype=torch.bool),
+            valid=spread("valid", valid, 1, *sides, dtype=torch.bool),
+            label=spread("label", label, 1, *sides, dtype=None),
+            regions=spread("regions", regions, 1, *sides, dtype=None),
+            points=spread("points", points, -1, 3),
+            inside=spread("inside", inside, -1, dtype=torch.bool),
+            point_features=spread("point_features", point_features, -1, -1, dtype=torch.float32),
+        )
+        lower, upper = view.body_faces.unbind(2)  # type: ignore[union-attr]
+        reach = place[..., :3, :3].abs() @ (torch.tensor(sides).to(place) / 2) / (upper - lower)
+        center = (view.center_volume() - lower) / (upper - lower)
+        view.location_body = center if location_body is None else spread("location_body", location_body, 3)
+        around = torch.stack([view.location_body - reach, view.location_body + reach], dim=2)
+        view.crop_body = around if crop_body is None else spread("crop_body", crop_body, 2, 3)
+        if valid is None and not is_whole:
+            at, last = view._grid(place), shape[..., None, None, None] - 0.5
+            view.valid = ((at >= -0.5) & (at <= last)).all(2, keepdim=True)
+        if view.points is not None and inside is None:
+            view.inside = view.contains(view.points)
+        return view
+
     def to_volume(self, points: Float[Tensor, "b v k 3"]) -> Float64[Tensor, "b v k 3"]:
         """Map view voxels to volume voxels, displacement included."""
         points = points.double()
@@ -82,6 +198,12 @@ class View:
             found = straight - _displaced(found, field)
         residual = (apply_each(self.matrix, found + _displaced(found, field)) - points).norm(dim=-1, keepdim=True)
         return torch.where(residual <= INVERSE_TOLERANCE_VOXEL, found, torch.nan)
+
+    def contains(self, points: Float[Tensor, "b v k 3"]) -> Bool[Tensor, "b v k"]:
+        """Return which volume points lie among the voxel centres of the view."""
+        found = self.to_view(points)
+        last = torch.tensor(self.image.shape[3:], device=found.device) - 1
+        return ((found >= 0) & (found <= last)).all(-1)
 
     def grid_mm(self) -> Float32[Tensor, "b v 3 x y z"]:
         """Return the RAS position of every voxel in millimetres, displacement included."""
@@ -114,6 +236,29 @@ class View:
     def _field(self) -> Float64[Tensor, "b v 3 x y z"] | None:
         """Return the displacement in double precision; the conversion takes longer than looking up points in it."""
         return None if self.displacement is None else self.displacement.double()
+
+
+def _spread(
+    name: str,
+    given: Given,
+    lead: Sequence[int],
+    inner: Sequence[int],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> Tensor:
+    """Return an argument of `View.of` as a field (b v ...); -1 in `inner` is a side that the argument chooses."""
+    value, full = torch.as_tensor(given, dtype=dtype, device=device), (*lead, *inner)
+    try:
+        if value.ndim not in (0, len(inner), len(full)):
+            raise RuntimeError
+        value = value.expand(full).contiguous()  # no two entries share memory
+    except RuntimeError:
+        raise ValueError(
+            f"{name} has the shape {list(value.shape)}; give {list(inner)} for all views, or {list(full)} with 1 where "
+            "views are alike (-1 is any number)"
+        ) from None
+    return value if len(lead) == 2 else value[:, None]
 
 
 def _displaced(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from medssl.data.randomness import counter_key
 from medssl.data.views import View
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ class Progress:
 
     `step` counts optimiser steps from 0, `epoch` is its fractional epoch, `micro` numbers the micro-batches that are
     accumulated into one step. `draw` stands for `step` in generators where draws are to repeat while schedules move on.
+    `Progress()` is the first step of a run of one step and one epoch.
     """
 
-    step: int
-    total_steps: int
-    epoch: float
-    total_epochs: float
-    seed: int
+    step: int = 0
+    total_steps: int = 1
+    epoch: float = 0.0
+    total_epochs: float = 1.0
+    seed: int = 0
     rank: int = 0
     micro: int = 0
     draw: int | None = None
@@ -47,6 +49,10 @@ class Progress:
         key = f"{self.seed}/{step}/{self.micro}/{self.rank}/{name}".encode()
         number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return torch.Generator(device).manual_seed(number >> 1)  # seeds are signed 64-bit integers
+
+    def seed_torch(self) -> None:
+        """Seed torch's global generators, so that dropout is a function of where the run stands too."""
+        torch.manual_seed(counter_key("step", self.seed, self.step, self.rank, self.micro))
 
     def warn(self, why: str) -> None:
         """Say `why` on the error stream, on rank 0 alone."""

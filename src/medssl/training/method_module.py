@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from medssl.data.module import VALIDATION_SEED, Batch
-from medssl.data.randomness import counter_key
 from medssl.methods.base import Method, Progress
 from medssl.training.optim import build_optimizer, restate
 from medssl.training.scalars import StepScalars
@@ -68,7 +67,7 @@ class MethodModule(L.LightningModule):
             ValueError: A term is not finite.
         """
         self.last_progress = progress = self.progress(batch)
-        torch.manual_seed(counter_key("step", self.seed, progress.step, progress.rank, progress.micro))
+        progress.seed_torch()
         output = self.method(batch.views, progress)
         self.scalars.add(output, batch, strategy=self.trainer.strategy)
         return output.loss
