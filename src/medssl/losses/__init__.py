@@ -1,1 +1,5 @@
 """Losses as pure functions, one family in each file."""
+
+from medssl.lazy import lazy
+
+__getattr__, __dir__ = lazy(__name__)
