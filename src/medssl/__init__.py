@@ -13,6 +13,7 @@ from medssl.lazy import lazy
 __version__ = "0.1.0"
 
 _HOME = {
+    "build_method": "medssl.methods.build",
     "Method": "medssl.methods.base",
     "Progress": "medssl.methods.base",
     "StepOutput": "medssl.methods.base",
@@ -170,6 +171,7 @@ if TYPE_CHECKING:
     from medssl.methods.base import Method as Method
     from medssl.methods.base import Progress as Progress
     from medssl.methods.base import StepOutput as StepOutput
+    from medssl.methods.build import build_method as build_method
     from medssl.methods.drasclr import DrasCLR as DrasCLR
     from medssl.methods.glmae import GLMAE as GLMAE
     from medssl.methods.kaf import KAF as KAF

@@ -95,7 +95,7 @@ def test_new_files_that_are_too_often_unreadable_leave_the_store_as_it_is(images
 )
 def test_a_method_is_tried_before_the_store_unless_it_needs_what_only_the_store_knows(settings, is_tried, monkeypatch):
     built = []
-    monkeypatch.setattr(pretraining, "build_method", lambda settings, seed: built.append(settings))
+    monkeypatch.setattr(pretraining, "method_of", lambda settings, seed: built.append(settings))
     config = compose("pretrain", settings)
     pretraining.try_method(config, instantiate(config.views, _convert_="all"))
     assert len(built) == is_tried

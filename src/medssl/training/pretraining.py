@@ -3,17 +3,15 @@
 import sys
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medssl.config import with_values
 from medssl.data.module import VolumeDataModule
-from medssl.data.randomness import counter_key
 from medssl.data.splits import pretraining_cases
 from medssl.data.views import ViewPlan
-from medssl.methods.base import Method
+from medssl.methods.build import method_of
 from medssl.run.folder import process_rank
 from medssl.run.settings import RunSettings, awaiting, with_facts
 from medssl.run.start import Run
@@ -63,7 +61,7 @@ def pretrain(run: Run) -> None:
     facts = data.facts()
     settings = RunSettings.of(config, facts | method_facts(with_facts(config, facts), data, world=world))
     values = settings.values
-    method = build_method(values["method"], seed=settings.seed)
+    method = method_of(values["method"], seed=settings.seed)
     metrics = Metrics(
         folder.metrics,
         batch_size=settings.batch_size,
@@ -97,7 +95,7 @@ def try_method(config: DictConfig, views: ViewPlan) -> None:
         settings = OmegaConf.to_container(trial.method, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException:
         return
-    build_method(settings, seed=config.seed)
+    method_of(settings, seed=config.seed)
 
 
 def fact_recipes(config: DictConfig) -> dict[str, Any]:
@@ -120,12 +118,6 @@ def method_facts(config: DictConfig, data: VolumeDataModule, *, world: int) -> d
         ValueError: A fact cannot be computed.
     """
     return {name: compute(data, world=world) for name, compute in fact_recipes(config).items()}
-
-
-def build_method(settings: Any, *, seed: int) -> Method:
-    """Return the method with its first weights, which follow from the seed."""
-    torch.manual_seed(counter_key("weights", seed))
-    return instantiate(settings, _convert_="all")
 
 
 def summary(run: Run, *, step: int, total: int, shape: tuple[int, ...]) -> str:

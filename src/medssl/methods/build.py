@@ -1,0 +1,105 @@
+"""Methods built from their YAML, with or without data."""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from medssl.config import compose, user_message, with_values
+from medssl.data.randomness import counter_key
+from medssl.methods.base import Method
+
+MANY_CASES = 10_000
+
+
+def build_method(
+    name: str,
+    *,
+    in_channels: int = 1,
+    crop_voxel: Sequence[int] | None = None,
+    num_cases: int = MANY_CASES,
+    num_locations: int | None = None,
+    steps_per_epoch: float | None = None,
+    steps_per_round: float | None = None,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    extra_dir: str | Path | None = None,
+) -> Method:
+    """Return a method with its networks, as `python -m medssl.pretrain method=NAME` builds it.
+
+    Torch's global generator stays as it is.
+
+    Args:
+        name: of a file in configs/method, such as `alice_tiny`.
+        in_channels: of the images.
+        crop_voxel: sides of the views; those in the YAML if not given.
+        num_cases: volumes that will be trained on; by default so many that a queue is as long as it may be.
+        num_locations: numbered places of the body; those of the grid in the YAML if not given.
+        steps_per_epoch: for schedules that are stated in epochs.
+        steps_per_round: for schedules that are stated in rounds over all locations.
+        seed: the first weights are a function of it.
+        overrides: further settings as on the command line, such as `method.mask_ratio=0.6`.
+        extra_dir: a folder with method/NAME.yaml and the Python files that it names.
+
+    Raises:
+        ValueError: there is no such method, it refuses a setting, or a setting follows from a number that is not given.
+    """
+    if extra_dir is not None and str(Path(extra_dir).resolve()) not in sys.path:
+        sys.path.insert(0, str(Path(extra_dir).resolve()))
+    given = {
+        "num_channels": in_channels,
+        "crop_voxel": None if crop_voxel is None else list(crop_voxel),
+        "num_cases": num_cases,
+        "num_locations": num_locations,
+        "steps_per_epoch": steps_per_epoch,
+        "steps_per_round": steps_per_round,
+    }
+    try:
+        config = compose(
+            "pretrain", [f"method={name}", *overrides], extra_dir=None if extra_dir is None else Path(extra_dir)
+        )
+        settings = _resolved(config, {fact: value for fact, value in given.items() if value is not None})
+        with torch.random.fork_rng(devices=[]):
+            return method_of(settings, seed=seed)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        raise ValueError(message) from error
+
+
+def method_of(settings: Any, *, seed: int) -> Method:
+    """Return the method that resolved settings describe, with first weights that follow from the seed."""
+    torch.manual_seed(counter_key("weights", seed))
+    return instantiate(settings, _convert_="all")
+
+
+def _resolved(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the method.
+
+    Raises:
+        ValueError: one follows from a number that neither is given nor follows from the views.
+    """
+    known = {name: "???" if value is None else value for name, value in config.facts.items()} | dict(given)
+    views = instantiate(with_values(config, {"facts": known}).views, _convert_="all")
+    of_views = {"crop_voxel": views.first_size} | (
+        {"num_locations": views.num_locations} if views.num_locations else {}
+    )
+    facts = known | {name: value for name, value in of_views.items() if known[name] == "???"}
+    method = with_values(config, {"facts": facts}).method
+    try:
+        return OmegaConf.to_container(method, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        missing = re.search(r"Missing mandatory value: facts\.(\w+)", str(error))
+        if missing is None:
+            raise
+        raise ValueError(
+            f"{error.full_key} follows from the data; give build_method the number as {missing[1]}=N"
+        ) from None
