@@ -1,4 +1,4 @@
-"""Procedural torso CTs, so that everything can be tried without data; all of it is synthetic."""
+"""Phantoms: procedural torso CTs, fully synthetic, so that everything can be tried without real images."""
 
 from medssl.lazy import lazy
 

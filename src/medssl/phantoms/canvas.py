@@ -1,4 +1,4 @@
-"""What phantoms are painted with: a subject's canvas in atlas space, and distances to simple solids in millimetres.
+"""The canvas of a phantom in atlas space, and distances to simple solids in millimetres, to paint with.
 
 Atlas space is RAS: x to the patient's right, y to the front, z up; z = 0 is the top of the right diaphragm.
 """
@@ -25,7 +25,7 @@ LABELS = {
     "aorta": 10,
     "heart": 11,
 }
-"""Values of the label map; `body` is all other tissue inside the skin."""
+"""Values of the label map. `body` is all other tissue inside the skin."""
 
 AIR_HU, FAT_HU, MUSCLE_HU, GAS_HU = -1000.0, -100.0, 55.0, -940.0
 WAVE_MM = 24.0
@@ -37,7 +37,7 @@ SPINE_KNOTS = ((-260, -58), (-200, -50), (-130, -46), (-50, -56), (40, -70), (11
 
 @dataclass(frozen=True)
 class Subject:
-    """What differs between subjects besides the warp; lengths in mm, intensities in HU."""
+    """The properties of a subject besides its warp; lengths in mm, intensities in HU."""
 
     fat_mm: float
     muscle_mm: float
@@ -54,7 +54,7 @@ class Subject:
 
     @classmethod
     def drawn(cls, rng: np.random.Generator) -> "Subject":
-        """A random subject; the contrast phase moves vessels, spleen, kidneys and liver together."""
+        """Draw a random subject; the contrast phase changes vessels, spleen, kidneys and liver together."""
         phase = rng.uniform(0, 1)
         return cls(
             fat_mm=float(rng.gamma(4, 4) + 5),
@@ -111,7 +111,7 @@ class Canvas:
         return point.astype(np.float32)
 
     def field(self, wave_mm: float) -> Float32[np.ndarray, " voxel"]:
-        """A smooth random function of place, mean 0, deviation about 1: cubic B-splines on a grid of `wave_mm`."""
+        """Draw a smooth random function of place, mean 0, deviation about 1: cubic B-splines on a grid of `wave_mm`."""
         knots = [int(np.ceil(n * self.spacing_mm / wave_mm)) + 4 for n in self.size]  # they reach beyond both ends
         values = self.rng.standard_normal(knots).astype(np.float32)
         for axis, (n, k) in enumerate(zip(self.size, knots, strict=True)):
@@ -122,7 +122,7 @@ class Canvas:
         return (values / 0.33).ravel()
 
     def near(self, low: Sequence[float], high: Sequence[float]) -> Int[np.ndarray, " some"]:
-        """Indices of the voxels inside a box of atlas space."""
+        """Return the indices of the voxels inside a box of atlas space."""
         inside = (self.point[2] > low[2]) & (self.point[2] < high[2])
         for axis in (0, 1):
             inside &= (self.point[axis] > low[axis]) & (self.point[axis] < high[axis])
@@ -144,12 +144,12 @@ class Canvas:
 
     @cached_property
     def trunk(self) -> "Trunk":
-        """Wall, diaphragm and spine of the subject at every voxel."""
+        """The wall, diaphragm and spine of the subject at every voxel."""
         return Trunk.of(self.point, self.subject)
 
 
 def curve(z: Float[np.ndarray, " n"], *knots: tuple[float, float]) -> Float32[np.ndarray, " n"]:
-    """A smooth curve (cubic Hermite) through (z, value) knots, which go upwards."""
+    """Return a smooth curve (cubic Hermite) through (z, value) knots in ascending z."""
     at, value = np.array(knots).T
     fine = np.linspace(at[0], at[-1], 1024)
     i = np.clip(np.searchsorted(at, fine) - 1, 0, len(at) - 2)
@@ -178,7 +178,7 @@ class Trunk:
 
     @classmethod
     def of(cls, point: Float32[np.ndarray, "3 voxel"], subject: Subject) -> "Trunk":
-        """The coordinates of atlas points."""
+        """Return the coordinates of atlas points."""
         x, y, z = point
         half_width = curve(
             z, (-260, 112), (-150, 118), (-60, 127), (20, 127), (80, 117), (130, 96), (165, 72), (200, 48), (240, 40)
@@ -226,7 +226,10 @@ def ellipsoid(
     *,
     turn_deg: Sequence[float] = (0, 0, 0),
 ) -> Float[np.ndarray, " n"]:
-    """Distance to an ellipsoid in mm (exact at the surface to first order), turned about x, then y, then z."""
+    """Return the distance in mm to an ellipsoid turned about x, y, z in this order.
+
+    The distance is exact at the surface to first order.
+    """
     local = point - np.asarray(centre, dtype=np.float32)[:, None]
     for axis, angle in enumerate(np.deg2rad(turn_deg)):
         if angle:
@@ -241,13 +244,13 @@ def ellipsoid(
 
 
 def length(vector: Float[np.ndarray, "3 n"]) -> Float[np.ndarray, " n"]:
-    """Euclidean lengths."""
+    """Return the Euclidean lengths of vectors."""
     x, y, z = vector  # several times faster than a reduction over the short axis
     return np.sqrt(x * x + y * y + z * z)
 
 
 def tube(point: Float[np.ndarray, "3 n"], path: Sequence[Triple], radii: Sequence[float]) -> Float[np.ndarray, " n"]:
-    """Distance in mm to a tube along a broken line whose radius changes evenly between the corners."""
+    """Return the distance in mm to a tube along a broken line; its radius changes evenly between the corners."""
     best = np.full(point.shape[1], np.inf, np.float32)
     corners = np.asarray(path, dtype=np.float32)
     for a, b, ra, rb in zip(corners[:-1], corners[1:], radii[:-1], radii[1:], strict=True):
@@ -259,6 +262,6 @@ def tube(point: Float[np.ndarray, "3 n"], path: Sequence[Triple], radii: Sequenc
 
 
 def smooth_max(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], rounding_mm: float) -> Float[np.ndarray, " n"]:
-    """Distance to the part common to two solids, its edge rounded."""
+    """Return the distance to the intersection of two solids, with a rounded edge."""
     h = np.clip(0.5 - 0.5 * (b - a) / rounding_mm, 0, 1)
     return b + (a - b) * h + rounding_mm * h * (1 - h)

@@ -1,7 +1,7 @@
-"""Emphysema of phantoms: holes of air in the lungs, more of them in worse cases, most of them near the tips.
+"""Emphysema of phantoms: holes of air in the lungs, more of them in severe cases, most of them near the tips.
 
-All of it follows from the subject's seed by a random stream of its own, so that the anatomy is the same with and
-without. Lengths are in mm, points in atlas space (see `medssl.phantoms.canvas`).
+The holes follow from the subject's seed by a separate random stream, so the anatomy is the same with and without them.
+Lengths are in mm, points in atlas space (see `medssl.phantoms.canvas`).
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Real
 
 VERSION = 1
-"""Raised whenever the same seed begins to give other holes."""
+"""Version of the drawing, raised whenever the same seed gives other holes."""
 
 HOLE_HU = -980.0
 LOW_HU = -950.0
-"""Lung below it counts as emphysema, as is usual for CT in full inspiration."""
+"""Lung below this value counts as emphysema, as is usual for CT in full inspiration."""
 
-STREAM = 0xE3F45  # tells this random stream from that of the anatomy, which is seeded by the seed alone
+STREAM = 0xE3F45  # separates this random stream from that of the anatomy, which is seeded by the seed alone
 SHARE_HEALTHY = 0.25
 MARGIN_MM = np.array([[-150.0, -120.0, -130.0], [150.0, 120.0, 235.0]])
 """A box around every lung."""
@@ -32,22 +32,22 @@ class Kind:
 
 
 KINDS = (
-    Kind(8.0, (2.0, 4.5), 1),  # centrilobular: about one a lobule
-    Kind(17.0, (4.5, 7.5), 2),  # bullae: of severe cases
+    Kind(8.0, (2.0, 4.5), 1),  # centrilobular: about one per lobule
+    Kind(17.0, (4.5, 7.5), 2),  # bullae, in severe cases
 )
 
 
 def draw_severity(seed: int) -> float:
-    """How ill the subject of a seed is, from 0 to 1: a quarter of the subjects has 0, the others any value alike."""
+    """Return the severity of a seed's subject, from 0 to 1: 0 for a quarter of the subjects, else uniform."""
     return max(0.0, (float(_stream(seed).uniform()) - SHARE_HEALTHY) / (1 - SHARE_HEALTHY))
 
 
 def hole_share(
     point: Float[np.ndarray, "3 n"], *, seed: int, severity: float, spacing_mm: float
 ) -> Float32[np.ndarray, " n"]:
-    """The share of each voxel, about these atlas points, that holes of the subject take.
+    """Return the share of each voxel, about these atlas points, that holes of the subject take.
 
-    With the severity holes are added and none moves. A hole smaller than a voxel takes no more than its volume.
+    A higher severity adds holes and moves none. A hole smaller than a voxel takes no more than its volume.
     """
     rng = _stream(seed)
     rng.uniform()  # the severity
@@ -59,7 +59,7 @@ def hole_share(
 
 
 def low_attenuation(volume_hu: Real[np.ndarray, "x y z"], lungs: Bool[np.ndarray, "x y z"]) -> float:
-    """The share of the lungs below `LOW_HU`; NaN where the volume shows none."""
+    """Return the share of the lungs below `LOW_HU`; NaN where the volume shows no lung."""
     return float((volume_hu[lungs] < LOW_HU).mean()) if lungs.any() else float("nan")
 
 
@@ -70,7 +70,7 @@ def _stream(seed: int) -> np.random.Generator:
 def _waves(
     point: Float[np.ndarray, "3 n"], rng: np.random.Generator, length_mm: tuple[float, float], num: int = 5
 ) -> Float[np.ndarray, " n"]:
-    """A smooth function of place, mean 0 and deviation 1: plane waves in random directions."""
+    """Return a smooth function of place, mean 0 and deviation 1: plane waves in random directions."""
     way = rng.standard_normal((num, 3))
     way *= (2 * np.pi / rng.uniform(*length_mm, num) / np.linalg.norm(way, axis=1))[:, None]
     phase = rng.uniform(0, 2 * np.pi, num)

@@ -1,4 +1,4 @@
-"""Procedural phantoms as a source of cases: they are drawn, not read."""
+"""The source of phantom cases, which are drawn, not read."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from medssl.phantoms.torso import LABELS, VERSION, draw_phantom
 
 @dataclass(frozen=True)
 class PhantomCase(Case):
-    """A case that is computed, not read."""
+    """A phantom case, which is computed, not read."""
 
     size_voxel: tuple[int, int, int] = (96, 96, 96)
     spacing_mm: float = 4.0
@@ -28,25 +28,25 @@ class PhantomCase(Case):
 
     @property
     def has_label(self) -> bool:
-        """Phantoms always have one."""
+        """True: phantoms always have a label map."""
         return True
 
     def fingerprint(self) -> str:
-        """A hash of what is drawn."""
+        """Return a hash of the settings of the drawing."""
         facts = [self.size_voxel, self.spacing_mm, self.seed, *(["emphysema"] if self.emphysema else [])]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def problem(self) -> None:
-        """Nothing can be wrong with it."""
+        """Return None, because a phantom has no problems."""
 
     def read(
         self, *, channels: str | int | None, min_side_voxel: int
     ) -> tuple[Volume, Int[np.ndarray, "x y z"] | None]:
-        """The torso of this seed and its organs."""
+        """Return the torso of this seed and its organs."""
         return draw_phantom(self.seed, size_voxel=self.size_voxel, spacing_mm=self.spacing_mm, emphysema=self.emphysema)
 
     def targets(self, volume: Volume, label: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
-        """Of emphysema the severity that was drawn, and `laa950`: the share of the lungs below -950 HU."""
+        """Return, with emphysema, the severity drawn and `laa950`, the share of the lungs below -950 HU."""
         if not self.emphysema or label is None:
             return {}
         laa950 = low_attenuation(volume.array[0], label == LABELS["lungs"])
@@ -55,7 +55,10 @@ class PhantomCase(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class Phantoms:
-    """Procedural torso CTs: `num_cases` subjects, the same for the same seed; with `emphysema` most of them are ill."""
+    """Procedural torso CTs: `num_cases` subjects, the same for the same seed.
+
+    With `emphysema` most of them have the disease.
+    """
 
     num_cases: int = 32
     size_voxel: int | Sequence[int] = 96
@@ -64,17 +67,17 @@ class Phantoms:
     emphysema: bool = False
 
     def recipe(self) -> dict[str, Any]:
-        """All parameters, and the version of the drawing."""
+        """Return all parameters, and the version of the drawing."""
         own = {"num_cases": self.num_cases, "spacing_mm": float(self.spacing_mm), "seed": self.seed}
         own |= {"emphysema": EMPHYSEMA_VERSION} if self.emphysema else {}
         return {"kind": "phantoms", "version": VERSION, "size_voxel": list(self._size()), **own}
 
     def label_names(self) -> dict[int, str]:
-        """The organs of the atlas."""
+        """Return the names of the organs of the atlas."""
         return {value: name for name, value in LABELS.items()}
 
     def scan(self) -> Scan:
-        """One case a subject."""
+        """Return one case per subject."""
         scan, size = Scan(), self._size()
         for number in range(self.num_cases):
             name, seed = f"phantom_{number:04d}", self.seed * 1_000_003 + number

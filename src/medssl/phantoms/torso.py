@@ -1,4 +1,4 @@
-"""Procedural torso CTs: an atlas of simple solids, warped smoothly into as many subjects as are wanted."""
+"""Procedural torso CTs: an atlas of simple solids, warped smoothly into any number of subjects."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,11 +22,11 @@ from medssl.phantoms.canvas import (
 from medssl.phantoms.emphysema import HOLE_HU, draw_severity, hole_share
 
 VERSION = 1
-"""Raised whenever the same seed begins to give other voxels."""
+"""Version of the drawing, raised whenever the same seed gives other voxels."""
 
 
 def draw_wall(canvas: Canvas) -> None:
-    """Table, skin, fat, muscle, and the contents of the trunk before there are organs."""
+    """Draw table, skin, fat, muscle, and the contents of the trunk before there are organs."""
     x, _, z = canvas.point
     trunk, subject = canvas.trunk, canvas.subject
     every = np.arange(len(x))
@@ -51,7 +51,7 @@ def draw_wall(canvas: Canvas) -> None:
 
 
 def draw_abdomen(canvas: Canvas) -> None:
-    """Bowel, stomach, liver with veins, gall bladder, spleen, kidneys, pancreas, psoas."""
+    """Draw bowel, stomach, liver with veins, gall bladder, spleen, kidneys, pancreas, psoas."""
     trunk, subject = canvas.trunk, canvas.subject
     place = canvas.near((-150, -110, -300), (150, 130, 60))
     point = canvas.point[:, place]
@@ -135,7 +135,7 @@ def _draw_bowel(canvas: Canvas, place: Int[np.ndarray, " some"], inside: Float[n
 
 
 def draw_chest(canvas: Canvas) -> None:
-    """Lungs with vessels, mediastinum, airways, heart and great vessels, aorta."""
+    """Draw lungs with vessels, mediastinum, airways, heart and great vessels, aorta."""
     trunk, subject = canvas.trunk, canvas.subject
     place = canvas.near((-150, -120, -130), (150, 120, 235))
     point = canvas.point[:, place]
@@ -206,7 +206,7 @@ def _draw_heart(
 
 
 def _draw_vessels(canvas: Canvas) -> None:
-    """Aorta, caval veins, pulmonary trunk and the branches of the arch."""
+    """Draw the aorta, caval veins, pulmonary trunk and the branches of the arch."""
     subject, spine = (
         canvas.subject,
         curve(np.array([100.0, 40.0, -20.0, -100.0, -180.0, -260.0]), *SPINE_KNOTS).tolist(),
@@ -251,13 +251,13 @@ def _draw_vessels(canvas: Canvas) -> None:
 
 
 def draw_skeleton(canvas: Canvas) -> None:
-    """Vertebrae with canal and processes, ribs, costal cartilage, sternum, shoulder blades."""
+    """Draw vertebrae with canal and processes, ribs, costal cartilage, sternum, shoulder blades."""
     _draw_spine(canvas)
     _draw_ribs(canvas)
 
 
 def _level(z: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Number of the vertebra at a height, counted down from the first thoracic one; its centre is a whole number."""
+    """Return the vertebra's number at a height, from the first thoracic one down; centres are whole numbers."""
     return curve(z, (-260, 16.2), (-180, 13.9), (-90, 11.0), (0, 7.5), (100, 3.3), (195, -1.0), (240, -3.2))
 
 
@@ -268,7 +268,7 @@ def _draw_spine(canvas: Canvas) -> None:
     back = canvas.point[1][place] - trunk.spine_mm[place]
     level = _level(z)
     pitch = -1 / np.gradient(_level(np.linspace(-260, 240, 101)), np.linspace(-260, 240, 101))
-    height = np.interp(z, np.linspace(-260, 240, 101), pitch).astype(np.float32)  # mm a vertebra
+    height = np.interp(z, np.linspace(-260, 240, 101), pitch).astype(np.float32)  # mm per vertebra
     off = (level - np.round(level)) * -height  # mm above the centre of the nearest vertebra
     lumbar = 1 / (1 + np.exp((z + 100) / 25))
     rx, ry = 16.5 + 8 * lumbar, 14.5 + 3.5 * lumbar
@@ -330,18 +330,18 @@ def _draw_ribs(canvas: Canvas) -> None:
 
 
 PARTS: tuple[Callable[[Canvas], None], ...] = (draw_wall, draw_chest, draw_abdomen, draw_skeleton)
-"""In painting order: what comes later covers what came before."""
+"""The parts in painting order: a later one covers an earlier one."""
 
 
 def draw_phantom(
     seed: int, *, size_voxel: Sequence[int] = (96, 96, 96), spacing_mm: float = 4.0, emphysema: bool = False
 ) -> tuple[Volume, Int16[np.ndarray, "x y z"]]:
-    """One torso CT in HU (int16) and its label map (`LABELS`), the same for the same arguments.
+    """Draw one torso CT in HU (int16) and its label map (`LABELS`), the same for the same arguments.
 
-    Size, pose, shape, fat, breath, contrast phase, noise and table vary with the seed. The field of view
-    is what `size_voxel` and `spacing_mm` make it, about the middle of the trunk: 384 mm reach from the tips of the
+    Size, pose, shape, fat, breath, contrast phase, noise and table vary with the seed. The field of view follows from
+    `size_voxel` and `spacing_mm` and lies about the middle of the trunk: 384 mm reach from the tips of the
     lungs to below the kidneys. The same field at another spacing shows the same subject. With `emphysema` the lungs
-    have as many holes as `draw_severity` of the seed says, and nothing else is different.
+    have holes according to `draw_severity` of the seed, and nothing else differs.
     """
     canvas = Canvas(size_voxel, spacing_mm, np.random.default_rng(seed), emphysema_seed=seed if emphysema else None)
     for draw in PARTS:

@@ -1,4 +1,4 @@
-"""Tables that are derived from the cases of a store, one file a case: keypoints, locations, heights, pairs, ..."""
+"""Tables that are derived from the cases of a store, one file per case: keypoints, locations, heights, pairs, ..."""
 
 from medssl.lazy import lazy
 

@@ -1,6 +1,6 @@
-"""Anatomical locations: a table of anchors in one reference volume, and where they lie in a subject.
+"""Anchors: the table of anatomical locations in one reference volume, and their places in a subject.
 
-Locations are numbered as rows of the table. A location's coordinate lies in [-1, 1]^3 and is the same for all subjects.
+A location's number is its row in the table. A location's coordinate lies in [-1, 1]^3 and is the same for all subjects.
 """
 
 import zipfile
@@ -17,7 +17,7 @@ NORMS = ("minmax", "official_max")
 PATCH_ANCHORS = ("centre", "corner")
 NUM_NEIGHBOURS = 26
 ATLAS_FILES = ("atlas_patch_loc.npy", "atlas_lung_mask.nii.gz")
-"""The anchors and the mask of the released atlas, under the names that they have there."""
+"""File names of the anchors and the mask in the released atlas."""
 OFFICIAL_LIMIT = 999
 
 
@@ -26,14 +26,14 @@ class AnchorTable:
     """The locations of a reference volume.
 
     Args:
-        index_voxel: lower corner of each patch on the reference's grid, in the order of its axes.
-        grid_to_mm: index on that grid -> RAS mm; its columns say where the axes of the patches run.
-        patch_voxel: side of a patch on that grid.
-        coordinate: of each location, in [-1, 1], growing to the right, to the front and upwards (RAS) on any grid.
-        neighbours: other locations of each, nearest first; among equally near ones the first row comes first.
-        roi_fraction: share of each patch that lies in the mask by which it was chosen; NaN where unknown.
-        reference: what the anchors were found in.
-        norm: how coordinates were made of corners or middles.
+        index_voxel: Lower corner of each patch on the reference's grid, in the order of its axes.
+        grid_to_mm: Map from an index on that grid to RAS mm. Its columns are the directions of the patches' axes.
+        patch_voxel: Side of a patch, in voxels of that grid.
+        coordinate: Coordinate of each location, in [-1, 1]. It grows to the right, front and top (RAS) on any grid.
+        neighbours: Other locations near each one, nearest first. Among equally near ones the first row comes first.
+        roi_fraction: Share of each patch that lies in the mask by which it was chosen, NaN where unknown.
+        reference: Name of the volume that the anchors were found in.
+        norm: Rule by which coordinates follow from corners or middles.
     """
 
     index_voxel: Int64[np.ndarray, "location 3"]
@@ -56,7 +56,7 @@ class AnchorTable:
         roi_fraction: Float64[np.ndarray, " location"] | None = None,
         reference: str = "",
     ) -> "AnchorTable":
-        """The table of given corners; coordinates and neighbours follow from them."""
+        """Return the table of given corners; coordinates and neighbours follow from them."""
         index_voxel = index_voxel.astype(np.int64)
         direction = np.where(grid_to_mm.diagonal()[:3] < 0, -1, 1).astype(np.float32)
         unknown = np.full(len(index_voxel), np.nan)
@@ -72,17 +72,17 @@ class AnchorTable:
         )
 
     def __len__(self) -> int:
-        """Number of locations."""
+        """Return the number of locations."""
         return len(self.index_voxel)
 
     @property
     def spacing_mm(self) -> Float64[np.ndarray, "3"]:
-        """Voxel of the reference's grid."""
+        """Spacing of the reference's grid."""
         return np.linalg.norm(self.grid_to_mm[:3, :3], axis=0)
 
     @property
     def patch_mm(self) -> Float64[np.ndarray, "3"]:
-        """Sides of a patch."""
+        """Sides of a patch in mm."""
         return self.patch_voxel * self.spacing_mm
 
     @property
@@ -102,10 +102,10 @@ class AnchorTable:
     def moved_mm(
         self, reference_to_subject: Float64[np.ndarray, "4 4"], *, patch_anchor: str = "centre"
     ) -> Float64[np.ndarray, "location 3"]:
-        """Middles of the patches in a subject, RAS; patches themselves are neither turned nor scaled.
+        """Return the middles of the patches in a subject, RAS; patches themselves are neither turned nor scaled.
 
-        With `patch_anchor` "corner" it is the first voxel of a patch that the affine moves, as in the released code,
-        and the rest lies beside it along the axes of the reference.
+        With `patch_anchor` "corner" the affine moves the first voxel of a patch, as in the released code. The rest of
+        the patch then lies beside it along the axes of the reference.
         """
         check_choice("patch_anchor", patch_anchor, PATCH_ANCHORS)
         if patch_anchor == "corner":
@@ -118,9 +118,10 @@ class AnchorTable:
 
     @classmethod
     def load(cls, path: str | Path) -> "AnchorTable":
-        """The table that `save` wrote.
+        """Return the table that `save` wrote.
 
-        Raises: ValueError: no such file, or not a table of anchors.
+        Raises:
+            ValueError: There is no such file, or it is not a table of anchors.
         """
         path = Path(path)
         try:
@@ -145,12 +146,13 @@ def find_anchors(
     accept: float = 0.1,
     max_anchors: int = OFFICIAL_LIMIT,
 ) -> tuple[Int64[np.ndarray, "location 3"], Float64[np.ndarray, " location"]]:
-    """Lower corners of the patches that hold more than `accept` of the mask, and how much they hold.
+    """Return lower corners of the patches that hold more than `accept` of the mask, and the share that they hold.
 
     Corners lie every `step_voxel` from 0 to below side - `patch_voxel` (x varies slowest). While there are more than
     `max_anchors`, `accept` rises by 0.1; once it reaches 1, the step grows by an eighth of a patch.
 
-    Raises: ValueError: no patch holds enough of the mask, or the volume is smaller than a patch.
+    Raises:
+        ValueError: No patch holds enough of the mask, or the volume is smaller than a patch.
     Source: preprocess/1_*.py of the code released with arXiv:2302.10390: patches of 32 voxels every 26, fewer than
         1000 (its search ends without anchors where ours takes wider steps).
     """
@@ -185,10 +187,10 @@ def find_anchors(
 
 
 def coordinates(index_voxel: Int64[np.ndarray, "location 3"], *, norm: str) -> Float32[np.ndarray, "location 3"]:
-    """Coordinates in [-1, 1] of the locations, along the axes of their grid.
+    """Return coordinates in [-1, 1] of the locations, along the axes of their grid.
 
-    "minmax": from -1 at the first to 1 at the last along each axis, 0 where there is one. "official_max": 2 * corner /
-    largest corner - 1, which the published weights were trained with.
+    "minmax" runs from -1 at the first to 1 at the last along each axis, and is 0 where there is only one.
+    "official_max" is 2 * corner / largest corner - 1, which the published weights were trained with.
 
     Source: data/copd_patch.py of the code released with arXiv:2302.10390.
     """
@@ -201,7 +203,7 @@ def coordinates(index_voxel: Int64[np.ndarray, "location 3"], *, norm: str) -> F
 def neighbours_of(
     index_voxel: Int64[np.ndarray, "location 3"], num: int = NUM_NEIGHBOURS
 ) -> Int64[np.ndarray, "location near"]:
-    """Up to `num` other locations of each, by distance and, where that is equal, by row."""
+    """Return up to `num` other locations near each one, by distance and, where that is equal, by row."""
     squared = ((index_voxel[:, None] - index_voxel[None]) ** 2).sum(-1)  # whole numbers: ties are exact
     np.fill_diagonal(squared, -1)
     return np.argsort(squared, axis=1, kind="stable")[:, 1 : num + 1].astype(np.int64)
@@ -215,7 +217,7 @@ def shown(
     shape: tuple[int, int, int],
     min_share: float = 0.5,
 ) -> Bool[np.ndarray, " location"]:
-    """Whether at least `min_share` of the patch about each voxel lies in the volume."""
+    """Return whether at least `min_share` of the patch about each voxel lies in the volume."""
     half = patch_mm / np.array(spacing_mm) / 2
     lower, upper = np.maximum(centre_voxel - half, -0.5), np.minimum(centre_voxel + half, np.array(shape) - 0.5)
     share = np.clip((upper - lower) / (2 * half), 0, 1).prod(axis=1)
@@ -230,16 +232,17 @@ def roi_on_grid(
     volume_affine: Float64[np.ndarray, "4 4"],
     spacing_mm: float,
 ) -> tuple[Bool[np.ndarray, "x2 y2 z2"], Float64[np.ndarray, "4 4"]]:
-    """A mask on the cubic grid of `spacing_mm` that covers a volume along its axes, and that grid's affine.
+    """Return a mask on the cubic grid of `spacing_mm` that covers a volume along its axes, and that grid's affine.
 
     Args:
-        mask: of any spacing and size, with axes along those of the volume; nothing beyond its faces.
-        affine: index of the mask -> RAS mm.
-        shape: of the volume; its first face is the grid's first face.
-        volume_affine: index of the volume -> RAS mm.
-        spacing_mm: of the grid.
+        mask: Mask of any spacing and size, with axes along those of the volume. Beyond its faces it counts as empty.
+        affine: Map from an index of the mask to RAS mm.
+        shape: Shape of the volume. Its first face is the grid's first face.
+        volume_affine: Map from an index of the volume to RAS mm.
+        spacing_mm: Spacing of the grid.
 
-    Raises: ValueError: the axes differ.
+    Raises:
+        ValueError: The axes of mask and volume differ.
     """
     spacing = np.linalg.norm(volume_affine[:3, :3], axis=0)
     ratio = spacing_mm / spacing
@@ -260,7 +263,11 @@ def roi_on_grid(
 
 
 def atlas_files(folder: str | Path) -> tuple[Path, Path]:
-    """The files of a released atlas in `folder`: anchors and mask. A ValueError where one is missing."""
+    """Return the files of a released atlas in `folder`: anchors and mask.
+
+    Raises:
+        ValueError: One of the files is missing.
+    """
     corners, mask = (Path(folder).expanduser() / name for name in ATLAS_FILES)
     for file in (corners, mask):
         if not file.is_file():
@@ -271,12 +278,13 @@ def atlas_files(folder: str | Path) -> tuple[Path, Path]:
 def read_atlas(
     folder: str | Path, *, norm: str = "official_max", patch_voxel: int = 32
 ) -> tuple[AnchorTable, Int[np.ndarray, "x y z"]]:
-    """The anchors of a released atlas, and its lung mask (0 and two values) in the order of the file.
+    """Return the anchors of a released atlas, and its lung mask (0 and two values) in the order of the file.
 
     The folder holds `atlas_patch_loc.npy` (location, 3), lower corners along the axes of the mask's file, and
-    `atlas_lung_mask.nii.gz`. Rows are taken as they are: queues and neighbours of published weights count them.
+    `atlas_lung_mask.nii.gz`. Rows keep their order: queues and neighbours of published weights refer to their numbers.
 
-    Raises: ValueError: a file is missing, they do not belong together, or the mask's axes are not x, y, z.
+    Raises:
+        ValueError: A file is missing, they do not belong together, or the mask's axes are not x, y, z.
     """
     corners_file, mask_file = atlas_files(folder)
     with reasons_for(mask_file):
@@ -312,6 +320,6 @@ def read_atlas(
 
 
 def check_choice(name: str, given: str, allowed: tuple[str, ...]) -> None:
-    """Raise a ValueError for a word that is not allowed."""
+    """Raise a ValueError unless `given` is one of the allowed words."""
     if given not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {given!r}")

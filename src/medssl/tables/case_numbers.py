@@ -1,4 +1,4 @@
-"""Numbers of the cases of a store that a table from outside holds."""
+"""Numbers of each case that a table from outside the store holds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,17 @@ from medssl.data.sources import read_table
 def read_case_numbers(
     path: Path, columns: Sequence[str], *, optional: Sequence[str] = ()
 ) -> dict[str, Float64[np.ndarray, "row column"]]:
-    """The rows of each case in the order of the file: a value for each of `columns` and `optional`.
+    """Return the rows of each case in the order of the file, with a value for each of `columns` and `optional`.
 
-    Optional columns that the file does not have are NaN; cells of all others must be finite numbers.
+    Optional columns that the file does not have are NaN. Cells of all others must be finite numbers.
 
     Args:
-        path: table as of `read_table`, with the column `case` too.
-        columns: that it must have.
-        optional: that it may have.
+        path: File of a table that `read_table` can read, with the column `case` too.
+        columns: Columns that the table must have.
+        optional: Columns that the table may have.
 
-    Raises: ValueError: there is no such file, column or row, or a cell is no number.
+    Raises:
+        ValueError: There is no such file, column or row, or a cell is not a number.
     """
     if not path.is_file():
         raise ValueError(f"there is no table {path}")
@@ -42,7 +43,7 @@ def read_case_numbers(
 
 
 def digest(rows: Mapping[str, Float64[np.ndarray, "row column"]]) -> str:
-    """Equal for equal rows of all cases, in whatever order the cases are."""
+    """Return a digest that is equal for equal rows of all cases, in any order of the cases."""
     return sha256(repr([(case, rows[case].tolist()) for case in sorted(rows)]).encode()).hexdigest()
 
 

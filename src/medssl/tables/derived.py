@@ -1,4 +1,4 @@
-"""Tables derived from a store, case by case: in parallel, resumable, with a table of their quality."""
+"""Tables derived from a store, case by case: in parallel, resumable, with a summary of their quality."""
 
 import collections
 import csv
@@ -24,35 +24,36 @@ from medssl.data.workers import check_num_workers, run_all
 Table = Mapping[str, np.ndarray]
 Read = TypeVar("Read")
 DAMAGED = b"damaged"
-"""Stands for the origin of a file that is no archive: it is not made anew over, a person should look at it."""
+"""Origin of a file that is not an archive. It is not overwritten, because a person should look at it."""
 
 
 @runtime_checkable
 class Derivation(Protocol):
-    """What can be derived: a picklable object, usually a frozen dataclass named by `_target_` in a file of `what/`.
+    """A derivation: a picklable object, usually a frozen dataclass named by `_target_` in a file of `what/`.
 
-    It may have more methods: `needs()` gives derivations whose tables are made first, for `table_of` to read;
-    `rests_on(store, case)` the numbers of further cases that a table is made from: it holds as long as all of them do;
-    `report(store, folder)` a closing message once all tables are there, and it may put pictures into their folder.
+    It may have more methods. `needs()` returns derivations with tables that are made first, for `table_of` to read.
+    `rests_on(store, case)` returns the numbers of further cases that a table is made from; the table is valid as long
+    as all of them are. `report(store, folder)` returns a closing message once all tables exist, and may write pictures
+    into their folder.
     """
 
     @property
     def name(self) -> str:
-        """What `VolumeStore.derived` asks for."""
+        """The name of the table for `VolumeStore.derived`."""
 
     def recipe(self) -> dict[str, Any]:
-        """All that the tables depend on besides the store, as JSON values."""
+        """Return all that the tables depend on besides the store, as JSON values."""
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """The arrays of one case; a pure function of store, case and recipe."""
+        """Return the arrays of one case, a pure function of store, case and recipe."""
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Numbers by which a person judges a case's table."""
+        """Return the numbers by which a person judges a case's table."""
 
 
 @dataclass(frozen=True)
 class DeriveSummary:
-    """Where the tables lie, how many were made now, the mean of each quality, and what the derivation reports."""
+    """The folder of the tables, the number made now, the mean of each quality, and the report of the derivation."""
 
     folder: Path
     num_cases: int
@@ -68,7 +69,7 @@ class DeriveSummary:
 
 @dataclass(frozen=True)
 class Job:
-    """One table to be made."""
+    """A table that is to be made."""
 
     root: Path
     folder: Path
@@ -82,14 +83,14 @@ def derive(
 ) -> DeriveSummary:
     """Make the tables that are missing, then `quality.csv`, then point the store's `derived/<name>.json` to them.
 
-    A table holds as long as its case: one that was made from other voxels or files is made anew. Tables of other
-    recipes stay beside; a killed run goes on where it was.
+    A table is valid as long as its case: if voxels or files change, the next `derive` rebuilds the table. Tables of
+    other recipes are kept. A killed run continues where it stopped.
 
     Args:
-        store: a prepared store.
-        derivation: what to derive.
-        num_workers: processes; None means one a core, 0 works in this one.
-        progress: whether to show a bar.
+        store: The prepared store.
+        derivation: Derivation that makes the tables.
+        num_workers: Number of processes; None means one per core, 0 works in this process.
+        progress: Whether to show a bar.
     """
     check_num_workers(num_workers)
     opened = VolumeStore(store)
@@ -113,7 +114,7 @@ def derive(
             description=f"deriving {derivation.name}",
             num_done=len(cases) - len(jobs),
         )
-        collections.deque(run, maxlen=0)  # to its end
+        collections.deque(run, maxlen=0)  # runs the generator to its end
         quality = {case: _quality(derivation, folder / f"{case}.npz") for case in cases}
         _write_quality(folder / "quality.csv", quality)
         pointer = json.dumps({"folder": folder.name, "recipe": derivation.recipe()}, indent=1, sort_keys=True)
@@ -136,17 +137,20 @@ def derive_case(job: Job) -> None:
 
 
 def folder_of(root: Path, derivation: Derivation) -> Path:
-    """Where the tables of a derivation lie in the store at `root`."""
+    """Return the folder of a derivation's tables in the store at `root`."""
     return root / "derived" / f"{derivation.name}-{recipe_hash(derivation.recipe())}"
 
 
 def table_of(store: VolumeStore, derivation: Derivation, case: int) -> Table:
-    """The table of a case that exactly this derivation made."""
+    """Return the table of a case that exactly this derivation made."""
     return _load(folder_of(store.root, derivation) / f"{store.record(case).case}.npz")
 
 
 def read_coarse(store: VolumeStore, case: int, *, spacing_mm: float) -> tuple[Volume, np.ndarray]:
-    """The first channel of the coarsest level that is at least as fine as `spacing_mm`, and voxels per voxel of it."""
+    """Return the first channel of the coarsest level at least as fine as `spacing_mm`.
+
+    The second value is the number of level-0 voxels per voxel of that level, along x, y, z.
+    """
     record = store.record(case)
     factors = np.array(record.level_factors)
     fine = [level for level, f in enumerate(factors) if (f * record.spacing_mm).max() <= spacing_mm]
@@ -160,9 +164,9 @@ def read_coarse(store: VolumeStore, case: int, *, spacing_mm: float) -> tuple[Vo
 
 
 def _origins(store: VolumeStore, derivation: Derivation) -> list[bytes]:
-    """What each table is made from, kept as the comment of its archive.
+    """Return the origin of each table, which is kept as the comment of its archive.
 
-    The hash of the voxels and the fingerprint of the files, and a digest of those of all cases that it rests on.
+    It holds the hash of the voxels, the fingerprint of the files, and a digest of those of all cases that it rests on.
     """
     own = [
         f"{record.voxel_hash} {read_fingerprint(store.root / f'{record.case}.zarr')}".encode()
@@ -188,7 +192,8 @@ def _origin_of(path: Path) -> bytes | None:
 class Body:
     """The body of each case, measured on a coarse level of the store.
 
-    Table: `lower_voxel`, `upper_voxel` (3), faces of level 0; `fill` of that box and `volume_ml`, one number each.
+    Table: `lower_voxel` and `upper_voxel` (3) are faces in voxels of level 0. `fill`, the share of that box, and
+    `volume_ml` are one number each.
     """
 
     threshold_hu: float = -500.0
@@ -196,15 +201,15 @@ class Body:
 
     @property
     def name(self) -> str:
-        """`body`."""
+        """The name `body`."""
         return "body"
 
     def recipe(self) -> dict[str, Any]:
-        """Threshold and spacing."""
+        """Return the threshold and the spacing."""
         return asdict(self)
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """Box, fill and volume."""
+        """Return the box, its fill and the volume."""
         record = store.record(case)
         volume, factor = read_coarse(store, case, spacing_mm=self.copy_spacing_mm)
         box, mask, block = find_body(
@@ -224,7 +229,7 @@ class Body:
         }
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Fill of the box and volume of the body."""
+        """Return the fill of the box and the volume of the body."""
         return {"fill": float(table["fill"]), "volume_ml": float(table["volume_ml"])}
 
 
@@ -243,7 +248,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _quality(derivation: Derivation, path: Path) -> dict[str, float]:
-    return _read(path, derivation.quality)  # of large tables it reads what it looks at
+    return _read(path, derivation.quality)  # a large table is read only as far as needed
 
 
 def _read(path: Path, what: Callable[[Table], Read]) -> Read:

@@ -1,4 +1,4 @@
-"""Pair mining while training: whole embeddings on disk, and a matcher that searches them."""
+"""Embeddings of whole cases on disk, and a matcher that searches them for pairs during training."""
 
 import json
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from medssl.tables.pairs import PairPoints
 
 THRESHOLD_FILE = "threshold.json"
 CALIBRATION_PAIRS, POINTS_A_PAIR = 25, 20
-"""Pairs of volumes, and points of the first looked up in the second, whose 500 scores give the threshold."""
+"""Number of volume pairs, and of points per pair that are looked up: their 500 scores give the threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """The embedding of each case in half precision: megabytes a case, up to hundreds for a whole trunk.
+    """The embedding of each case in half precision: megabytes per case, up to hundreds for a whole trunk.
 
     Table: `fine` (e, i, j, k) and `coarse` (e, a, b, c) float16, `cell_to_mm`, `volume_to_mm` (4, 4), `volume_shape`,
     `points_mm` (n, 3) body points.
@@ -35,15 +35,15 @@ class Embeddings:
 
     @property
     def name(self) -> str:
-        """`embeddings`."""
+        """The name `embeddings`."""
         return "embeddings"
 
     def recipe(self) -> dict[str, Any]:
-        """That of the points."""
+        """Return the recipe of the points."""
         return self.points.recipe()
 
     def needs(self) -> Sequence[PairPoints]:
-        """The points."""
+        """Return the derivation of the points."""
         return [self.points]
 
     def check(self) -> None:
@@ -51,7 +51,7 @@ class Embeddings:
         self.points.check()
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """Embedding and points."""
+        """Return the embedding and the points."""
         embedding = self.points.embedder.of_case(store, case).half()
         return {
             "fine": embedding.fine.cpu().numpy(),
@@ -63,11 +63,11 @@ class Embeddings:
         }
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Number of body points."""
+        """Return the number of body points."""
         return {"points": float(len(table["points_mm"]))}
 
     def report(self, store: VolumeStore, folder: Path) -> str:
-        """The median score of random matches between volumes, which is kept beside the tables."""
+        """Return a message with the median score of random matches between volumes, and save it next to the tables."""
         files = [folder / f"{record.case}.npz" for record in store.records()]
         if len(files) < 2:
             return "a store of one volume has no matches between volumes: score_threshold=auto will not work"
@@ -79,15 +79,15 @@ class Embeddings:
 
 
 class OnlineMatcher:
-    """Searches for a random body point of the first case in the second, for any two cases of the store.
+    """Search for a random body point of the first case in the second, for any two cases of the store.
 
-    Every proposal costs a search through an embedding; `TableMatcher` has done that before. The scores of published
-    SAM weights mean something above 0.7; for others `Matched` takes `score_threshold="auto"`, the median score of
+    Every proposal costs a search through an embedding, which `TableMatcher` avoids. For published SAM weights, scores
+    above 0.7 are meaningful. For others `Matched` takes `score_threshold="auto"`, the median score of
     random matches, which `derive what=embeddings` measures.
 
     Args:
-        table: name of the table that `python -m medssl.derive what=embeddings` made.
-        num_cached: embeddings that are kept in memory.
+        table: Name of the table that `python -m medssl.derive what=embeddings` made.
+        num_cached: Number of embeddings that are kept in memory.
     """
 
     def __init__(self, *, table: str = "embeddings", num_cached: int = 8) -> None:
@@ -106,15 +106,16 @@ class OnlineMatcher:
         return point_mm, found_mm[0], float(scores[0])
 
     def auto_threshold(self, scene: Scene) -> float:
-        """The median score of random matches between volumes of the store.
+        """Return the median score of random matches between volumes of the store.
 
-        Raises: ValueError: nobody has measured it.
+        Raises:
+            ValueError: The score has not been measured.
         """
         return _threshold(scene.store.derived_file(self.table, scene.request.cases[0]).parent)
 
 
 def median_score(files: Sequence[Path]) -> float:
-    """The median score of random points of random volumes, looked up in other volumes; the same for the same files."""
+    """Return the median score of random points looked up in other random volumes; equal for equal files."""
     rng = counter_generator("median score", len(files))
     scores = []
     for _ in range(CALIBRATION_PAIRS):

@@ -1,4 +1,4 @@
-"""Keypoints that another program has found: the derived table `external_keypoints`."""
+"""Keypoints that another program found: the derived table `external_keypoints`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ class ExternalKeypoints:
     """Keypoints of each case from a file, the strongest first.
 
     Table: `points_voxel` (row, 3) float32, voxels of level 0, and `features` (row, 2) float32, sigma in mm and
-    response; as many rows as the case with the most keypoints has, NaN in those that are none.
+    response. All cases have as many rows as the case with the most keypoints; unused rows are NaN.
 
     Args:
-        file: CSV with columns case, x_mm, y_mm and z_mm, RAS positions of the file that the case was prepared from,
-            and where they are known sigma_mm and response. Keypoints go by the size of their response, without one in
-            the order of the file. A case without a row has no keypoints.
+        file: CSV with columns case, x_mm, y_mm and z_mm, RAS positions in the file that the case was prepared from,
+            and, where known, sigma_mm and response. Keypoints are sorted by the size of their response, or without one
+            stay in the order of the file. A case without a row has no keypoints.
     """
 
     file: str | Path | None
 
     @property
     def name(self) -> str:
-        """`external_keypoints`."""
+        """The name `external_keypoints`."""
         return "external_keypoints"
 
     def check(self) -> None:
@@ -43,9 +43,10 @@ class ExternalKeypoints:
 
     @property
     def rows(self) -> Mapping[str, Float64[np.ndarray, "row 5"]]:
-        """Position, sigma and response of the keypoints of each case in the file, the strongest first.
+        """Return position, sigma and response of the keypoints of each case in the file, the strongest first.
 
-        Raises: ValueError: no file, no such column, or a cell that is no number.
+        Raises:
+            ValueError: There is no such file or column, or a cell is not a number.
         """
         if self.file is None:
             columns = ", ".join(("case", *POSITION))
@@ -53,11 +54,11 @@ class ExternalKeypoints:
         return _read(Path(self.file).expanduser())
 
     def recipe(self) -> dict[str, Any]:
-        """A digest of what the file says."""
+        """Return a digest of the file's numbers."""
         return {"rows": digest(self.rows)}
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """Points and features."""
+        """Return the points and their features."""
         if unknown := sorted(self.rows.keys() - {record.case for record in store.records()}):
             shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
             raise ValueError(f"{self.file} has rows of {shown}, which {store.root} does not hold; leave them out")
@@ -76,7 +77,7 @@ class ExternalKeypoints:
         return {"points_voxel": table[:, :3], "features": table[:, 3:]}
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Number of keypoints."""
+        """Return the number of keypoints."""
         return {"points": float(np.isfinite(table["points_voxel"][:, 0]).sum())}
 
 

@@ -1,4 +1,4 @@
-"""Heights on a common scale, as found outside: the derived table `heights`."""
+"""Heights on a common scale, which another program found: the derived table `heights`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ COLUMNS = ("z_mm", "score")
 
 @dataclass(frozen=True, kw_only=True)
 class Heights:
-    """What height each case shows where, from a file that a body-part regression or a person made.
+    """The heights that each case shows, from a file that a body-part regression or a person made.
 
     Table: `points_voxel` (row, 3) float32, on the line through the middle of the volume, and `features` (row, 1)
-    float32, the score there; from below upwards. All cases have equally many rows: the last ones may be repeated.
+    float32, the score there, sorted upwards. All cases have equally many rows: the last row may be repeated.
 
     Args:
-        file: CSV with columns case, z_mm and score, at least two rows a case. `z_mm` is the RAS position of the file
+        file: CSV with columns case, z_mm and score, at least two rows per case. `z_mm` is the RAS position of the file
             that the case was prepared from; scores rise with it, and equal scores mean equal heights in all cases.
-            Rows of other cases are left aside.
+            Rows of other cases are ignored.
     """
 
     file: str | Path | None
 
     @property
     def name(self) -> str:
-        """`heights`."""
+        """The name `heights`."""
         return "heights"
 
     def check(self) -> None:
@@ -42,20 +42,21 @@ class Heights:
 
     @property
     def rows(self) -> Mapping[str, Float64[np.ndarray, "row 2"]]:
-        """Position and score of each case in the file.
+        """Return the positions and scores of each case in the file.
 
-        Raises: ValueError: no file, no such column, or rows that cannot be.
+        Raises:
+            ValueError: There is no such file or column, or the rows of a case do not form a height scale.
         """
         if self.file is None:
             raise ValueError("derive what=heights needs file=FILE.csv with the columns case, z_mm and score")
         return _read(Path(self.file).expanduser())
 
     def recipe(self) -> dict[str, Any]:
-        """A digest of what the file says, however its rows are ordered."""
+        """Return a digest of the file's numbers, independent of the order of its rows."""
         return {"rows": digest(self.rows)}
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """Points and scores."""
+        """Return the points and their scores."""
         record, rows = store.record(case), self.rows
         if record.case not in rows:
             lacking = [other.case for other in store.records() if other.case not in rows]
@@ -74,7 +75,7 @@ class Heights:
         return {"points_voxel": points.astype(np.float32), "features": _column(score, missing)}
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Rows, and the lowest and highest score."""
+        """Return the number of rows, and the lowest and highest score."""
         score, z_voxel = table["features"][:, 0], table["points_voxel"][:, 2]
         return {"rows": float(len(np.unique(z_voxel))), "lowest": float(score[0]), "highest": float(score[-1])}
 

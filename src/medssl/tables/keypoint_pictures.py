@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 NAMES = ("sagittal", "coronal", "axial")
 REACH_SIGMA = 1.0
-"""A keypoint is drawn in a plane that lies this close to it."""
+"""Largest distance, in sigma, of a keypoint from a plane that it is drawn in."""
 
 
 class Plane(NamedTuple):
     """A plane of a volume in millimetres from the first voxel's outer corner.
 
     Args:
-        name: its direction.
-        values: of the voxels; first axis to the right, second up.
-        size_mm: of the plane.
-        points_mm: of keypoints, in the plane.
-        sigma_mm: of keypoints.
-        bright: whether they are brighter than what is around them.
+        name: Direction of the plane.
+        values: Values of the voxels, with the first axis to the right and the second up.
+        size_mm: Size of the plane.
+        points_mm: Positions of the keypoints in the plane.
+        sigma_mm: Sigma of the keypoints.
+        bright: Whether the keypoints are brighter than their surroundings.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Plane(NamedTuple):
 def planes_of(
     store: VolumeStore, case: int, points_voxel: Float[np.ndarray, "k 3"], features: Float[np.ndarray, "k 2"]
 ) -> list[Plane]:
-    """The three planes of a case that show the most keypoints; only they are read from the store."""
+    """Return the three planes of a case that show the most keypoints; only these are read from the store."""
     record = store.record(case)
     known = np.isfinite(points_voxel).all(axis=1)
     points, (sigma_mm, response) = points_voxel[known], features[known].T
@@ -69,9 +69,9 @@ def planes_of(
 
 
 def keypoint_figure(planes: Sequence[Plane], *, low: float, high: float, title: str = "") -> "Figure":
-    """The planes side by side, a circle of radius sigma times the root of 3 about each keypoint.
+    """Draw the planes side by side, with a circle of radius sigma times the root of 3 about each keypoint.
 
-    That is the width of a blob with its largest response at this sigma. Bright blobs are yellow, dark ones blue.
+    This is the width of a blob with its largest response at this sigma. Bright blobs are yellow, dark ones blue.
     Anterior and superior point up.
     """
     from matplotlib.collections import EllipseCollection

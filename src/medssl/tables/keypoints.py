@@ -1,4 +1,4 @@
-"""Keypoints of the volumes of a store, found once: the derived table `keypoints`."""
+"""Keypoints of the volumes of a store: the derived table `keypoints`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -30,17 +30,17 @@ class KeypointTables:
     """Keypoints of each case, found on an isotropic copy of its first channel, the strongest first.
 
     Table: `points_voxel` (num_points, 3) float32, voxels of level 0, and `features` (num_points, 2) float32, sigma in
-    mm and response; NaN in rows that are none.
+    mm and response. Unused rows are NaN.
 
     Args:
-        detector: finds them; `RandomPoints` get another seed for each case.
-        num_points: rows.
-        spacing_mm: of the copy. Volumes whose voxels are larger keep the size of theirs (the cube root of their
+        detector: Detector that finds the keypoints. `RandomPoints` get another seed for each case.
+        num_points: Number of rows.
+        spacing_mm: Spacing of the copy. A volume with larger voxels keeps their size (the cube root of the voxel's
             volume).
-        window_hu: of CT, what becomes 0 and 1.
-        percentiles: of all else, likewise.
-        within: "volume", or "body" for the largest component above -500 HU (CT) or Otsu's threshold.
-        device: where they are found: "auto", "cpu" or "cuda".
+        window_hu: Window for CT: the two values that become 0 and 1.
+        percentiles: Percentiles that become 0 and 1 in other modalities.
+        within: Region to search: "volume", or "body" for the largest component above -500 HU (CT) or Otsu's threshold.
+        device: Device of the detector: "auto", "cpu" or "cuda".
     """
 
     detector: Detector
@@ -66,16 +66,16 @@ class KeypointTables:
 
     @property
     def name(self) -> str:
-        """`keypoints`."""
+        """The name `keypoints`."""
         return "keypoints"
 
     @property
     def normalisation(self) -> ByModality:
-        """The window or the percentiles."""
+        """The normalisation by window or percentiles."""
         return ByModality(window_hu=self.window_hu, percentiles=self.percentiles)
 
     def recipe(self) -> dict[str, Any]:
-        """The detector with its settings, and what it is shown."""
+        """Return the detector with its settings, and the settings of its input."""
         kind = type(self.detector)
         detector = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **_as_json(asdict(self.detector))}  # type: ignore[call-overload]
         return {
@@ -88,7 +88,7 @@ class KeypointTables:
         }
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """Points and features."""
+        """Return the points and their features."""
         record = store.record(case)
         spacing_mm = max(self.spacing_mm, float(np.prod(record.spacing_mm)) ** (1 / 3))
         read, _ = read_coarse(store, case, spacing_mm=spacing_mm)
@@ -112,7 +112,7 @@ class KeypointTables:
         return {"points_voxel": points.astype(np.float32), "features": features}
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Keypoints, whether the table is full, their median sigma, and the weakest response."""
+        """Return the number of keypoints, whether the table is full, the median sigma and the weakest response."""
         features = table["features"]
         known = features[np.isfinite(features[:, 0])]
         nothing = np.full((1, 2), np.nan)
@@ -125,7 +125,7 @@ class KeypointTables:
         }
 
     def report(self, store: VolumeStore, folder: Path) -> str:
-        """Where the picture is, which is made here: of the case with the median number of keypoints."""
+        """Draw the case with the median number of keypoints, and return where the picture is."""
         counts = [np.isfinite(table_of(store, self, case)["features"][:, 0]).sum() for case in range(len(store))]
         case = int(np.argsort(counts, kind="stable")[len(counts) // 2])
         record, table = store.record(case), table_of(store, self, case)
@@ -141,7 +141,7 @@ class KeypointTables:
 
 
 def body_mask(volume: Volume, *, modality: str) -> Bool[np.ndarray, "x y z"]:
-    """The body on the volume's own grid, in blocks of about 4 mm."""
+    """Return the body on the volume's own grid, in blocks of about 4 mm."""
     _, mask, factor = find_body(volume, modality=modality, copy_spacing_mm=BODY_COPY_MM)
     for axis, (step, side) in enumerate(zip(factor.tolist(), volume.shape, strict=True)):
         mask = mask.repeat(step, axis=axis).take(range(side), axis=axis)

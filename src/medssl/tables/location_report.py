@@ -1,4 +1,4 @@
-"""What a person looks at after registering a store: who failed, and a picture of the worst."""
+"""The report on a registered store for a person: the failed cases, and a picture of the worst ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +24,11 @@ PICTURE = "locations.png"
 NUM_LISTED = 50
 NUM_EXAMPLES = 5
 NUM_ROWS = 5
-"""Subjects in the picture, below the reference."""
+"""Number of subjects in the picture, below the reference."""
 
 
 def closing_message(derivation: "AnatomicalLocations", tables: dict[str, Table], reference: Reference) -> str:
-    """The reference, then the cases that failed the check and what was done, and those whose frame is doubtful."""
+    """Return text on the reference, the cases that failed the check with the remedy, and cases of doubtful frame."""
     anchors = reference.anchors
     spacing = " x ".join(f"{s:g}" for s in dict.fromkeys(np.round(anchors.spacing_mm, 3).tolist()))
     lines = [
@@ -61,7 +61,7 @@ def closing_message(derivation: "AnatomicalLocations", tables: dict[str, Table],
 
 
 def report(derivation: "AnatomicalLocations", store: VolumeStore, folder: Path, reference: Reference) -> str:
-    """The closing message; writes the picture into `folder`."""
+    """Return the closing message, and write the picture into `folder`."""
     tables = {record.case: table_of(store, derivation, n) for n, record in enumerate(store.records())}
     order = worst_first(list(tables.values()))
     chosen = [n for n in order if n != derivation.reference_case(store)][:NUM_ROWS]
@@ -73,7 +73,7 @@ def report(derivation: "AnatomicalLocations", store: VolumeStore, folder: Path, 
 
 
 def worst_first(tables: Sequence[Table]) -> list[int]:
-    """Numbers of the tables: those of the fallback, then by falling inverse error, then by rising score."""
+    """Return numbers of the tables: the fallback first, then by falling inverse error, then by rising score."""
 
     def badness(number: int) -> tuple[bool, float, float]:
         error, score = (np.nan_to_num(float(tables[number][name])) for name in ("inverse_error_mm", "score"))
@@ -83,10 +83,10 @@ def worst_first(tables: Sequence[Table]) -> list[int]:
 
 
 def location_figure(reference: Reference, subjects: Sequence[tuple[str, Table, Coarse]]) -> "Figure":
-    """Sagittal, coronal and axial plane through the middle of the reference, then of each subject moved onto it.
+    """Draw three planes through the middle of the reference, then of each subject that is moved onto it.
 
-    The outline is that of the reference's body (or mask) in every row; dots are the anchors within half a patch of the
-    plane, filled where the subject shows the location.
+    The planes are sagittal, coronal and axial. Every row has the outline of the reference's body (or
+    mask). Dots are the anchors within half a patch of the plane, filled where the subject shows the location.
     """
     from matplotlib.figure import Figure
 

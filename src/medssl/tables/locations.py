@@ -1,4 +1,4 @@
-"""Where the locations of one reference lie in every subject: the derived table `locations`."""
+"""Places of one reference's locations in every subject: the derived table `locations`."""
 
 import json
 import math
@@ -49,7 +49,7 @@ from medssl.tables.registration import (
 )
 
 MILLIMETRES = ("spacing_mm", "copy_spacing_mm", "max_inverse_error_mm")
-"""Settings that are lengths."""
+"""Names of the settings that are lengths."""
 PROVIDERS = ("reference_affine", "body_box", "raw_grid", "official_atlas")
 TRANSFORM_ENDS = (".mat", ".txt", ".tfm", ".h5", "_0GenericAffine.mat", "_Reg_Atlas_Affine_0GenericAffine.mat")
 
@@ -60,30 +60,32 @@ class AnatomicalLocations:
 
     Table: `centre_mm` (L, 3) RAS mm of the patches' middles in the subject, `coordinate` (L, 3) float32 in [-1, 1],
     `neighbours` (L, k) int64 nearest first, `valid` (L) whether the scan shows half of the patch, `patch_mm` (3) sides,
-    `reference_to_subject` (4, 4) RAS mm, `score`, `inverse_error_mm`, `volume_ratio`, `provider` (the one whose matrix
-    is used), `is_fallback`, `problem` (text, why the check failed) and `is_cut` (whether the body reaches both the
+    `reference_to_subject` (4, 4) RAS mm, `score`, `inverse_error_mm`, `volume_ratio`, `provider` (which gave the
+    matrix), `is_fallback`, `problem` (text, why the check failed) and `is_cut` (whether the body reaches both the
     lowest and the highest slice). `coordinate` and `neighbours` are the same in all cases.
 
     Args:
         reference: "auto" (the case with the median volume of the body box), the name of a case, an image file, or for
             `official_atlas` the folder of the atlas.
-        provider: what gives the matrix: "reference_affine" registers; "body_box" maps the bodies' boxes; "raw_grid"
+        provider: Provider of the matrix: "reference_affine" registers; "body_box" maps the bodies' boxes; "raw_grid"
             maps the whole volumes, whatever they show; "official_atlas" registers `masks`, or reads `transforms`.
-        anchors: a table of anchors of the reference (npz); None lays a grid over `roi`.
-        roi: "body" or "volume" of the reference, or a file with a mask of it.
-        patch_voxel: side of a patch in voxels of `spacing_mm`; as `size` of the views.
-        step_voxel: distance of patches.
-        spacing_mm: as that of the views.
-        accept: share of a patch that must lie in `roi`; it rises where there are more than `max_anchors`.
-        max_anchors: locations, at most; beyond that acceptance rises by 0.1, then the step grows.
-        coordinate: "minmax", "official_max", or "auto": the latter for `official_atlas`, the former for all else.
-        patch_anchor: "centre", or "corner" as in the released code.
-        transforms: folder of ITK or ANTs affines, a file a case, that are taken instead of registering.
-        masks: folder of masks for `official_atlas`, a file a case.
-        copy_spacing_mm: volumes are registered at this spacing, a small reference at a finer one.
-        max_inverse_error_mm: a registration fails where body points return farther off than this, on average.
-        max_volume_ratio: it fails where a unit of volume becomes larger than this, or smaller than its inverse.
-        min_shown: share of a patch that the scan must show.
+        anchors: File with a table of anchors of the reference (npz). None lays a grid over `roi`.
+        roi: Region of the anchors: "body" or "volume" of the reference, or a file with a mask for it.
+        patch_voxel: Side of a patch in voxels of `spacing_mm`, equal to `size` of the views.
+        step_voxel: Distance between patches in voxels of `spacing_mm`.
+        spacing_mm: Spacing of the patches, equal to that of the views.
+        accept: Share of a patch that must lie in `roi`. It rises where there are more than `max_anchors`.
+        max_anchors: Largest number of locations. Beyond it `accept` rises by 0.1, then the step grows.
+        coordinate: Rule of the coordinates: "minmax", "official_max", or "auto", which means "official_max" for
+            `official_atlas` and "minmax" for all else.
+        patch_anchor: Point of a patch that the matrix moves: "centre", or "corner" as in the released code.
+        transforms: Folder of ITK or ANTs affines, one file per case, that replace the registration.
+        masks: Folder of masks for `official_atlas`, one file per case.
+        copy_spacing_mm: Spacing at which volumes are registered. A small reference gets a finer one.
+        max_inverse_error_mm: Largest mean distance at which body points may return; beyond it a registration fails.
+        max_volume_ratio: Largest volume that a unit of volume may become; a registration fails beyond this value, and
+            below its inverse.
+        min_shown: Share of a patch that the scan must show.
     """
 
     reference: str = "auto"
@@ -146,17 +148,17 @@ class AnatomicalLocations:
 
     @property
     def name(self) -> str:
-        """`locations`."""
+        """The name `locations`."""
         return "locations"
 
     @property
     def norm(self) -> str:
-        """How coordinates are made."""
+        """The rule of the coordinates."""
         auto = "official_max" if self.provider == "official_atlas" else "minmax"
         return auto if self.coordinate == "auto" else self.coordinate
 
     def recipe(self) -> dict[str, Any]:
-        """All settings, and the content of the files that they name (of folders: names, sizes and times)."""
+        """Return all settings, and the content of the files that they name (for folders: names, sizes and times)."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.provider == "official_atlas":
             values["reference"] = [digest_of(file) for file in atlas_files(self.reference)]
@@ -172,14 +174,15 @@ class AnatomicalLocations:
 
     @property
     def reference_file(self) -> Path | None:
-        """The image file that is the reference; None where it is a case of the store or an atlas."""
+        """Return the image file that is the reference; None where it is a case of the store or an atlas."""
         path = Path(self.reference).expanduser()
         return path if self.provider != "official_atlas" and self.reference != "auto" and path.exists() else None
 
     def reference_case(self, store: VolumeStore) -> int | None:
-        """The number of the case that is the reference.
+        """Return the number of the case that is the reference.
 
-        Raises: ValueError: `reference` is neither a file nor a case.
+        Raises:
+            ValueError: `reference` is neither a file nor a case.
         """
         if self.provider == "official_atlas" or self.reference_file is not None:
             return None
@@ -194,7 +197,7 @@ class AnatomicalLocations:
         return int(np.argsort(volumes, kind="stable")[(len(volumes) - 1) // 2])
 
     def rests_on(self, store: VolumeStore, case: int) -> Sequence[int]:
-        """The reference, where it is a case."""
+        """Return the reference, where it is a case."""
         number = self.reference_case(store)
         return [] if number is None else [number]
 
@@ -235,7 +238,7 @@ class AnatomicalLocations:
         }
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Score, inverse error, volume ratio, whether the fallback was taken, share of locations shown, whether cut."""
+        """Return score, inverse error, volume ratio, use of the fallback, share of shown locations, and cut."""
         return {
             "score": float(table["score"]),
             "inverse_error_mm": float(table["inverse_error_mm"]),
@@ -246,7 +249,7 @@ class AnatomicalLocations:
         }
 
     def moving(self, store: VolumeStore, case: int, reference: Reference) -> Coarse | None:
-        """The case as it is registered: its first channel, or its mask; None for the transforms of an atlas."""
+        """Return the case in its form for registration: first channel or mask; None for the transforms of an atlas."""
         if self.provider != "official_atlas":
             return coarse_case(store, case, spacing_mm=reference.spacing_mm)
         if self.masks is None:
@@ -258,7 +261,7 @@ class AnatomicalLocations:
             return coarse_labels(labels, header.affine, spacing_mm=reference.spacing_mm)
 
     def _registration(self, store: VolumeStore, case: int, reference: Reference, moving: Coarse | None) -> Registration:
-        """The matrix that the provider gives; `inverse_error_mm` and `score` are NaN where nothing tells them.
+        """Return the matrix of the provider; `inverse_error_mm` and `score` are NaN without a registration.
 
         The reference itself is not registered either.
         """
@@ -279,7 +282,7 @@ class AnatomicalLocations:
         return Registration(matrix, similarity(reference.coarse, moving, matrix), float("nan"))
 
     def problem(self, found: Registration) -> str:
-        """Why a registration fails the check; nothing where it does not, or is none."""
+        """Return why a registration fails the check; an empty text where it passes, or there is none."""
         if self.provider in ("body_box", "raw_grid"):
             return ""
         if found.inverse_error_mm > self.max_inverse_error_mm:
@@ -289,7 +292,7 @@ class AnatomicalLocations:
         return ""
 
     def report(self, store: VolumeStore, folder: Path) -> str:
-        """The reference, who failed the check, and what was done about it; writes the picture and the anchors."""
+        """Return text on the reference and the failed cases with the remedy; write the picture and the anchors."""
         from medssl.tables.location_report import report
 
         reference = reference_of(self, store)
@@ -299,7 +302,7 @@ class AnatomicalLocations:
 
 
 def reference_of(derivation: AnatomicalLocations, store: VolumeStore) -> Reference:
-    """The reference of a derivation, made once a process."""
+    """Return the reference of a derivation, which is made once per process."""
     number = derivation.reference_case(store)
     token = "" if number is None else store.record(number).voxel_hash
     return _reference(derivation, store.root, number, token, json.dumps(derivation.recipe()))
@@ -307,10 +310,10 @@ def reference_of(derivation: AnatomicalLocations, store: VolumeStore) -> Referen
 
 @lru_cache(maxsize=2)
 def _reference(derivation: AnatomicalLocations, root: Path, number: int | None, token: str, recipe: str) -> Reference:
-    """`token` and `recipe` stand for what the reference is made from, so that nothing outdated is kept."""
+    """Return the cached reference; `token` and `recipe` stand for its origin, so that none is outdated."""
     if derivation.provider == "official_atlas":
         anchors, mask = read_atlas(derivation.reference, norm=derivation.norm, patch_voxel=derivation.patch_voxel)
-        affine = anchors.grid_to_mm  # of the mask's file; given anchors may lie on another grid
+        affine = anchors.grid_to_mm  # affine of the mask's file; given anchors may lie on another grid
         whole = whole_affine(affine, mask.shape)
         if derivation.anchors is not None:
             anchors = _given_anchors(derivation.anchors, whole, anchors.reference)
@@ -337,7 +340,11 @@ def _reference(derivation: AnatomicalLocations, root: Path, number: int | None, 
 
 
 def _given_anchors(file: str, whole: Affine, name: str) -> AnchorTable:
-    """The anchors of a file; a ValueError where none lies in the reference."""
+    """Return the anchors of a file.
+
+    Raises:
+        ValueError: None of them lies in the reference.
+    """
     anchors = AnchorTable.load(Path(file).expanduser())
     inside = apply(np.linalg.inv(whole), anchors.centre_mm)
     if not ((inside > 0) & (inside < 1)).all(axis=1).any():

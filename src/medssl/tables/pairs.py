@@ -1,8 +1,8 @@
-"""Pair mining: tables of points that an anatomical embedding finds to correspond between the volumes of a store.
+"""Pair mining: tables of corresponding points of a store's volumes, which an anatomical embedding finds.
 
 Three derivations follow each other. `PairPoints` embeds each volume and keeps the vectors of some of its body points,
-`PairMatches` embeds it again and looks up the points of its partners, `Pairs` keeps what scores well. So a volume is
-embedded twice however many partners it has, and no embedding is ever stored.
+`PairMatches` embeds it again and looks up the points of its partners, `Pairs` keeps what scores well. A volume is
+therefore embedded twice for any number of partners, and no embedding is ever stored.
 """
 
 from collections.abc import Sequence
@@ -25,24 +25,24 @@ from medssl.inference.device import find_device
 from medssl.tables.derived import Table, folder_of, table_of
 
 CALIBRATION_CASES = 64
-"""Volumes, evenly spread over the store, whose matches say what the median score is."""
+"""Number of volumes, evenly spread over the store, with the matches that give the median score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairPoints:
     """Body points of each case and their vectors.
 
-    Table: `points_mm` (n, 3), `descriptors` (n, 2, e) float16: fine and coarse.
+    Table: `points_mm` (n, 3), and `descriptors` (n, 2, e) float16, the fine and the coarse vector.
 
     Args:
-        weights: file of the embedding.
-        layout: of a published file.
-        num_candidates: points a case.
-        low_hu: points of CT lie in voxels above it.
-        margin_voxel: least distance of points from the faces of the volume, at most a quarter of a side.
-        device: where embeddings are computed: "auto", "cpu" or "cuda".
-        tile_voxel: slices along z a call of the network, for less memory; None for all.
-        allow_modules: packages whose networks a file may name.
+        weights: File of the embedding.
+        layout: Layout of a published file.
+        num_candidates: Number of points per case.
+        low_hu: Points of CT lie in voxels above this value.
+        margin_voxel: Least distance of points from the faces of the volume, at most a quarter of a side.
+        device: Device of the embedding: "auto", "cpu" or "cuda".
+        tile_voxel: Number of slices along z per call of the network, for less memory; None for all.
+        allow_modules: Packages that a file may name networks of.
     """
 
     weights: str | None
@@ -66,11 +66,11 @@ class PairPoints:
 
     @property
     def name(self) -> str:
-        """`pair_points`."""
+        """The name `pair_points`."""
         return "pair_points"
 
     def recipe(self) -> dict[str, Any]:
-        """Content of the weight file, and how points are drawn."""
+        """Return the content of the weight file, and the settings by which points are drawn."""
         return {
             "weights": self.digest,
             "layout": self.layout,
@@ -81,26 +81,27 @@ class PairPoints:
 
     @cached_property
     def digest(self) -> str:
-        """What stands for the content of the weight file."""
+        """The digest of the content of the weight file."""
         assert self.weights is not None
         path = Path(self.weights).expanduser()
         return _digest(path, path.stat().st_mtime_ns)
 
     @property
     def embedder(self) -> Embedder:
-        """The embedding, loaded once a process."""
+        """The embedding, loaded once per process."""
         path, device = str(Path(str(self.weights)).expanduser()), find_device(self.device).type
         return _embedder(path, self.digest, self.layout, device, self.tile_voxel, tuple(self.allow_modules))
 
     def check(self) -> None:
-        """Load the network now: a file that cannot be used is refused before processes start and volumes are read.
+        """Load the network now, so that an unusable file is refused before processes start and volumes are read.
 
-        Raises: ValueError: it cannot be loaded, or holds no embedding.
+        Raises:
+            ValueError: The file cannot be loaded, or holds no embedding.
         """
         _ = self.embedder
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """Points and vectors."""
+        """Return the points and their vectors."""
         record = store.record(case)
         rng = counter_generator("pair points", record.case)
         voxels = draw_body_points(
@@ -112,13 +113,13 @@ class PairPoints:
         return {"points_mm": points_mm, "descriptors": descriptors.half().cpu().numpy()}
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Number of points."""
+        """Return the number of points."""
         return {"points": float(len(table["points_mm"]))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairMatches:
-    """For each case, as the key, where the points of its partners lie in it.
+    """The places of the partners' points in each case, which is the key.
 
     Table: `partner` (p) numbers of cases, `key_mm` (p, n, 3), `score` (p, n), NaN where a partner has fewer points;
     with `keep_descriptors` also `descriptors` (p, n, 2, e) float16, the vectors found.
@@ -130,23 +131,23 @@ class PairMatches:
 
     @property
     def name(self) -> str:
-        """`pair_matches`."""
+        """The name `pair_matches`."""
         return "pair_matches"
 
     def recipe(self) -> dict[str, Any]:
-        """That of the points, and the partners."""
+        """Return the recipe of the points, and the rule of the partners."""
         return {**self.points.recipe(), "num_links": self.num_links, "keep_descriptors": self.keep_descriptors}
 
     def needs(self) -> Sequence[PairPoints]:
-        """The points."""
+        """Return the derivation of the points."""
         return [self.points]
 
     def rests_on(self, store: VolumeStore, case: int) -> Sequence[int]:
-        """The partners."""
+        """Return the partners of the case."""
         return partners_of(store, case, self.num_links)
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """Matches of all partners."""
+        """Return the matches of all partners."""
         partners, num = partners_of(store, case, self.num_links), self.points.num_candidates
         embedding = self.points.embedder.of_case(store, case)
         key_mm, score = np.full((len(partners), num, 3), np.nan), np.full((len(partners), num), np.nan, np.float32)
@@ -161,25 +162,26 @@ class PairMatches:
         return {**table, "descriptors": found} if self.keep_descriptors else table
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Mean score."""
+        """Return the mean score."""
         return {"score": _mean(table["score"][np.isfinite(table["score"])])}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Pairs of points of each case, as the query, with its partners: what `TableMatcher` draws from.
+    """Pairs of points of each case, as the query, with its partners, for `TableMatcher` to draw from.
 
     Table: `partner` (p) names of cases, `first` (p + 1) the row where each begins, `query_mm`, `key_mm` (row, 3) RAS,
     `score` (row), `threshold`. A partner without a good match keeps its best one.
 
     Args:
-        points: how volumes are embedded and points are drawn.
-        num_points: pairs kept for a partner, at most.
-        num_links: partners are the cases 1, 2, 4, ... 2^(num_links - 1) places before and after in the store.
-        score_threshold: scores of pairs are above it; "auto": the median over random matches between volumes, because
-            scores of different networks cannot be compared.
-        cycle_mm: a point matched forth and back returns this close to itself; None does not check. It costs a third
-            embedding of each volume.
+        points: Derivation that embeds volumes and draws points.
+        num_points: Largest number of pairs that are kept for a partner.
+        num_links: Number of links. Partners are the cases 1, 2, 4, ... 2^(num_links - 1) places before and after in the
+            store.
+        score_threshold: Value that the scores of pairs exceed. "auto" takes the median over random matches between
+            volumes, because scores of different networks cannot be compared.
+        cycle_mm: Distance within which a point matched forth and back returns to itself; None does not check. The check
+            costs a third embedding of each volume.
     """
 
     points: PairPoints
@@ -202,7 +204,7 @@ class Pairs:
 
     @property
     def name(self) -> str:
-        """`pairs`."""
+        """The name `pairs`."""
         return "pairs"
 
     def check(self) -> None:
@@ -211,20 +213,20 @@ class Pairs:
 
     @property
     def matches(self) -> PairMatches:
-        """The step before."""
+        """The derivation of the matches, which comes before this one."""
         return PairMatches(points=self.points, num_links=self.num_links, keep_descriptors=self.cycle_mm is not None)
 
     def recipe(self) -> dict[str, Any]:
-        """That of the matches, and what is kept of them."""
+        """Return the recipe of the matches, and the settings by which some are kept."""
         kept = {"num_points": self.num_points, "score_threshold": self.score_threshold, "cycle_mm": self.cycle_mm}
         return {**self.matches.recipe(), **kept}
 
     def needs(self) -> Sequence[PairMatches]:
-        """The matches."""
+        """Return the derivation of the matches."""
         return [self.matches]
 
     def rests_on(self, store: VolumeStore, case: int) -> Sequence[int]:
-        """The partners, and the cases whose matches say what the median score is."""
+        """Return the partners, and the cases with the matches that give the median score."""
         cases = set(partners_of(store, case, self.num_links))
         if self.score_threshold == "auto":
             for number in _calibration_cases(store):
@@ -232,7 +234,7 @@ class Pairs:
         return sorted(cases)
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """The pairs of a case with all its partners."""
+        """Return the pairs of a case with all its partners."""
         threshold = self.threshold(store)
         points_mm = table_of(store, self.points, case)["points_mm"]
         partners = partners_of(store, case, self.num_links)
@@ -261,7 +263,7 @@ class Pairs:
         }
 
     def threshold(self, store: VolumeStore) -> float:
-        """The score that pairs have to exceed."""
+        """Return the score that pairs have to exceed."""
         if not isinstance(self.score_threshold, str):
             return self.score_threshold
         folder = folder_of(store.root, self.matches)
@@ -269,7 +271,7 @@ class Pairs:
         return _median_score(tuple((file, file.stat().st_mtime_ns) for file in files))
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Partners, pairs, their mean score, the share of them above the threshold, and the threshold."""
+        """Return the numbers of partners and pairs, mean score, share above the threshold, and the threshold."""
         above = table["score"] > table["threshold"]
         return {
             "partners": float(len(table["partner"])),
@@ -281,7 +283,7 @@ class Pairs:
 
 
 def partners_of(store: VolumeStore, case: int, num_links: int) -> list[int]:
-    """The cases of a store that a case is matched with."""
+    """Return the cases of a store that a case is matched with."""
     return [other for other in linked_cases(case, num_links) if other < len(store)]
 
 
@@ -292,7 +294,7 @@ def _calibration_cases(store: VolumeStore) -> list[int]:
 
 @lru_cache(maxsize=4)
 def _median_score(files: tuple[tuple[Path, int], ...]) -> float:
-    """The median of the scores in tables of matches, which are named with their time; -1 where they hold none."""
+    """Return the median score of tables of matches, given with their file times; -1 where they hold none."""
     found = []
     for file, _ in files:
         with np.load(file) as table:

@@ -1,4 +1,4 @@
-"""A reference volume and its subjects as registrations see them, and the files that stand for them."""
+"""A reference volume and its subjects in the form for registration, and the files that stand for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from medssl.tables.derived import read_coarse
 from medssl.tables.registration import Affine, Coarse, coarse_volume
 
 NUM_SIDE = 64
-"""Volumes are registered with the longest side of the reference in at least so many voxels, if they are that fine."""
+"""Least number of voxels of the reference's longest side in a registration, if the volume is that fine."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A reference as registrations see it. `whole` maps [0, 1]^3 to the faces of its volume in RAS mm."""
+    """A reference in the form for registration. `whole` maps [0, 1]^3 to the faces of its volume in RAS mm."""
 
     anchors: AnchorTable
     coarse: Coarse
@@ -28,22 +28,23 @@ class Reference:
 
 
 def coarse_case(store: VolumeStore, case: int, *, spacing_mm: float) -> Coarse:
-    """A case of a store as it is registered."""
+    """Return a case of a store in the form for registration."""
     volume, _ = read_coarse(store, case, spacing_mm=spacing_mm)
     return coarse_volume(volume, modality=store.record(case).modality, spacing_mm=spacing_mm)
 
 
 def whole_affine(affine: Affine, shape: tuple[int, ...]) -> Affine:
-    """[0, 1]^3 -> RAS mm, onto the outer faces of a volume."""
+    """Return the map from [0, 1]^3 to RAS mm, onto the outer faces of a volume."""
     box = np.diag([*map(float, shape), 1.0])
     box[:3, 3] = -0.5
     return affine @ box
 
 
 def file_of_case(store: VolumeStore, case: int, folder: str, ends: Sequence[str]) -> Path:
-    """The file in `folder` that is called like a case, with one of the endings.
+    """Return the file in `folder` with the name of a case and one of the endings.
 
-    Raises: ValueError: there is none; all cases without one are counted.
+    Raises:
+        ValueError: There is no such file; the message counts all cases without one.
     """
     root = Path(folder).expanduser()
 
@@ -61,13 +62,13 @@ def file_of_case(store: VolumeStore, case: int, folder: str, ends: Sequence[str]
 
 
 def copy_spacing_of(shape: tuple[int, ...], affine: Affine, spacing_mm: float) -> float:
-    """The spacing at which a reference of these sides is registered: `spacing_mm`, or finer if it is small."""
+    """Return the spacing at which a reference of these sides is registered: `spacing_mm`, or finer if it is small."""
     sides_mm = np.array(shape) * np.linalg.norm(affine[:3, :3], axis=0)
     return min(spacing_mm, float(sides_mm.max()) / NUM_SIDE)
 
 
 def digest_of(path: Path) -> str:
-    """What stands for the content of a file; a folder (of a DICOM series) is known by names, sizes and times."""
+    """Return a digest of a file's content; a folder (of a DICOM series) is known by names, sizes and times."""
     return folder_digest(path) if path.is_dir() else _file_digest(path, path.stat().st_mtime_ns)
 
 
@@ -77,6 +78,6 @@ def _file_digest(path: Path, time_ns: int) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """What stands for the files of a folder: their names, sizes and times."""
+    """Return a digest of the files of a folder: their names, sizes and times."""
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
     return sha256(repr(files).encode()).hexdigest()[:16]

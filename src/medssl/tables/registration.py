@@ -1,7 +1,7 @@
-"""Affine registration of whole volumes, coarse and robust, with a check that does not need the truth.
+"""Affine registration of whole volumes, coarse and robust, with a check that needs no ground truth.
 
-Affines are 4x4, RAS mm -> RAS mm, and map points of the fixed volume to points of the moving one. SimpleITK's space is
-LPS: x and y change their sign in `_image`, `_to_ras` and `_to_lps`, nowhere else in this file.
+Affines are 4x4, from RAS mm to RAS mm, and map points of the fixed volume to points of the moving one. SimpleITK's
+space is LPS: x and y change their sign in `_image`, `_to_ras` and `_to_lps`, nowhere else in this file.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ CT_BODY_HU = -300.0
 PERCENTILES = (0.5, 99.5)
 NUM_BINS = 32
 SHIFTS_MM = tuple(float(shift) for shift in range(-180, 181, 20) if shift)
-"""Shifts along z from which a volume that shows a part of the body is registered."""
+"""Start shifts along z for the registration of a volume that shows a part of the body."""
 NUM_SHIFTS_TAKEN = 3
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True, eq=False)
 class Coarse:
-    """A volume as it is registered: values in [0, 1] (0 is background), the body's mask, voxel index -> RAS mm."""
+    """A volume in the form for registration: values in [0, 1] (0 is background), body mask, affine to RAS mm."""
 
     values: Float32[np.ndarray, "x y z"]
     mask: Bool[np.ndarray, "x y z"]
@@ -39,7 +39,7 @@ class Coarse:
 
     @cached_property
     def body_mm(self) -> Float64[np.ndarray, "n 3"]:
-        """Middles of all body voxels."""
+        """The middles of all body voxels, in RAS mm."""
         return apply(self.affine, np.argwhere(self.mask).astype(np.float64))
 
     @property
@@ -49,26 +49,27 @@ class Coarse:
 
     @cached_property
     def image(self) -> Any:
-        """The values as SimpleITK knows them."""
+        """The values as a SimpleITK image."""
         return _image(self.values, self.affine)
 
     @cached_property
     def mask_image(self) -> Any:
-        """The mask as SimpleITK knows it, 0 and 1."""
+        """The mask as a SimpleITK image, 0 and 1."""
         return _image(self.mask.astype(np.float32), self.affine)
 
     def thinned(self, step: int) -> "Coarse":
-        """Every `step`th voxel."""
+        """Return the volume with every `step`th voxel along each axis."""
         affine = self.affine @ np.diag([step, step, step, 1.0])
         return Coarse(self.values[::step, ::step, ::step], self.mask[::step, ::step, ::step], affine)
 
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """An affine from fixed to moving, and what speaks for it.
+    """An affine from fixed to moving, and measures of its quality.
 
-    `score` is the normalised mutual information on the whole fixed grid; `inverse_error_mm` the mean distance of body
-    points from themselves after the affine and an independent registration back; `volume_ratio` the determinant.
+    `score` is the normalised mutual information on the whole fixed grid. `inverse_error_mm` is the mean distance of
+    body points from themselves after the affine and an independent registration back. `volume_ratio` is the
+    determinant.
     """
 
     matrix: Affine
@@ -77,14 +78,15 @@ class Registration:
 
     @property
     def volume_ratio(self) -> float:
-        """Volume in the moving space of a unit of volume in the fixed one; negative where the map mirrors."""
+        """Volume in the moving space of a unit of volume in the fixed one, negative where the map mirrors."""
         return volume_ratio(self.matrix)
 
 
 def coarse_volume(volume: Volume, *, modality: str, spacing_mm: float) -> Coarse:
-    """Block means of the first channel at about `spacing_mm` (at least 16 voxels a side), clipped, and the body.
+    """Return block means of the first channel at about `spacing_mm` (at least 16 voxels a side), clipped, and the body.
 
-    CT is clipped to [-1024, 600] HU, its body lies above -300 HU; all else to the 0.5 and 99.5 percentiles, Otsu.
+    CT is clipped to [-1024, 600] HU, and its body lies above -300 HU. All else is clipped to the 0.5 and 99.5
+    percentiles, and its body lies above Otsu's threshold.
     """
     _, mask, factor = find_body(volume, modality=modality, threshold_hu=CT_BODY_HU, copy_spacing_mm=spacing_mm)
     values, _ = coarse_copy(volume.array[0], spacing_mm=volume.spacing_mm, target_mm=spacing_mm)
@@ -94,11 +96,12 @@ def coarse_volume(volume: Volume, *, modality: str, spacing_mm: float) -> Coarse
 
 
 def coarse_labels(labels: Int[np.ndarray, "x y z"], affine: Affine, *, spacing_mm: float) -> Coarse:
-    """A label map for registration: the share of each block that is labelled, the first label half as bright.
+    """Return a label map for registration: the labelled share of each block, with the first label half as bright.
 
     Two lungs (1, 2 or 50, 100) thus become two intensities, as the released atlas has them.
 
-    Raises: ValueError: nothing is labelled.
+    Raises:
+        ValueError: Nothing is labelled.
     """
     found = np.unique(labels[labels > 0])
     if not len(found):
@@ -113,14 +116,14 @@ def coarse_labels(labels: Int[np.ndarray, "x y z"], affine: Affine, *, spacing_m
 
 
 def block_affine(factor: Int[np.ndarray, "3"]) -> Affine:
-    """Index of a block of voxels -> voxel index of its middle."""
+    """Return the map from the index of a block of voxels to the voxel index of its middle."""
     matrix = np.diag([*factor.astype(float), 1.0])
     matrix[:3, 3] = (factor - 1) / 2
     return matrix
 
 
 def body_box_affine(fixed: Coarse, moving: Coarse) -> Affine:
-    """The axis-aligned map of the box of one body onto that of the other.
+    """Return the axis-aligned map of the box of one body onto that of the other.
 
     A box reaches from the 0.5 to the 99.5 percentile of the body's voxels along each axis. Rotations are ignored, and
     a body that is cut by the field of view is stretched over the whole other one.
@@ -133,7 +136,7 @@ def box_affine(
     fixed: tuple[Float64[np.ndarray, "3"], Float64[np.ndarray, "3"]],
     moving: tuple[Float64[np.ndarray, "3"], Float64[np.ndarray, "3"]],
 ) -> Affine:
-    """The axis-aligned map of one box (lower and upper corner) onto another; sides below 1e-3 are kept."""
+    """Return the axis-aligned map of one box (lower and upper corner) onto another; sides below 1e-3 are kept."""
     (a, b), (c, d) = fixed, moving
     scale = np.where((b - a > 1e-3) & (d - c > 1e-3), (d - c) / np.maximum(b - a, 1e-3), 1.0)
     matrix = np.diag([*scale, 1.0])
@@ -142,10 +145,10 @@ def box_affine(
 
 
 def register(fixed: Coarse, moving: Coarse) -> Registration:
-    """Register in both directions; deterministic, one thread.
+    """Register in both directions, deterministically and in one thread.
 
-    Candidates are optimised from several starts and chosen by `similarity`; the way back is found in the same way and
-    independently. A direction in which no start leads anywhere gives an infinite `inverse_error_mm`.
+    Candidates are optimised from several starts and chosen by `similarity`. The way back is found in the same way and
+    independently. A direction in which no start succeeds gives an infinite `inverse_error_mm`.
     """
     there, back = best_affine(fixed, moving), best_affine(moving, fixed)
     if there is None:
@@ -159,7 +162,7 @@ def register(fixed: Coarse, moving: Coarse) -> Registration:
 
 
 def best_affine(fixed: Coarse, moving: Coarse) -> Affine | None:
-    """The candidate with the largest `similarity`; one that keeps the volume within a factor of 4 comes before others.
+    """Return the candidate with the largest `similarity`, preferring those with a volume ratio within a factor of 4.
 
     Candidates: mutual information from the bodies' centres of mass and from the volumes' middles, mean squares of the
     masks, and, where a body is cut by its field of view, mutual information from the best of several shifts along z.
@@ -190,10 +193,10 @@ def best_affine(fixed: Coarse, moving: Coarse) -> Affine | None:
 
 
 def similarity(fixed: Coarse, moving: Coarse, matrix: Affine) -> float:
-    """Normalised mutual information (H(a) + H(b)) / H(a, b) of the moved volume with the fixed one, from 1 to 2.
+    """Return normalised mutual information (H(a) + H(b)) / H(a, b) of the moved volume and the fixed one, from 1 to 2.
 
-    It is taken on the whole fixed grid, with background where the moving volume ends: values on different overlaps
-    could not be compared.
+    It is taken on the whole fixed grid, with background beyond the moving volume, because values on different overlaps
+    cannot be compared.
     """
     moved = resampled(moving, fixed, matrix)
     a, b = (np.minimum((values * NUM_BINS).astype(np.int64), NUM_BINS - 1) for values in (fixed.values, moved))
@@ -203,7 +206,7 @@ def similarity(fixed: Coarse, moving: Coarse, matrix: Affine) -> float:
 
 
 def resampled(moving: Coarse, fixed: Coarse, matrix: Affine) -> Float32[np.ndarray, "x y z"]:
-    """The moving volume on the grid of the fixed one, trilinear, 0 beyond its end."""
+    """Return the moving volume on the grid of the fixed one, trilinear, 0 beyond its end."""
     import SimpleITK as sitk
 
     resample = sitk.ResampleImageFilter()
@@ -214,16 +217,17 @@ def resampled(moving: Coarse, fixed: Coarse, matrix: Affine) -> Float32[np.ndarr
 
 
 def volume_ratio(matrix: Affine) -> float:
-    """The determinant of the linear part."""
+    """Return the determinant of the linear part."""
     return float(np.linalg.det(matrix[:3, :3]))
 
 
 def read_affine(path: str | Path) -> Affine:
-    """The affine in an ITK or ANTs transform file (`.mat`, `.txt`, `.tfm`, `.h5`), RAS mm -> RAS mm.
+    """Return the affine in an ITK or ANTs transform file (`.mat`, `.txt`, `.tfm`, `.h5`), from RAS mm to RAS mm.
 
     ANTs and ITK map points of the fixed image to points of the moving one: `0GenericAffine.mat` is taken as it is.
 
-    Raises: ValueError: no transform file, or a transform that is not linear in three dimensions.
+    Raises:
+        ValueError: The file is not a transform, or its transform is not linear in three dimensions.
     """
     import SimpleITK as sitk
 
@@ -241,7 +245,7 @@ def read_affine(path: str | Path) -> Affine:
 
 
 def _to_ras(transform: Any) -> Affine:
-    """A linear ITK transform of LPS points as a matrix of RAS points."""
+    """Return a linear ITK transform of LPS points as a matrix of RAS points."""
     origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
     matrix = np.eye(4)
     for axis in range(3):
@@ -251,7 +255,7 @@ def _to_ras(transform: Any) -> Affine:
 
 
 def _to_lps(matrix: Affine, centre: Float64[np.ndarray, "3"] | None = None) -> Any:
-    """The ITK transform; `centre` (RAS mm) is the fixed point of its linear part, which steers a descent."""
+    """Return the ITK transform; `centre` (RAS mm) is the fixed point of its linear part, which steers a descent."""
     import SimpleITK as sitk
 
     flipped = LPS @ matrix @ LPS
@@ -292,7 +296,7 @@ def _shifted(start: Any, shift_mm: float) -> Any:
 
 
 def _optimised(fixed: Any, moving: Any, start: Any, *, shrink: int, masks: bool = False) -> Affine | None:
-    """The affine after descent from `start`; None where the volumes do not meet."""
+    """Return the affine after descent from `start`; None where the volumes do not meet."""
     import SimpleITK as sitk
 
     with _one_thread():
@@ -320,7 +324,7 @@ def _optimised(fixed: Any, moving: Any, start: Any, *, shrink: int, masks: bool 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """With more threads sums differ in their last digits from run to run; `SetNumberOfThreads` does not reach them."""
+    """Use one thread: with more, sums vary in their last digits per run, and `SetNumberOfThreads` has no effect."""
     import SimpleITK as sitk
 
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()

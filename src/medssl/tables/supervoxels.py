@@ -1,4 +1,4 @@
-"""Supervoxels of the volumes of a store, found once: the derived table `supervoxels`."""
+"""Supervoxels of the volumes of a store: the derived table `supervoxels`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,14 @@ from medssl.tables.derived import Table, read_coarse
 class Supervoxels:
     """SLIC on the first channel of each case, windowed to [0, 1], at half the resolution.
 
-    Table: `regions` (x y z), numbers from 1 on, and `to_volume` (4, 4), voxel of that map -> voxel of level 0.
+    Table: `regions` (x y z), numbers from 1 on, and `to_volume` (4, 4), the map from its voxels to voxels of level 0.
 
     Args:
-        side_voxel: of a supervoxel of average size, in voxels of the case: their number is the volume's over its cube.
-        compactness: of grey values from 0 to 1: 0.1 follows edges, 10 makes cubes, 0.01 leaves a few of any shape.
-        window_hu: of CT, what becomes 0 and 1.
-        percentiles: of all else, likewise.
+        side_voxel: Side of an average supervoxel, in voxels of the case: their number is the volume over its cube.
+        compactness: Weight of distance against grey values from 0 to 1: 0.1 follows edges, 10 makes cubes, 0.01 leaves
+            a few of any shape.
+        window_hu: Window for CT: the two values that become 0 and 1.
+        percentiles: Percentiles that become 0 and 1 in other modalities.
 
     Source: arXiv:2504.14737 (in slices); skimage.segmentation.slic.
     """
@@ -42,20 +43,20 @@ class Supervoxels:
 
     @property
     def name(self) -> str:
-        """`supervoxels`."""
+        """The name `supervoxels`."""
         return "supervoxels"
 
     @property
     def normalisation(self) -> ByModality:
-        """The window or the percentiles."""
+        """The normalisation by window or percentiles."""
         return ByModality(window_hu=self.window_hu, percentiles=self.percentiles)
 
     def check(self) -> None:
-        """Look for scikit-image before any work."""
+        """Check before any work that scikit-image is installed."""
         _slic()
 
     def recipe(self) -> dict[str, Any]:
-        """All settings."""
+        """Return all settings."""
         return {
             "side_voxel": self.side_voxel,
             "compactness": self.compactness,
@@ -64,7 +65,7 @@ class Supervoxels:
         }
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
-        """Regions and where they lie."""
+        """Return the regions and their place in the volume."""
         record = store.record(case)
         spacing_mm = 2 * np.array(record.spacing_mm)
         read, _ = read_coarse(store, case, spacing_mm=float(spacing_mm.min()))
@@ -85,7 +86,7 @@ class Supervoxels:
         return {"regions": regions.astype(kind), "to_volume": record.mm_to_volume @ volume.affine}
 
     def quality(self, table: Table) -> dict[str, float]:
-        """Number of supervoxels, and the share of the volume that the largest one has."""
+        """Return the number of supervoxels, and the largest one's share of the volume."""
         counts = np.bincount(table["regions"].ravel())[1:]
         counts = counts[counts > 0]
         return {"regions": float(len(counts)), "largest_share": float(counts.max() / counts.sum())}
