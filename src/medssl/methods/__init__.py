@@ -1,4 +1,4 @@
-"""Self-supervised methods, one file each."""
+"""Self-supervised methods, one file for each, and the rules of positions and points that they share."""
 
 from medssl.lazy import lazy
 

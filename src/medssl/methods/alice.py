@@ -1,4 +1,4 @@
-"""Alice: one anatomy in two volumes, matched crops against a momentum teacher, and aligned tokens."""
+"""Alice: matched crops of the same anatomy in two volumes, with a momentum teacher and aligned tokens."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -31,37 +31,37 @@ TEACHER_TOKENS = ("decoder", "encoder")
 class Alice(Method):
     """Anatomical invariance between volumes and semantic alignment within a crop.
 
-    The view group `pair` holds two crops about corresponding points of two volumes: query and key. The student sees
+    The view group `pair` holds two crops around corresponding points of two volumes: query and key. The student sees
     both with most of their content masked, the teacher sees them whole. The student's vector of one crop is drawn to
-    the teacher's of the other; its bottleneck tokens, rewritten in terms of its own and of the teacher's decoder
-    tokens, are drawn together; and it reconstructs the crops. An optional group `student` (the same places) is what
-    the student sees instead, for instance with noise; teacher and reconstruction keep to `pair`.
+    the teacher's of the other. Its bottleneck tokens are expressed by its own decoder tokens and by the teacher's, and
+    the two are drawn together. It also reconstructs the crops. The student sees an optional group `student` (the same
+    places, for instance with noise) instead; teacher and reconstruction still use `pair`.
 
     Args:
-        backbone: student network; applies the mask, and gives the tokens of two depths and the crop back.
-        head: of the student, for the widths of the backbone.
-        cafa: the cross attention that aligns tokens, as wide as the head has prototypes.
-        mask_ratio: share of masked blocks.
-        mask_patch_voxel: side of a block.
-        mask_shape: `column` masks blocks through all of z, `cube` single ones.
-        mask_per_sample: a mask for each crop; otherwise one for all queries and one for all keys.
-        weight_inter_volume: of the crop vectors' cross-entropy.
-        weight_intra_volume: of the aligned tokens' cross-entropy.
-        weight_reconstruction: of half the squared error.
-        student_temperature: of both cross-entropies.
-        teacher_temperature: likewise, at the end of its ramp.
-        teacher_temperature_start: where the ramp starts.
-        teacher_temperature_epochs: its length; it is over within the last of these epochs.
-        centre_momentum: of both centres.
-        ema_momentum: of the teacher at the start.
-        ema_momentum_end: at the end of the run.
-        freeze_last_layer_epochs: epochs in which the prototypes stay as they are.
-        clip_per_parameter: largest norm of each gradient tensor of backbone and head; null for no clipping.
-        teacher_shared_head: the teacher has one set of prototypes for crops and tokens.
-        teacher_tokens: of the teacher, the `decoder` or `encoder` tokens are the context of its aligned tokens.
-        cafa_ema: the teacher's side of the alignment is a moving average (but for the query layer, which is shared)
-            without dropout; otherwise one module serves both sides.
-        teacher_drop_path: the teacher drops paths like the student.
+        backbone: Student network; it applies the mask, gives tokens at two depths and reconstructs the crop.
+        head: Head of the student, for the widths of the backbone.
+        cafa: Cross-attention that aligns tokens, as wide as the head has prototypes.
+        mask_ratio: Share of masked blocks.
+        mask_patch_voxel: Side of a block.
+        mask_shape: `column` masks blocks through all of z, `cube` single blocks.
+        mask_per_sample: Whether each crop has its own mask; otherwise all queries share one and all keys another.
+        weight_inter_volume: Weight of the crop vectors' cross-entropy.
+        weight_intra_volume: Weight of the aligned tokens' cross-entropy.
+        weight_reconstruction: Weight of half the squared error.
+        student_temperature: Student's temperature in both cross-entropies.
+        teacher_temperature: Teacher's temperature in both cross-entropies at the end of its ramp.
+        teacher_temperature_start: Teacher's temperature at the start of the ramp.
+        teacher_temperature_epochs: Length of the ramp, which ends at the beginning of the last of these epochs.
+        centre_momentum: Momentum of both centres.
+        ema_momentum: Momentum of the teacher at the start of the run.
+        ema_momentum_end: Momentum of the teacher at the end of the run.
+        freeze_last_layer_epochs: Epochs in which the prototypes are frozen.
+        clip_per_parameter: Largest norm of each gradient tensor of backbone and head; null for no clipping.
+        teacher_shared_head: Whether the teacher has one set of prototypes for crops and tokens.
+        teacher_tokens: Tokens of the teacher, `decoder` or `encoder`, that are the context of its aligned tokens.
+        cafa_ema: Whether the teacher's side of the alignment is a moving average without dropout (except for the query
+            layer, which is shared); otherwise one module serves both sides.
+        teacher_drop_path: Whether the teacher drops paths like the student.
 
     Source: arXiv:2302.05615; repository alibaba-damo-academy/alice.
     """
@@ -134,7 +134,7 @@ class Alice(Method):
         return self.backbone.encoder
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
-        """Weighted sum of the three losses."""
+        """Return the weighted sum of the three losses."""
         image, seen = self._rows(batch)
         with torch.no_grad():
             whole = self.teacher_backbone(image)
@@ -198,7 +198,7 @@ class Alice(Method):
         self.num_rows.zero_()
 
     def train(self, mode: bool = True) -> "Alice":
-        """Switch the student; the teacher stays in evaluation mode, unless it is to drop paths."""
+        """Switch the student's mode; the teacher stays in evaluation mode, unless `teacher_drop_path` is set."""
         super().train(mode)
         self.teacher_backbone.train(mode and self.teacher_drop_path)
         for module in (self.teacher_head, self.teacher_cafa):
@@ -207,7 +207,7 @@ class Alice(Method):
         return self
 
     def parts(self) -> dict[str, nn.Module]:
-        """Student networks, and the teacher's for those who prefer them; backbones as encoder and decoder."""
+        """Return the student's networks and, as an alternative, the teacher's encoder and decoder."""
         teacher = self.teacher_backbone
         return {
             "encoder": self.backbone.encoder,
@@ -220,11 +220,11 @@ class Alice(Method):
 
     @torch.no_grad()
     def transfers(self) -> Transfer:
-        """Return that encoder and decoder of the backbone are what segmenters are made of."""
+        """Return that segmenters start from encoder and decoder of the backbone."""
         return Transfer({"encoder": "backbone.encoder", "decoder": "backbone.decoder"})
 
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
-        """The first pair: query and key whole, as the student sees them, and as it reconstructs them."""
+        """Draw the first pair: query and key whole, as the student sees them, and as it reconstructs them."""
         from medssl.ops.panels import orthogonal_slices
 
         first = {name: batch[name].image[:1] for name in ("pair", "student") if name in batch}
@@ -241,7 +241,7 @@ class Alice(Method):
         return {"pair": orthogonal_slices(panels, title=f"one anatomy in two volumes, step {progress.step}")}
 
     def _rows(self, batch: Mapping[str, View]) -> tuple[Tensor, Tensor]:
-        """What teacher and student see: all queries, then all keys."""
+        """Return the images of teacher and student: all queries, then all keys."""
         found = {name: tuple(view.image.shape[1:]) for name, view in batch.items()}
         if "pair" not in batch or found["pair"][0] != 2:
             raise ValueError(f"Alice needs a view group called `pair` with two views; the batch has {found}")
@@ -256,7 +256,11 @@ class Alice(Method):
         return image.flatten(0, 1), seen.flatten(0, 1)
 
     def _check_sides(self, sides: tuple[int, ...]) -> None:
-        """Raises: ValueError: the crops fit neither the backbone nor the blocks of the mask."""
+        """Check that the crops fit the backbone and the blocks of the mask.
+
+        Raises:
+            ValueError: A side is no multiple of the encoder's stride or of the mask's blocks.
+        """
         strides = levels(self.backbone.encoder)[1]
         for name, step in (("the encoder's stride", strides[-1]), ("method.mask_patch_voxel", self.mask_patch_voxel)):
             if any(side % one for side, one in zip(sides, step, strict=True)):
@@ -283,7 +287,7 @@ class Alice(Method):
         features: Float[Tensor, "row channel"],
         temperature: float,
     ) -> dict[str, Tensor]:
-        """What tells a collapse: entropies of the teacher, spread of its features, agreement of the two networks."""
+        """Return signs of a collapse: teacher entropies, spread of its features, agreement of both networks."""
         probabilities = centred_softmax(anchors, self.centre, temperature=temperature).flatten(0, 1)
         return {
             "entropy_teacher": mean_entropy(probabilities),
@@ -298,7 +302,7 @@ class Alice(Method):
 
 
 def teacher_temperature_at(epoch: float, epochs: float, *, start: float, end: float) -> float:
-    """The teacher's temperature: `start` in epoch 0 (the first), `end` from epoch `epochs - 1` on, straight between.
+    """Return the teacher's temperature: `start` at epoch 0, `end` from epoch `epochs - 1` on, linear between.
 
     Source: repository alibaba-damo-academy/alice, loss.py.
     """

@@ -1,4 +1,4 @@
-"""What every pretext task is: one module that turns drawn views into a loss."""
+"""The interface of every pretext task: one module that turns drawn views into a loss."""
 
 import hashlib
 import sys
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The scalar to minimise and detached scalars to log, one a loss term among them."""
+    """The scalar to minimise, and detached scalars to log, among them one for each loss term."""
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
@@ -27,10 +27,10 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: schedules and random draws inside a method are functions of this alone.
+    """Progress of a run: schedules and random draws inside a method are functions of this alone.
 
     `step` counts optimiser steps from 0, `epoch` is its fractional epoch, `micro` numbers the micro-batches that are
-    accumulated into one step. `draw` stands for `step` in generators where draws are to repeat while schedules move on.
+    accumulated into one step. `draw` replaces `step` in generators where draws repeat while schedules advance.
     `Progress()` is the first step of a run of one step and one epoch.
     """
 
@@ -44,7 +44,7 @@ class Progress:
     draw: int | None = None
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """A fresh generator for the draw called `name`; it depends on seed, step, micro-batch, rank and name only."""
+        """Return a fresh generator for the draw `name`; it depends on seed, step, micro-batch, rank and name only."""
         step = self.step if self.draw is None else self.draw
         key = f"{self.seed}/{step}/{self.micro}/{self.rank}/{name}".encode()
         number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
@@ -55,17 +55,17 @@ class Progress:
         torch.manual_seed(counter_key("step", self.seed, self.step, self.rank, self.micro))
 
     def warn(self, why: str) -> None:
-        """Say `why` on the error stream, on rank 0 alone."""
+        """Print the warning `why` to the error stream, on rank 0 only."""
         if self.rank == 0:
             print(f"warning: {why}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a segmenter starts from, of the networks that leave pre-training.
+    """The networks of pre-training from which a segmenter starts.
 
     Args:
-        recipes: For each such part, where the method's settings hold its recipe: `encoder`, or `backbone.encoder`.
+        recipes: Place of each network's recipe in the method's settings: `encoder`, or `backbone.encoder`.
         facts: Further entries of the card, such as how many blocks of the decoder were trained.
     """
 
@@ -74,7 +74,7 @@ class Transfer:
 
 
 class Method(nn.Module, ABC):
-    """A pretext task. Networks are injected; nothing here knows files, configs or the trainer.
+    """A pretext task, whose networks are injected; it knows no files, configs or trainer.
 
     A subclass sets `encoder` and writes `forward`. Everything that must survive a restart lives in parameters and
     buffers.
@@ -84,7 +84,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
-        """Loss of one micro-batch; state may only be collected here while `training` is set."""
+        """Return the loss of one micro-batch; state may only be collected here while `training` is set."""
 
     def after_backward(self, progress: Progress) -> None:
         """Change gradients: called once per optimiser step, after the last backward and before global clipping."""
@@ -93,7 +93,7 @@ class Method(nn.Module, ABC):
         """Move teachers, centres and queues: called once after each optimiser step with that step's progress."""
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups: trainable tensors of two and more dimensions, and the others without weight decay."""
+        """Return optimiser groups: trainable tensors of two or more dimensions, and the others without weight decay."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in trained if parameter.ndim > 1]},
@@ -102,18 +102,18 @@ class Method(nn.Module, ABC):
         return [group for group in groups if group["params"]]
 
     def parts(self) -> dict[str, nn.Module]:
-        """The named networks that leave pre-training."""
+        """Return the networks that pre-training exports, by name."""
         return {"encoder": self.encoder}
 
     def transfers(self) -> Transfer:
-        """Return which of `parts` fine-tuning starts from: the encoder, where the method does not say otherwise."""
+        """Return which of `parts` fine-tuning starts from: the encoder, unless a method overrides this."""
         return Transfer({"encoder": "encoder"})
 
     def compile_regions(self) -> Iterable[nn.Module]:
-        """The modules that `torch.compile` should take one by one: transformer blocks, else the encoder."""
+        """Return the modules that `torch.compile` compiles one by one: transformer blocks, else the encoder."""
         blocks = [block for module in self.modules() for block in getattr(module, "blocks", ())]
         return blocks or [self.encoder]
 
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
-        """Pictures of what the method does with `batch`, by name; state and training mode stay as they are."""
+        """Return figures of what the method does with `batch`, by name; state and training mode stay unchanged."""
         return {}

@@ -37,19 +37,19 @@ def build_method(
     Torch's global generator stays as it is.
 
     Args:
-        name: of a file in configs/method, such as `alice_tiny`.
-        in_channels: of the images.
-        crop_voxel: sides of the views; those in the YAML if not given.
-        num_cases: volumes that will be trained on; by default so many that a queue is as long as it may be.
-        num_locations: numbered places of the body; those of the grid in the YAML if not given.
-        steps_per_epoch: for schedules that are stated in epochs.
-        steps_per_round: for schedules that are stated in rounds over all locations.
-        seed: the first weights are a function of it.
-        overrides: further settings as on the command line, such as `method.mask_ratio=0.6`.
-        extra_dir: a folder with method/NAME.yaml and the Python files that it names.
+        name: Name of a file in configs/method, such as `alice_tiny`.
+        in_channels: Channels of the images.
+        crop_voxel: Sides of the views; those in the YAML if not given.
+        num_cases: Number of training volumes; the default gives a queue its full length.
+        num_locations: Number of places of the body; those of the grid in the YAML if not given.
+        steps_per_epoch: Steps in an epoch, for schedules that are stated in epochs.
+        steps_per_round: Steps in a round over all locations, for schedules that are stated in rounds.
+        seed: Seed that determines the first weights.
+        overrides: Further settings as on the command line, such as `method.mask_ratio=0.6`.
+        extra_dir: A folder with method/NAME.yaml and the Python files that it names.
 
     Raises:
-        ValueError: there is no such method, it refuses a setting, or a setting follows from a number that is not given.
+        ValueError: There is no such method, it refuses a setting, or a setting follows from a number that is not given.
     """
     if extra_dir is not None and str(Path(extra_dir).resolve()) not in sys.path:
         sys.path.insert(0, str(Path(extra_dir).resolve()))
@@ -85,7 +85,7 @@ def _resolved(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the method.
 
     Raises:
-        ValueError: one follows from a number that neither is given nor follows from the views.
+        ValueError: A setting follows from a number that is neither given nor follows from the views.
     """
     known = {name: "???" if value is None else value for name, value in config.facts.items()} | dict(given)
     views = instantiate(with_values(config, {"facts": known}).views, _convert_="all")

@@ -1,4 +1,4 @@
-"""DrasCLR: the same place in other subjects is the negative, another view or the neighbourhood the query."""
+"""DrasCLR: contrast of a crop and its neighbourhood with the same place in other subjects."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,7 +26,7 @@ KEY_NORMS = ("shuffle", "split", "plain")
 
 
 class Keys(NamedTuple):
-    """What a step adds to the queues."""
+    """The keys that a step adds to the queues."""
 
     key: Float[Tensor, "row dim"]
     location: Int64[Tensor, " row"]
@@ -38,25 +38,26 @@ class Keys(NamedTuple):
 class DrasCLR(Method):
     """Contrast between subjects at one location of the body, of a crop and of its neighbourhood.
 
-    The view group `anchor` holds two views, query and key, of one crop at a location; the optional group `neighbours`
-    crops at nearby locations of the same subject. Negatives of a query are the keys of other subjects at its location,
-    which a queue keeps. The second query is the sum of the neighbours' unit vectors. Crops at locations that a subject
-    does not show count nowhere.
+    The view group `anchor` holds two views, query and key, of one crop at a location. The optional group `neighbours`
+    holds crops at nearby locations of the same subject. Negatives of a query are the keys of other subjects at its
+    location, which a queue keeps. The second query is the sum of the neighbours' unit vectors. Crops at locations that
+    a subject does not show are left out of both losses and of the queues.
 
     Args:
-        encoder: gives the representation of a crop at a location (`represent`), see `ConditionedEncoder`.
-        head: from a representation to the space of the keys.
-        queue: of keys, one a location.
-        temperature: of both losses.
-        weight_local: of the crop's loss.
-        weight_neighbours: of the neighbourhood's.
+        encoder: Encoder with the representation of a crop at a location (`represent`), see `ConditionedEncoder`.
+        head: Head from a representation to the space of the keys.
+        queue: Queues of keys, one for each location.
+        num_locations: Number of locations of the body.
+        temperature: Temperature of both losses.
+        weight_local: Weight of the crop's loss.
+        weight_neighbours: Weight of the neighbourhood's loss.
         neighbour_reduce: `sum` or `mean` of the neighbours' vectors; neither is normalised again.
-        warm_up_steps: steps before the neighbourhood takes part.
-        mask_self: older keys of a query's own subject are no negatives.
-        ema_momentum: of the key encoder, constant.
-        key_norm: batch norm of the keys: `shuffle` them over the ranks, `split` them into `num_splits` random parts,
-            or `plain`: as they come.
-        num_splits: for `split`.
+        warm_up_steps: Steps before the neighbourhood takes part.
+        mask_self: Whether older keys of a query's own subject are excluded from its negatives.
+        ema_momentum: Momentum of the key encoder, constant.
+        key_norm: Batch norm of the keys: `shuffle` them over the ranks, `split` them into `num_splits` random parts,
+            or `plain`, in the order of the batch.
+        num_splits: Number of random parts, for `split`.
 
     Source: arXiv:2302.10390; repository batmanlab/DrasCLR, models/builder.py.
     """
@@ -92,7 +93,7 @@ class DrasCLR(Method):
         if num_splits < 1:
             raise ValueError(f"num_splits must be at least 1, got {num_splits}")
         self.encoder, self.head, self.queue = encoder, head, queue
-        # they train as the others do, by batch statistics of their own passes: without these all keys look alike
+        # in training mode, with batch statistics of their own passes: without these all keys look alike
         self.key_encoder, self.key_head = frozen_copy(encoder).train(), frozen_copy(head).train()
         # coordinates of the locations, filled in as they are visited: they travel with the checkpoint
         self.register_buffer("coordinates", torch.full((num_locations, 3), torch.nan))
@@ -102,7 +103,7 @@ class DrasCLR(Method):
         self.pending: list[Keys] = []
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
-        """Weighted sum of the losses of the crops and of their neighbourhoods."""
+        """Return the weighted sum of the losses of the crops and of their neighbourhoods."""
         anchor, around = self._groups(batch, progress)
         location, coordinate, valid = (part[:, 0] for part in _locations(anchor))
         query, features = self._embed(anchor.image[:, 0], location, coordinate)
@@ -114,7 +115,7 @@ class DrasCLR(Method):
             key = self._keys(anchor.image[:, 1], location, coordinate, progress)
         with torch.autocast(query.device.type, enabled=False):
             negatives = self._negatives(location, anchor.case[:, 0])
-            logits = queue_logits(query, key, negatives, temperature=self.temperature)
+            logits = queue_logits(query, key, negatives, temperature=self.temperature)  # arXiv:1911.05722, eq. 1
             local = discriminate(logits, counted=valid)
             loss = self.weight_local * local.loss
             logs = {"local": local.loss.detach(), "local_top1": local.top1}
@@ -129,7 +130,7 @@ class DrasCLR(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
-        """Queue the keys of all ranks, in their order, then move the key encoder."""
+        """Queue the keys of all ranks, in order of the ranks, then move the key encoder."""
         for micro in self.pending:
             key, location, subject, coordinate, valid = (gather_ranks(part) for part in micro)
             self.coordinates[location] = coordinate.to(self.coordinates)
@@ -139,19 +140,19 @@ class DrasCLR(Method):
                 self.queue.enqueue(ring, key[shown], subject[shown], step=progress.step)
         self.pending.clear()
         for old, new in ((self.key_encoder, self.encoder), (self.key_head, self.head)):
-            update_ema(old, new, momentum=self.ema_momentum, copy_buffers=False)
+            update_ema(old, new, momentum=self.ema_momentum, copy_buffers=False)  # arXiv:1911.05722, eq. 2
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """All parameters alike: the released recipe decays biases, batch norm and routers too."""
+        """Return one group of all parameters: the released recipe also decays biases, batch norm and routers."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def parts(self) -> dict[str, nn.Module]:
-        """Encoder and head, and those of the keys."""
+        """Return encoder and head, and the key encoder as teacher."""
         return {"encoder": self.encoder, "head": self.head, "teacher_encoder": self.key_encoder}
 
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
-        """Query and key of the first subject, its neighbours, and the same location in the next subject."""
+        """Draw query and key of the first subject, its neighbours, and the same location in the next subject."""
         from medssl.ops.panels import orthogonal_slices
 
         anchor, around = batch["anchor"], batch.get("neighbours")
@@ -179,12 +180,12 @@ class DrasCLR(Method):
     def _embed(
         self, image: Float[Tensor, "row channel x y z"], location: Int64[Tensor, " row"], coordinate: Tensor
     ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row width"]]:
-        """Unit vectors in float32, and the representations that they are made from."""
+        """Return unit vectors in float32, and the representations from which they are computed."""
         features = self.encoder.represent(image, *_routes(location, coordinate))  # type: ignore[operator]
         return _unit(self.head(features)), features.detach().float()
 
     def _neighbourhood(self, around: View) -> tuple[Float[Tensor, "b dim"], Bool[Tensor, " b"]]:
-        """The neighbours' unit vectors together, and whether a sample has any neighbour."""
+        """Return the reduced unit vectors of the neighbours, and whether a sample has any neighbour."""
         location, coordinate, valid = _locations(around)
         rows, _ = self._embed(around.image.flatten(0, 1), location.flatten(), coordinate.flatten(0, 1))
         shown = valid[..., None].to(rows)
@@ -200,7 +201,7 @@ class DrasCLR(Method):
         coordinate: Float[Tensor, "row 3"],
         progress: Progress,
     ) -> Float[Tensor, "row dim"]:
-        """Unit vectors of the key encoder; which rows share batch statistics is what `key_norm` says."""
+        """Return unit vectors of the key encoder; `key_norm` decides which rows share batch statistics."""
 
         def encode(image: Tensor, location: Tensor, coordinate: Tensor) -> Tensor:
             return _unit(self.key_head(self.key_encoder.represent(image, *_routes(location, coordinate))))  # type: ignore[operator]
@@ -238,7 +239,7 @@ class DrasCLR(Method):
         negatives: Negatives,
         progress: Progress,
     ) -> dict[str, Tensor]:
-        """What tells a collapse, stale queues, or gates that do not tell locations apart."""
+        """Return signs of a collapse, of stale queues, and of gates that do not separate locations."""
         logs = {
             "feature_std": direction_spread(features),
             "key_std": direction_spread(key),
@@ -256,14 +257,14 @@ class DrasCLR(Method):
 
 
 def _locations(view: View) -> tuple[Int64[Tensor, "b v"], Float[Tensor, "b v 3"], Bool[Tensor, "b v"]]:
-    """Numbers and coordinates of the views' locations, and whether their subjects show them."""
+    """Return numbers and coordinates of the views' locations, and whether their subjects show them."""
     if view.location_index is None or view.coordinate is None or view.location_valid is None:
         raise ValueError("DrasCLR needs crops at locations; use placement GridCrop and sampler SameLocation")
     return view.location_index, view.coordinate, view.location_valid
 
 
 def _routes(location: Int64[Tensor, " row"], coordinate: Float[Tensor, "row 3"]) -> tuple[Tensor, Tensor]:
-    """The coordinate of each location in the batch, and which of them each row has."""
+    """Return the coordinate of each location in the batch, and the number of each row's location among them."""
     places, index = location.unique(return_inverse=True)
     first = torch.zeros(len(places), dtype=torch.int64, device=location.device).scatter_(
         0, index, torch.arange(len(location), device=location.device)

@@ -1,4 +1,4 @@
-"""GL-MAE: masked autoencoding of global and local views, tied together by a momentum teacher."""
+"""GL-MAE: masked autoencoding of global and local views, made consistent by a momentum teacher."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -36,14 +36,14 @@ CONSISTENCIES, CENTERINGS, REDUCTIONS = ("cross_entropy", "cosine"), ("centre", 
 class GLMAE(Method):
     """Global-Local Masked AutoEncoder.
 
-    The view group `global` holds p >= 1 crops a volume, the optional group `local` q smaller ones. The student sees
-    each with most patches removed and reconstructs them; the teacher sees the intact global crops. The CLS projections
-    of all student views are drawn to the teacher's.
+    The view group `global` holds p >= 1 crops of each volume, the optional group `local` q smaller ones. The student
+    sees each with most patches removed and reconstructs them; the teacher sees the intact global crops. The CLS
+    projections of all student views are drawn to the teacher's.
 
     `reduction="dino"` replaces the two consistency weights and the pairs by those of one pooled DINO loss. The last
-    head layer stays as it is for `freeze_last_layer_epochs`. `clip_per_parameter` clips the gradient of each tensor.
+    head layer is frozen for `freeze_last_layer_epochs`. `clip_per_parameter` clips the gradient of each tensor.
 
-    Source: arXiv:2306.08913; the consistency terms as arXiv:2104.14294.
+    Source: arXiv:2306.08913; for the consistency terms arXiv:2104.14294.
     """
 
     encoder: VisionTransformer
@@ -106,7 +106,7 @@ class GLMAE(Method):
         self.freeze_last_layer_epochs, self.clip_per_parameter = freeze_last_layer_epochs, clip_per_parameter
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
-        """Weighted sum of two reconstruction and two consistency losses."""
+        """Return the weighted sum of two reconstruction and two consistency losses."""
         if "global" not in batch:
             raise ValueError(f"GL-MAE needs a view group called `global`; the batch has {sorted(batch)}")
         images = {name: view_major(batch[name].image) for name in ("global", "local") if name in batch}
@@ -144,13 +144,13 @@ class GLMAE(Method):
     def reconstruct(
         self, image: Float[Tensor, "batch channel x y z"], mask: TokenMask
     ) -> tuple[Float[Tensor, "batch token voxel"], Float[Tensor, "batch dim"]]:
-        """Predicted patch vectors and the CLS feature of the student, which computes the kept patches only."""
+        """Return predicted patch vectors and the CLS feature of the student, which computes the kept patches only."""
         tokens = self.encoder.tokens(image, mask.keep)
         return self.decoder(tokens, mask.keep, grid=self.encoder.grid_of(image)), tokens[:, 0]
 
     @torch.no_grad()
     def after_backward(self, progress: Progress) -> None:
-        """Clip each gradient on its own if asked to, and drop that of the last head layer while it is frozen."""
+        """Clip each gradient tensor if `clip_per_parameter` is set, and drop that of the frozen last head layer."""
         if self.clip_per_parameter is not None:
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             for gradient, norm in zip(gradients, torch._foreach_norm(gradients), strict=True):
@@ -171,20 +171,20 @@ class GLMAE(Method):
         self.logit_rows.zero_()
 
     def train(self, mode: bool = True) -> "GLMAE":
-        """Switch the student; the teacher always stays in evaluation mode."""
+        """Switch the student's mode; the teacher always stays in evaluation mode."""
         super().train(mode)
         self.teacher_encoder.eval()
         self.teacher_head.eval()
         return self
 
     def parts(self) -> dict[str, nn.Module]:
-        """Student networks, and the teacher's encoder for those who prefer it."""
+        """Return the student's networks and, as an alternative, the teacher's encoder."""
         parts = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
         return {**parts, "teacher_encoder": self.teacher_encoder}
 
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
-        """Input, masked input and reconstruction of the first view of each group, in three orthogonal slices."""
+        """Draw input, masked input and reconstruction of the first view of each group, in three orthogonal slices."""
         from medssl.ops.panels import orthogonal_slices
 
         was_training, figures = self.training, {}
@@ -226,7 +226,7 @@ class GLMAE(Method):
 
     def _consistency(self, student: Tensor, teacher: Tensor, pairs: str) -> Tensor:
         if self.consistency == "cosine":
-            return cosine_distance_of_views(student, teacher, pairs=pairs)
+            return cosine_distance_of_views(student, teacher, pairs=pairs)  # arXiv:2006.07733, eq. 2
         return cross_entropy_of_views(student, teacher, temperature=self.student_temperature, pairs=pairs)
 
     def _weights(self, num_global: int, num_local: int) -> dict[str, float]:
@@ -247,7 +247,7 @@ class GLMAE(Method):
 
 
 def view_major(image: Float[Tensor, "batch view channel x y z"]) -> Float[Tensor, "row channel x y z"]:
-    """View 0 of every volume, then view 1 of every volume, and so on, so that `unflatten(0, (views, -1))` undoes it."""
+    """Return view 0 of every volume, then view 1 of every volume, and so on; `unflatten(0, (views, -1))` undoes it."""
     return image.transpose(0, 1).flatten(0, 1)
 
 

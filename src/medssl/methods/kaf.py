@@ -1,4 +1,4 @@
-"""KAF: an image and its keypoints contrast by position, and the keypoints of two views are matched."""
+"""KAF: contrast of images and of their keypoints by position, and matching of the keypoints of two views."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,7 +30,7 @@ METRICS = ("axial", "linf", "overlap")
 POSITIVES = ("position", "views", "partition")
 NUM_PARTITIONS = 4
 FEWEST_VIEWS = 4
-"""Of a device, for a batch norm."""
+"""Smallest number of views on a device for a batch norm."""
 
 
 class KAF(Method):
@@ -38,30 +38,31 @@ class KAF(Method):
 
     The view groups `first` and `second` hold one view each, of neighbouring places in one volume. Views of any volumes
     whose places are near each other are positives, for the embedding of the coarsest map and for that of the mean of
-    the keypoints. A matcher then finds the partners of the keypoints of both views, with a dustbin for those without.
+    the keypoints. A matcher then finds the partners of the keypoints of both views, with a dustbin for unmatched ones.
 
     Args:
         encoder: U-Net encoder with keypoints.
-        heads: builds embeddings of image and keypoints and the fusion of tokens, given `bottleneck_channels` and
-            `token_channels` of the encoder.
-        matcher: builds the scores of pairs of keypoints, given `spatial_dims` of the encoder.
-        points: how keypoints are chosen and put in correspondence.
-        crop_voxel: size of the views, checked here; None leaves that to the first batch.
-        weight_image: of the contrast of images.
-        weight_keypoints: of the contrast of keypoints.
-        weight_matching: of the matching.
-        weight_local: of the contrast of single keypoints, see `contrast_of_points`; it wants `heads.local`.
-        positives: by `position` in the body; the two `views` of a volume; or equal `partition` of the body's height.
-        metric: positions are compared along x, y and z (`linf`), along z (`axial`), or by the `overlap` of crops, see
+        heads: Builder of the embeddings of image and keypoints and of the fusion of tokens; it gets
+            `bottleneck_channels` and `token_channels` of the encoder.
+        matcher: Builder of the network that scores pairs of keypoints; it gets `spatial_dims` of the encoder.
+        points: Rule by which keypoints are chosen and put in correspondence.
+        crop_voxel: Size of the views, checked here; None leaves the check to the first batch.
+        weight_image: Weight of the contrast of images.
+        weight_keypoints: Weight of the contrast of keypoints.
+        weight_matching: Weight of the matching loss.
+        weight_local: Weight of the contrast of single keypoints, see `contrast_of_points`; it needs `heads.local`.
+        positives: Which views are positives: those near by `position` in the body, the two `views` of a volume, or
+            those in an equal `partition` of the body's height.
+        metric: Positions are compared along x, y and z (`linf`), along z (`axial`), or by the `overlap` of crops, see
             `PositionRule`.
-        threshold: positions are nearer than this, where 0 to 1 are the places that a crop can have; overlapping crops
-            share more than this of their union.
-        negative_threshold: of the same positions, see `PositionRule`.
-        position_per_view: each view has its own place; otherwise both have the first one's.
-        temperature: of both contrasts.
-        base_temperature: they are scaled by `temperature / base_temperature`.
-        transport_iterations: of Sinkhorn's algorithm.
-        reduction: of the matching loss.
+        threshold: Positions of positives are nearer than this, where 0 to 1 are the places that a crop can have;
+            overlapping crops share more than this of their union.
+        negative_threshold: Threshold from which the same positions are negatives, see `PositionRule`.
+        position_per_view: Whether each view has its own place; otherwise both have that of the first.
+        temperature: Temperature of both contrasts.
+        base_temperature: The contrasts are scaled by `temperature / base_temperature`.
+        transport_iterations: Iterations of Sinkhorn's algorithm.
+        reduction: Reduction of the matching loss, see `matching_loss`.
 
     Source: arXiv:2310.01680; repository zshyang/kaf, pretrain1.py.
     """
@@ -140,7 +141,7 @@ class KAF(Method):
         self.watch = Watch(partial(_steps_without, threshold=threshold))
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
-        """Weighted sum of both contrasts and of the matching."""
+        """Return the weighted sum of both contrasts and of the matching loss."""
         views = _views(batch)
         points = self.points(*views, progress, is_random=self.training)
         embedded = [
@@ -152,7 +153,7 @@ class KAF(Method):
             image = self._gathered([views_of.image for views_of in embedded])
             keypoints = self._gathered([views_of.keypoints for views_of in embedded])
             shown = torch.cat([gather_ranks(views_of.has_keypoints) for views_of in embedded])
-            terms = {"image": self._contrast(image, positive, compared)}
+            terms = {"image": self._contrast(image, positive, compared)}  # eq. 1
             terms["keypoints"] = self._contrast(keypoints[shown], positive[shown][:, shown], compared[shown][:, shown])
             plan = self._plan([views_of.tokens for views_of in embedded], points, views[0])
             first, second = (views_of.points for views_of in embedded)
@@ -164,8 +165,9 @@ class KAF(Method):
                     temperature=self.temperature,
                     base_temperature=self.base_temperature,
                 )
+            # eq. 2, with weights of the released code unless the reduction is `sum`
             terms["matching"] = matching_loss(plan, points.pairs, reduction=self.reduction)  # type: ignore[arg-type]
-        loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))
+        loss = sum((self.weights[name] * term for name, term in terms.items()), start=image.new_zeros(()))  # eq. 3
         itself = torch.eye(len(positive), dtype=torch.bool, device=positive.device)
         num_positives = (positive & ~itself).sum(1).float().mean()
         if self.training:
@@ -183,12 +185,12 @@ class KAF(Method):
         return StepOutput(loss, logs)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """All parameters alike: the released recipe decays biases and norms too."""
+        """Return one group of all parameters: the released recipe also decays biases and norms."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
-        """The keypoints of the first pair of views, where the matcher sees partners, and where there are some."""
+        """Draw the keypoints of the first pair of views with the partners that the matcher finds and the true ones."""
         from medssl.ops.panels import MatchedPoints, matched_points
 
         views, was_training = _views(batch), self.training
@@ -240,12 +242,12 @@ class KAF(Method):
         )
 
     def _gathered(self, vectors: list[Tensor]) -> Float[Tensor, "row dim"]:
-        """First views of all ranks, then second ones."""
+        """Return the rows of the first views of all ranks, then of the second ones."""
         return torch.cat([gather_with_gradient(part.float()) for part in vectors])
 
     @torch.no_grad()
     def _masks(self, views: tuple[View, View]) -> tuple[Bool[Tensor, "row row"], Bool[Tensor, "row row"]]:
-        """Which views of the whole batch are positives of each other, and which are compared at all."""
+        """Return which views of the whole batch are positives of each other, and which are compared at all."""
         if self.positives == "views":
             number = len(gather_ranks(views[0].case))
             positive = equal_labels(torch.arange(number, device=views[0].case.device).repeat(2))
@@ -258,7 +260,7 @@ class KAF(Method):
         return self.positions(*located, gather=True)
 
     def _check_views(self, num_views: int, progress: Progress) -> None:
-        """Say once that few views share a batch norm."""
+        """Warn once if few views share a batch norm."""
         if self.wants_views and num_views < FEWEST_VIEWS:
             self.wants_views = False
             why = f"{num_views} crops of a device share a batch norm, which wants {FEWEST_VIEWS}; raise batch_size, or "
@@ -266,7 +268,7 @@ class KAF(Method):
 
 
 def _steps_without(num_positives: Float[Tensor, "step one"], *, threshold: float) -> str | None:
-    """What to say where in some steps no view had a positive."""
+    """Return the warning if no view had a positive in some steps, else None."""
     without = int((num_positives == 0).sum())
     if not without:
         return None
@@ -282,11 +284,11 @@ def contrast_of_points(
     temperature: float,
     base_temperature: float,
 ) -> Float[Tensor, ""]:
-    """The contrast of the keypoints of both views of a sample, each with its partner as positive; mean over samples.
+    """Return the contrast of the keypoints of both views of a sample with their partners as positives.
 
-    A sample without matched keypoints counts as zero.
+    Mean over samples; a sample without matched keypoints counts as zero.
 
-    Source: repository zshyang/kaf, pretrain1.py, whose mask takes the last keypoint for the partner of all that have
+    Source: repository zshyang/kaf, pretrain1.py, whose mask takes the last keypoint as the partner of all that have
     none. The paper does not have this term.
     """
     valid = torch.cat([points.first_valid, points.second_valid], dim=1)

@@ -1,4 +1,4 @@
-"""Which keypoints the two views of KAF have, and which of them are the same."""
+"""The point rule of KAF: which keypoints the two views have, and which of them are the same."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ CHOICES = ("random", "strongest", "grid")
 
 
 class PointPair(NamedTuple):
-    """Keypoints of two views in voxels of each, which of them count, and rows (sample, first, second); -1 is nobody."""
+    """Keypoints of two views in voxels of each, which of them count, and pairs (sample, first, second); -1 is none."""
 
     first: Float[Tensor, "b n 3"]
     second: Float[Tensor, "b m 3"]
@@ -28,32 +28,32 @@ class PointPair(NamedTuple):
     pairs: Int64[Tensor, "pair 3"]
 
     def matched_share(self) -> Float[Tensor, ""]:
-        """Share of the points of both views that have a partner."""
+        """Return the share of the points of both views that have a partner."""
         number = self.first_valid.sum() + self.second_valid.sum()
         matched = (self.pairs[:, 1:] >= 0).all(1).sum()
         return 2 * matched / number.clamp(min=1)
 
 
 class PointRule:
-    """How keypoints of two views are chosen and put in correspondence.
+    """Rule by which keypoints of two views are chosen and put in correspondence.
 
     Args:
-        match: `shared`: points of the volume's table, the same in both views by their number; `geometric`: found in
-            each view, nearest in the volume; `descriptor`: found in each view, alike within a gate, without a
-            transform.
-        table: which the views carry, for `shared`; null where they carry none.
-        max_points: of a view.
-        min_points: a view with fewer gets random voxels that match nobody.
-        max_matched_fraction: of `max_points`, for `shared`.
-        dropout: share of the points that a view does not see, each view for itself, for `shared`.
-        choice: of the points that views show, in training, for `shared`: `random`; the `strongest`; or `grid`: the
-            strongest of each cell of a grid, then the second of each, and so on, with cells of such a size that the
-            first view has `max_points` of them.
-        validation_choice: likewise in validation, `strongest` or `grid`.
-        radius_voxel: largest distance of a pair in voxels of the first view, for `geometric`.
-        gate_share: largest distance of a pair, its components added, in shares of the view's side, for `descriptor`.
-        detector: for `geometric` and `descriptor`; null is `Foerstner`, which finds the same points again most often,
-            and `DifferenceOfGaussians`, both for views in [0, 1].
+        match: `shared`: points of the volume's table, the same in both views by their number. `geometric`: points found
+            in each view, matched to the nearest in the volume. `descriptor`: points found in each view, matched by
+            similar surroundings within a gate, without a transform.
+        table: Name of the table that the views carry, for `shared`; null where they carry none.
+        max_points: Largest number of points in a view.
+        min_points: Smallest number of points in a view; random voxels without a partner fill it up.
+        max_matched_fraction: Largest fraction of `max_points` that has a partner in crowded views, for `shared`.
+        dropout: Share of the points that a view does not see, drawn for each view separately, for `shared`.
+        choice: Which of the points that views show are taken in training, for `shared`: `random`, the `strongest`, or
+            `grid`: the strongest of each cell of a grid, then the second of each, and so on, with cells of such a size
+            that the first view has `max_points` of them.
+        validation_choice: Which points are taken in validation, for `shared`: `strongest` or `grid`.
+        radius_voxel: Largest distance of a pair in voxels of the first view, for `geometric`.
+        gate_share: Largest distance of a pair, its components added, in shares of the view's side, for `descriptor`.
+        detector: Detector for `geometric` and `descriptor`, for views in [0, 1]. Null is `Foerstner` for `geometric`,
+            because it finds the same points again most often, and `DifferenceOfGaussians` for `descriptor`.
 
     Source: arXiv:2310.01680, section 3.3; repository zshyang/kaf, dataset/match_utils.py.
     """
@@ -96,7 +96,7 @@ class PointRule:
         self.radius_voxel, self.gate_share, self.detector = radius_voxel, gate_share, detector
 
     def __call__(self, first: View, second: View, progress: Progress, *, is_random: bool) -> PointPair:
-        """The points of two views of one volume, chosen as in training or, without chance, as in validation."""
+        """Return the points of two views of one volume, chosen as in training or, if not random, as in validation."""
         with torch.no_grad():
             found = (
                 self._shared(first, second, progress, is_random=is_random)
@@ -134,7 +134,7 @@ class PointRule:
     def _order(
         self, choice: str, view: View, inside: list[Bool[Tensor, "b k"]], progress: Progress
     ) -> Float[Tensor, "b k"]:
-        """A number in [0, 1) for each point of the table; small ones are taken first."""
+        """Return a number in [0, 1) for each point of the table; points with small numbers are taken first."""
         shape, device = inside[0].shape, inside[0].device
         if choice == "random":
             return torch.rand(shape, generator=progress.generator("points", device), device=device)
@@ -164,7 +164,7 @@ class PointRule:
         return PointPair(a, b, a_valid, b_valid, pairs)
 
     def _filled(self, found: PointPair, views: tuple[View, View], progress: Progress) -> PointPair:
-        """The points, with random voxels that match nobody where a view has fewer than `min_points`."""
+        """Return the points, with random unmatched voxels where a view has fewer than `min_points`."""
         filled, pairs = [], [found.pairs]
         by_view = ((found.first, found.first_valid), (found.second, found.second_valid))
         for column, (view, (points, valid)) in enumerate(zip(views, by_view, strict=True)):
@@ -188,21 +188,21 @@ class PointRule:
 
 
 def _places(view: View, number: Int64[Tensor, "b n"]) -> Float[Tensor, "b n 3"]:
-    """Where in the view some points of its table lie; 0 where they lie nowhere."""
+    """Return where points of the view's table lie in the view; 0 where they have no place there."""
     assert view.points is not None
     points = view.points.gather(2, number[:, None, :, None].expand(-1, -1, -1, 3))
-    return view.to_view(points)[:, 0].nan_to_num().float()  # of the chosen ones only: bends make it dear
+    return view.to_view(points)[:, 0].nan_to_num().float()  # only of the chosen points: displacements are slow
 
 
 def grid_order(
     place: Float64[Tensor, "b k 3"], kind: Int64[Tensor, "b k"], *, cell_voxel: float
 ) -> Float[Tensor, "b k"]:
-    """Numbers in [0, 1) by which the first point of each cell comes first, then the second of each, and so on.
+    """Return numbers in [0, 1) that order the first point of each cell first, then the second of each, and so on.
 
     Args:
-        place: of the points, in the order that holds within a cell.
-        kind: points of different kinds are in different cells.
-        cell_voxel: side of the cells.
+        place: Places of the points, in the order that holds within a cell.
+        kind: Kind of each point; points of different kinds are in different cells.
+        cell_voxel: Side of the cells, in voxels.
     """
     b, number = kind.shape
     sample = torch.arange(b, device=kind.device)[:, None, None].expand(b, number, 1)

@@ -1,4 +1,4 @@
-"""MACL: a full-size image through the encoder and a small one through encoder and decoder contrast by position."""
+"""MACL: contrast by position of a full-size image after the encoder and a small one after encoder and decoder."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,40 +29,40 @@ COUPLINGS = ("shared", "independent", "ema")
 SIZE = "views.groups.still.size"
 FEWEST_POSITIVES = 0.5
 MOST_POSITIVES = 0.9
-"""Share of the samples that a crop is compared with."""
+"""Largest share of positives among the samples that a crop is compared with."""
 
 
 class MACL(Method):
-    """Contrast of two branches by position in the body: of images, of places in them, and equality across scales.
+    """Contrast of two branches by position in the body, for images and for their places, and equality across scales.
 
-    The auxiliary branch is the encoder on a crop; the dominant branch is the encoder and the first blocks of the
-    decoder on the crop made smaller, so much that its decoded map is as large as the auxiliary bottleneck. The view
-    group `moved` holds two views a sample that were moved independently, one for each branch: their embeddings are
-    contrasted. The group `still` holds one view for both branches: they are contrasted at each place, and their
-    bottlenecks drawn together. An optional group `still_dominant` of the same geometry is what the dominant branch sees
-    of it instead, for instance in another contrast. Positives are crops of nearby positions, of whatever volume, and
-    the other branch.
+    The auxiliary branch is the encoder on a crop. The dominant branch is the encoder and the first blocks of the
+    decoder on the same crop made smaller, so that its decoded map is as large as the auxiliary bottleneck. The view
+    group `moved` holds two views of each sample that were moved independently, one for each branch: their embeddings
+    are contrasted. The group `still` holds one view for both branches: they are contrasted at each place, and their
+    bottlenecks drawn together. For this view the dominant branch sees an optional group `still_dominant` of the same
+    geometry instead, for instance with another intensity contrast. Positives are crops of nearby positions in any
+    volume, and the other branch.
 
     Args:
-        backbone: encoder and decoder.
-        heads: builds the heads, given `bottleneck_channels`, `decoded_channels` and `spatial_dims`.
-        positions: which crops are positives, and which are compared.
-        crop_voxel: size of the crops, tried here on the networks; None leaves that to the first batch.
-        weight_global: of the contrast of images.
-        weight_dense: of the contrast of places.
-        weight_equivariance: of the mean absolute difference of the bottlenecks.
-        weight_supervoxel: of a contrast within each sample, places of one supervoxel being positives; above 0 it wants
-            `regions` for the view `still`.
-        supervoxel_every: of the places in order only each such one takes part in that, see `segment_contrast`.
-        temperature: of both contrasts.
-        base_temperature: they are scaled by `temperature / base_temperature`.
-        coupling: the branches' encoders are one (`shared`), two (`independent`), or the auxiliary one is the moving
+        backbone: Encoder and decoder.
+        heads: Builder of the heads; it gets `bottleneck_channels`, `decoded_channels` and `spatial_dims`.
+        positions: Rule of which crops are positives, and which are compared.
+        crop_voxel: Size of the crops, tried here on the networks; None leaves the check to the first batch.
+        weight_global: Weight of the contrast of images.
+        weight_dense: Weight of the contrast of places.
+        weight_equivariance: Weight of the mean absolute difference of the bottlenecks.
+        weight_supervoxel: Weight of a contrast within each sample whose positives are places of one supervoxel; above 0
+            it needs `regions` for the view `still`.
+        supervoxel_every: Only each place of this step, in order, takes part in that contrast, see `segment_contrast`.
+        temperature: Temperature of both contrasts.
+        base_temperature: The contrasts are scaled by `temperature / base_temperature`.
+        coupling: The branches' encoders are one (`shared`), two (`independent`), or the auxiliary one is the moving
             average of the other (`ema`).
-        momentum: of that average.
-        gather: contrast the samples of all processes; None does where a process has fewer than 16.
-        downsample: how images and maps are made smaller, `linear` or `area`, see `shrunk`.
-        dense_chunk: places that are contrasted at once; None is all.
-        places: how places are compared by positions of their own; None compares places of equal number.
+        momentum: Momentum of that average.
+        gather: Whether samples of all processes are contrasted; None does so where a process has fewer than 16.
+        downsample: Way in which images and maps are made smaller, `linear` or `area`, see `shrunk`.
+        dense_chunk: Places that are contrasted at once; None is all.
+        places: Rule that compares places by positions of their own; None compares places of equal number.
 
     Source: arXiv:2309.11876; repository stevezs315/MACL, pretrain_MACL.py.
     """
@@ -106,7 +106,7 @@ class MACL(Method):
             spatial_dims=backbone.spatial_dims,
         )
         self.auxiliary_encoder: nn.Module | None = None
-        if coupling != "shared":  # it trains by batch statistics of its own, as the dominant one does
+        if coupling != "shared":  # it uses batch statistics of its own passes, as the dominant one does
             self.auxiliary_encoder = frozen_copy(backbone.encoder).train().requires_grad_(coupling == "independent")
         self.weights = {"global": weight_global, "dense": weight_dense, "equivariance": weight_equivariance}
         self.weights |= {"supervoxel": weight_supervoxel} if weight_supervoxel else {}
@@ -120,11 +120,11 @@ class MACL(Method):
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
-        """The encoder of the dominant branch, and of the other unless they are apart."""
+        """The encoder of the dominant branch and, where it is shared, of the auxiliary one."""
         return self.backbone.encoder
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
-        """Weighted sum of the losses."""
+        """Return the weighted sum of the losses."""
         still, dominant_still, moved = self._groups(batch)
         gathers = is_gathered(self.gather, len(still.image))
         positive, compared = self.positions(still, gather=gathers)
@@ -135,12 +135,12 @@ class MACL(Method):
             options: dict[str, Any] = {"compared": compared.repeat(2, 2), **self.temperatures}
             image = torch.cat([_everywhere(part, gathers) for part in vectors])
             terms = {"global": contrast_of_positives(image, positive.repeat(2, 2), **options)}
-            if self.places is None:
+            if self.places is None:  # eq. 10
                 maps = _everywhere(first, gathers), _everywhere(second, gathers)
                 terms["dense"] = dense_contrast(*maps, positive.repeat(2, 2), chunk=self.dense_chunk, **options)
             else:
                 terms["dense"] = self._by_place(first, second, still, progress, gathers=gathers)
-            terms["equivariance"] = equivariance_loss(auxiliary, dominant, how=self.downsample)
+            terms["equivariance"] = equivariance_loss(auxiliary, dominant, how=self.downsample)  # eq. 8
             if "supervoxel" in self.weights:
                 segments = segments_of(still, self.backbone.spatial_dims)
                 terms["supervoxel"] = segment_contrast(
@@ -163,22 +163,22 @@ class MACL(Method):
             update_ema(self.auxiliary_encoder, self.encoder, momentum=self.momentum, copy_buffers=False)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """All parameters alike: the released recipe decays biases and norms too."""
+        """Return one group of all parameters: the released recipe also decays biases and norms."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def parts(self) -> dict[str, nn.Module]:
-        """Networks of the dominant branch, heads, and the auxiliary encoder where there is one of its own."""
+        """Return the networks of the dominant branch, the heads, and the auxiliary encoder if it is separate."""
         parts = {"encoder": self.backbone.encoder, "decoder": self.backbone.decoder, "heads": self.heads}
         return parts if self.auxiliary_encoder is None else {**parts, "auxiliary_encoder": self.auxiliary_encoder}
 
     @torch.no_grad()
     def transfers(self) -> Transfer:
-        """Return that encoder and decoder of the backbone leave, and how many blocks of the decoder were trained."""
+        """Return that segmenters start from the backbone, and how many blocks of its decoder were trained."""
         places = {"encoder": "backbone.encoder", "decoder": "backbone.decoder"}
         return Transfer(places, {"decoder_blocks": self.backbone.num_blocks})
 
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
-        """What the branches see of the first sample, and the crop of another sample that is its positive, if any."""
+        """Draw what the branches see of the first sample, and a crop of another sample that is its positive, if any."""
         from medssl.ops.panels import orthogonal_slices
 
         still, dominant_still, moved = self._groups(batch)
@@ -195,7 +195,7 @@ class MACL(Method):
     def _branches(
         self, full: Float[Tensor, "b c x y z"], other: Float[Tensor, "b c x y z"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Bottleneck of the first crops as they are; bottleneck and decoded map of the others made smaller."""
+        """Return the bottleneck of the full crops, and bottleneck and decoded map of the others made smaller."""
         image = self._flat(full)
         if self.auxiliary_encoder is None:
             auxiliary = self.backbone.encoder(image)[-1]
@@ -205,7 +205,7 @@ class MACL(Method):
         return auxiliary, *self.backbone(self._small(self._flat(other)))
 
     def _by_place(self, first: Tensor, second: Tensor, view: View, progress: Progress, *, gathers: bool) -> Tensor:
-        """The contrast of places by positions of their own."""
+        """Return the contrast of places by positions of their own."""
         assert self.places is not None
         grid = tuple(first.shape[2:])
         chosen = self.places.choose(first[0, 0].numel(), progress, first.device)
@@ -219,11 +219,11 @@ class MACL(Method):
         return shrunk(image, size, how=self.downsample)
 
     def _flat(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b c *spatial"]:
-        """Slices without their third axis, for networks of two."""
+        """Return slices without their third axis, for networks of two axes."""
         return image[..., 0] if self.backbone.spatial_dims == 2 else image
 
     def _plane(self, crop_voxel: tuple[int, ...]) -> tuple[int, ...]:
-        """The sides that the network sees."""
+        """Return the sides that the network sees."""
         if self.backbone.spatial_dims == 3:
             return crop_voxel
         if len(crop_voxel) != 3 or crop_voxel[2] != 1:
@@ -254,7 +254,7 @@ class MACL(Method):
 
 
 def _few_or_many_positives(counts: Float[Tensor, "step 2"]) -> str | None:
-    """What to say where crops hardly have another sample, a positive among others, or a negative."""
+    """Return the warning if crops have hardly any other sample, positive or negative, else None."""
     positives, compared = counts.mean(0).tolist()
     if compared < 1:
         why = "hardly anything is contrasted; raise batch_size"
@@ -270,6 +270,6 @@ def _few_or_many_positives(counts: Float[Tensor, "step 2"]) -> str | None:
 
 
 def _everywhere(rows: Tensor, gathers: bool) -> Tensor:
-    """The rows of all ranks where asked, in single precision."""
+    """Return the rows in single precision, those of all ranks if `gathers` is set."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
     return gather_with_gradient(rows) if gathers else rows

@@ -1,4 +1,4 @@
-"""Contrast of the places of feature maps by their own positions in the body, and places of supervoxels."""
+"""The place rule of MACL: positives among places of feature maps by their own positions, and their supervoxels."""
 
 from dataclasses import dataclass, replace
 
@@ -14,13 +14,13 @@ from medssl.ops.gather import gather_ranks
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceRule:
-    """Positives of single places: those of any crop that lie nearby, instead of the same place of nearby crops.
+    """Rule that positives of a place are nearby places of any crop, instead of the same place of nearby crops.
 
-    Other places of a crop are negatives then.
+    Other places of a crop are then negatives.
 
     Args:
-        threshold: of the positions of places, in the unit of the frame of crops.
-        num_places: of each map, drawn anew each step, the same in all maps; all where there are no more.
+        threshold: Threshold of the positions of places, in the unit of the frame of crops.
+        num_places: Number of places of each map, drawn in each step, the same in all maps; all where there are fewer.
 
     Source: ours; MACL compares places of equal number.
     """
@@ -36,7 +36,7 @@ class PlaceRule:
             )
 
     def choose(self, num_places: int, progress: Progress, device: torch.device) -> Int64[Tensor, " chosen"]:
-        """Numbers of the places that take part in a step, on all processes the same."""
+        """Return the numbers of the places that take part in a step, the same on all processes."""
         generator = replace(progress, rank=0).generator("places")
         return torch.randperm(num_places, generator=generator)[: self.num_places].sort().values.to(device)
 
@@ -49,14 +49,14 @@ class PlaceRule:
         *,
         gather: bool = False,
     ) -> tuple[Bool[Tensor, "row row"], Bool[Tensor, "row row"]]:
-        """Positives and compared pairs of the chosen places, those of the first sample first.
+        """Return positives and compared pairs of the chosen places, those of the first sample first.
 
         Args:
-            rule: how positions of crops are compared; its thresholds are not used.
-            view: whose first views the maps show.
-            grid: size of the maps.
-            chosen: places, the last axis fastest.
-            gather: also those of the other ranks, which then must call it too.
+            rule: Rule by which positions of crops are compared; its thresholds are not used.
+            view: View group whose first views the maps show.
+            grid: Size of the maps.
+            chosen: Numbers of the places, the last axis fastest.
+            gather: Whether places of the other ranks are included; every rank must then call it.
         """
         center = place_centers(view, grid)[:, chosen]  # (b chosen 3)
         lower, upper = _faces(view)
@@ -79,7 +79,7 @@ class PlaceRule:
 
 
 def place_centers(view: View, grid: tuple[int, ...]) -> Float64[Tensor, "b place 3"]:
-    """The middles of the cells of a map over the first views, in voxels of their volumes."""
+    """Return the middles of the cells of a map over the first views, in voxels of their volumes."""
     sides = view.image.shape[3:]
     cells = (*grid, *(1 for _ in range(3 - len(grid))))  # a map of slices is one cell thick
     axes = [
@@ -91,14 +91,15 @@ def place_centers(view: View, grid: tuple[int, ...]) -> Float64[Tensor, "b place
 
 
 def rows_of(maps: Float[Tensor, "b c *spatial"], chosen: Int64[Tensor, " chosen"]) -> Float[Tensor, "row c"]:
-    """The vectors at the chosen places, those of the first sample first."""
+    """Return the vectors at the chosen places, those of the first sample first."""
     return maps.flatten(2)[:, :, chosen].transpose(1, 2).flatten(0, 1)
 
 
 def segments_of(view: View, spatial_dims: int) -> Int64[Tensor, " b *spatial"]:
-    """The supervoxel of each voxel of the first views.
+    """Return the number of the supervoxel of each voxel of the first views.
 
-    Raises: ValueError: the views show none.
+    Raises:
+        ValueError: The views carry no supervoxels.
     """
     if view.regions is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which views of a batch show nearly the same position, and which may be compared at all."""
+"""The position rule of KAF and MACL: which views of a batch are positives by position, and which are compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ FRAMES = ("volume", "body", "mm", "external", "reachable")
 NORMS = ("linf", "l2", "overlap")
 CROSS_GROUP = ("ignore", "negative", "compare")
 SMALL_BATCH = 16
-"""Samples of a process below which those of the others are gathered, unless said otherwise."""
+"""Samples of a process below which those of the other processes are gathered by default."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Where crops lie before augmentation, and what is needed to compare them.
+    """Positions of crops before augmentation, with what is needed to compare them.
 
     Args:
-        center_voxel: their middles, in voxels of their volumes.
-        volume_shape: voxels of the volumes.
-        volume_to_mm: volume voxel -> RAS mm.
-        body: their middles in the body box, 0 to 1.
-        heights: rows of each case's table of heights, (volume voxel, score); None where none travels along.
-        crop_body: their lower and upper faces in the body box; None where they are unknown.
+        center_voxel: Middles of the crops, in voxels of their volumes.
+        volume_shape: Voxels of the volumes along each axis.
+        volume_to_mm: Affine from volume voxels to RAS mm.
+        body: Middles of the crops in the body box, 0 to 1.
+        heights: Rows (volume voxel, score) of each case's table of heights; None where the views carry none.
+        crop_body: Lower and upper faces of the crops in the body box; None where they are unknown.
     """
 
     center_voxel: Float64[Tensor, "b 3"]
@@ -41,7 +41,7 @@ class Positions:
 
     @classmethod
     def of_view(cls, view: View) -> "Positions":
-        """Those of the first view of each sample, which no spatial augmentation has moved."""
+        """Return the positions of the first view of each sample, which no spatial augmentation has moved."""
         heights = None
         if view.points is not None and view.point_features is not None:
             heights = torch.cat([view.points[:, 0], view.point_features[:, 0, :, :1].double()], dim=-1)
@@ -55,7 +55,7 @@ class Positions:
         )
 
     def along(self, frame: str) -> Float64[Tensor, "b 3"]:
-        """Positions along x, y, z in a frame, see `PositionRule`."""
+        """Return positions along x, y, z in a frame, see `PositionRule`."""
         if frame == "volume":
             return (self.center_voxel + 1) / self.volume_shape
         if frame == "mm":
@@ -75,10 +75,10 @@ class Positions:
         return torch.cat([self.body[:, :2], score[:, None]], dim=1)
 
     def faces(self) -> Float64[Tensor, "b 2 3"]:
-        """Lower and upper faces of the crops in the body box.
+        """Return the lower and upper faces of the crops in the body box.
 
         Raises:
-            ValueError: they are unknown.
+            ValueError: The faces are unknown.
         """
         if self.crop_body is None:
             raise ValueError(
@@ -90,21 +90,21 @@ class Positions:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRule:
-    """Two views are positives where their positions differ by less than a threshold.
+    """Rule that two views are positives where their positions differ by less than a threshold.
 
     Args:
-        axes: those that are compared.
-        frame: `volume` counts voxels, (centre + 1) / sides, so that a single slice i of N has (i + 1) / N; `body` goes
-            from face to face of the body box; `mm` is the RAS position; `external` has the score of a table of heights
-            along z (`derive what=heights`) and the body box along x and y; `reachable` goes from the first to the last
-            place that a crop of its size can have in the body box, see `reachable`.
-        threshold: in the unit of the frame, one number or one for each axis.
-        norm: `linf`: below the threshold along each axis; `l2`: inside the ellipsoid with these half axes; `overlap`:
+        axes: Axes that are compared.
+        frame: Frame of the positions. `volume` counts voxels, (centre + 1) / sides, so that a single slice i of N has
+            (i + 1) / N. `body` runs from face to face of the body box. `mm` is the RAS position. `external` has the
+            score of a table of heights along z (`derive what=heights`) and the body box along x and y. `reachable` runs
+            from the first to the last place that a crop of its size can have in the body box, see `reachable`.
+        threshold: Threshold in the unit of the frame, one number or one for each axis.
+        norm: `linf`: below the threshold along each axis. `l2`: inside the ellipsoid with these half axes. `overlap`:
             crops share more than the threshold of their union, in the frame `body`.
-        cross_group: views of different cohorts are not compared (`ignore`), never positives (`negative`), or compared
-            as all others (`compare`).
-        negative_threshold: views this far apart or farther are negatives, overlapping crops those that share no more
-            than it; views between both thresholds are not compared. None: all that are no positives are negatives.
+        cross_group: Views of different cohorts are not compared (`ignore`), never positives (`negative`), or compared
+            like all others (`compare`).
+        negative_threshold: Views this far apart or farther are negatives; for `overlap`, crops that share no more than
+            this. Views between both thresholds are not compared. None: all that are no positives are negatives.
 
     Source: arXiv:2106.09157, section 2.2; arXiv:2309.11876, section III; one axis of `volume` and `linf` is repository
         stevezs315/MACL, loss/contrast_loss.py.
@@ -118,7 +118,7 @@ class PositionRule:
     negative_threshold: float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        """Check the words and the thresholds."""
+        """Check the options and the thresholds."""
         for name, value, allowed in (
             ("frame", self.frame, FRAMES),
             ("norm", self.norm, NORMS),
@@ -148,9 +148,9 @@ class PositionRule:
             )
 
     def __call__(self, *views: View, gather: bool = False) -> tuple[Bool[Tensor, "row row"], Bool[Tensor, "row row"]]:
-        """Positives of the samples of each view in turn, and the pairs compared; a sample is both of itself.
+        """Return positives and compared pairs of the samples, one view after the other; a sample is both of itself.
 
-        With `gather` the samples of all ranks, for each view those of rank 0 first; every rank must then call it.
+        With `gather` they are the samples of all ranks, for each view those of rank 0 first; every rank must call it.
         """
         positions, groups = [], []
         for view in views:
@@ -160,10 +160,10 @@ class PositionRule:
         return self.masks(torch.cat(positions), torch.cat(groups))
 
     def positions(self, places: Positions) -> Float64[Tensor, "b number"]:
-        """Positions along the rule's axes; for the norm `overlap` all lower faces, then all upper ones.
+        """Return positions along the rule's axes; for the norm `overlap` all lower faces, then all upper ones.
 
         Raises:
-            ValueError: one is not finite, so that its crop would not even be a positive of itself.
+            ValueError: A position is not finite, so that its crop would not even be a positive of itself.
         """
         columns = [AXES.index(axis) for axis in self.axes]
         if self.norm == "overlap":
@@ -182,7 +182,7 @@ class PositionRule:
     def masks(
         self, position: Float64[Tensor, "b number"], group: Int64[Tensor, " b"]
     ) -> tuple[Bool[Tensor, "b b"], Bool[Tensor, "b b"]]:
-        """Positives and compared pairs of given positions and cohorts."""
+        """Return positives and compared pairs of given positions and cohorts."""
         eligible, compared = self.allowed(group[:, None] == group)
         positive = self._near(position, self.threshold) & eligible
         if self.negative_threshold is not None:
@@ -205,10 +205,10 @@ class PositionRule:
     def distance(
         self, position: Float64[Tensor, "*pair axis"], other: Float64[Tensor, "*pair axis"]
     ) -> Float64[Tensor, "*pair"]:
-        """How far positions lie apart by the norm, all axes alike: pairs below t are near at the threshold t.
+        """Return the distance of positions by the norm, all axes alike: pairs below t are near at the threshold t.
 
         Raises:
-            ValueError: the norm is `overlap`, which has no distance.
+            ValueError: The norm is `overlap`, which has no distance.
         """
         if self.norm == "overlap":
             raise ValueError("threshold: auto measures distances, which norm overlap does not have; state a number")
@@ -219,15 +219,16 @@ class PositionRule:
 def near_positions(
     position: Float64[Tensor, "row axis"], *, threshold: float | Sequence[float], norm: str = "linf"
 ) -> Bool[Tensor, "row row"]:
-    """Which rows lie closer than `threshold` to each other, strictly; a row is near itself.
+    """Return which rows lie closer than `threshold` to each other, strictly; a row is near itself.
 
     Args:
-        position: along each axis that is compared.
-        threshold: in the unit of the positions, one number or one for each axis.
-        norm: `linf`: below the threshold along each axis; `l2`: inside the ellipsoid with these half axes.
+        position: Positions along each axis that is compared.
+        threshold: Threshold in the unit of the positions, one number or one for each axis.
+        norm: `linf`: below the threshold along each axis. `l2`: inside the ellipsoid with these half axes.
 
     Raises:
-        ValueError: `position` is no table of rows, or `norm` is another word.
+        ValueError: `position` is no table of rows, or `norm` is neither of these.
+
     Source: arXiv:2106.09157, section 2.2.
     """
     if position.ndim != 2:
@@ -244,30 +245,30 @@ def near_positions(
 def overlapping_boxes(
     lower: Float64[Tensor, "row axis"], upper: Float64[Tensor, "row axis"], *, threshold: float
 ) -> Bool[Tensor, "row row"]:
-    """Which boxes share more than `threshold` of their union; a box shares all with itself."""
+    """Return which boxes share more than `threshold` of their union; a box shares all with itself."""
     inner = (torch.minimum(upper[:, None], upper) - torch.maximum(lower[:, None], lower)).clamp(min=0).prod(-1)
     volume = (upper - lower).prod(-1)
     return inner / (volume[:, None] + volume - inner) > threshold
 
 
 def reachable(lower: Float64[Tensor, "row 3"], upper: Float64[Tensor, "row 3"]) -> Float64[Tensor, "row 3"]:
-    """Where crops with these faces lie, stretched so that the places that a crop of its size can have run from 0 to 1.
+    """Return positions of crops with these faces, so that the places a crop of its size can have run from 0 to 1.
 
-    A crop as large as the body has one place only, the middle.
+    A crop as large as the body has only one place, the middle.
     """
     free = 1 - (upper - lower)
     return torch.where(free > 1e-6, (lower / free.clamp(min=1e-6)).clamp(0, 1), 0.5)
 
 
 def is_gathered(gather: bool | None, num_samples: int) -> bool:
-    """Whether samples of all processes are compared; with None where each has few, `num_samples`."""
+    """Return whether samples of all processes are compared; None compares them where `num_samples` is small."""
     return num_samples < SMALL_BATCH if gather is None else gather
 
 
 def height_score(table: Float64[Tensor, "b row 2"], z_mm: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
-    """The score at a height of each sample: linear between the rows (z_mm, score), which rise from row to row.
+    """Return the score at a height of each sample: linear between the rows (z_mm, score), which rise from row to row.
 
-    Below the first and above the last row it goes on with the mean slope of the table. Last rows may be repeated.
+    Below the first and above the last row it continues with the mean slope of the table. Last rows may be repeated.
     """
     height, score = table.unbind(-1)
     after = torch.searchsorted(height.contiguous(), z_mm[:, None].contiguous()).clamp(1, height.shape[1] - 1)

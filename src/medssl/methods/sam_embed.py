@@ -1,4 +1,4 @@
-"""SAM: self-supervised anatomical embeddings, by which the same place of the body is found in another scan."""
+"""SAM: self-supervised anatomical embeddings, which find the same place of the body in another scan."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_DRAWN = 4
-"""Points of one picture."""
+"""Number of points in one figure."""
 
 
 class Voxels(NamedTuple):
@@ -46,14 +46,14 @@ class Voxels(NamedTuple):
 class SamEmbed(Method):
     """Self-supervised Anatomical eMbedding.
 
-    The view group `pair` holds two views of a volume, each of its own scale, which mostly share a point; their
-    positions in millimetres say which voxels are the same place. The fine map learns to tell these from all other
-    voxels of both views, the coarse map also from those of other volumes.
+    The view group `pair` holds two views of a volume, each of its own scale, which mostly share a point. Their
+    positions in millimetres say which voxels are the same place. The fine map learns to distinguish these from all
+    other voxels of both views, the coarse map also from those of other volumes.
 
     Args:
-        encoder: gives a fine and a coarse map of unit vectors.
-        fine: which voxels the fine loss compares.
-        coarse: which voxels the coarse loss compares.
+        encoder: Network with a fine and a coarse map of unit vectors.
+        fine: Rules by which the fine loss chooses voxels.
+        coarse: Rules by which the coarse loss chooses voxels.
 
     Source: arXiv:2012.02383.
     """
@@ -72,10 +72,10 @@ class SamEmbed(Method):
         self.register_buffer("match_error_mm", torch.zeros(()))  # of the last batch with overlapping views
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
-        """The mean over volumes of the fine and of the coarse loss, added.
+        """Return the sum of the fine and the coarse loss, each a mean over volumes.
 
-        `match_error_mm` in the logs is how far the voxel of the other view that is most similar to a query lies from
-        it: the median over the queries, and the mean over the volumes of overlapping views.
+        `match_error_mm` in the logs is the distance between a query and the voxel of the other view that is most
+        similar to it: the median over the queries, then the mean over the volumes with overlapping views.
         """
         view = _pair(batch)
         maps = self.encoder(view.image.flatten(0, 1))
@@ -83,8 +83,8 @@ class SamEmbed(Method):
             voxels = as_voxels(maps, view)
             terms, errors = [], []
             for number in range(len(voxels.fine)):
-                rows = self._mine(voxels, number, progress)
-                terms.append(fine_contrast(voxels.fine[number], rows, temperature=self.fine.temperature))
+                rows = self._mine(voxels, number, progress)  # sec. III-B
+                terms.append(fine_contrast(voxels.fine[number], rows, temperature=self.fine.temperature))  # eq. 1
                 if rows.matched is not None:
                     place = voxels.fine_mm[number].flatten(0, 1)
                     errors.append((place[rows.query] - place[rows.matched]).norm(dim=1).median())
@@ -104,12 +104,12 @@ class SamEmbed(Method):
         return StepOutput(fine.loss + coarse.loss, logs)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """All parameters alike: the published recipe decays biases and batch norm too."""
+        """Return one group of all parameters: the published recipe also decays biases and batch norm."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     @torch.no_grad()
     def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
-        """Points of the first view of a volume, where they are found in its second view, and where they are."""
+        """Draw points of the first view of a volume, where they are found in its second view, and where they are."""
         from medssl.ops.panels import PointMatch, point_matches
 
         view, was_training = _pair(batch), self.training
@@ -153,9 +153,10 @@ class SamEmbed(Method):
 
 
 def as_voxels(maps: list[Float[Tensor, "row dim _ _ _"]], view: View) -> Voxels:
-    """The maps of all views as lists of voxels with their positions; coarse vectors are also drawn at fine voxels.
+    """Return the maps of all views as lists of voxels with positions, and the coarse vectors at the fine voxels.
 
-    Positions are averaged down to each map's grid. Drawn coarse vectors have length 1 again, and no gradient.
+    Positions are interpolated to each map's grid. Coarse vectors at fine voxels are normalised again and take no
+    gradient.
     """
     fine, coarse = (level.float() for level in maps)
     size, image_mm = fine.shape[2:], view.grid_mm().flatten(0, 1)
@@ -192,6 +193,6 @@ def _pair(batch: Mapping[str, View]) -> View:
 
 
 def _image_voxel(number: int, grid: tuple[int, ...], size: torch.Size) -> tuple[float, ...]:
-    """The image voxel in the middle of a voxel of the fine map."""
+    """Return the image voxel in the middle of a voxel of the fine map."""
     place = torch.unravel_index(torch.tensor(number), grid)
     return tuple((float(u) + 0.5) * side / n - 0.5 for u, n, side in zip(place, grid, size, strict=True))

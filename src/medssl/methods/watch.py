@@ -1,4 +1,4 @@
-"""A look at the numbers of many steps at once, so that the device is waited for once in a while."""
+"""A watch over numbers of training that reads many steps at once, so that the device is rarely waited for."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,10 +12,10 @@ WATCHED_STEPS = 20
 
 
 class Watch:
-    """Warn once in a run, after the first `WATCHED_STEPS` steps in turn whose numbers call for it.
+    """Watch that warns once in a run, after the first window of `WATCHED_STEPS` steps whose numbers call for it.
 
     Args:
-        judge: returns the warning for a table of numbers, a row a step, or None where nothing is wrong.
+        judge: Function from a table of numbers, one row for each step, to a warning, or to None if nothing is wrong.
     """
 
     def __init__(self, judge: Callable[[Float[Tensor, "step number"]], str | None]) -> None:
