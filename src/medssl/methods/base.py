@@ -51,7 +51,7 @@ class Progress:
         return torch.Generator(device).manual_seed(number >> 1)  # seeds are signed 64-bit integers
 
     def seed_torch(self) -> None:
-        """Seed torch's global generators, so that dropout is a function of where the run stands too."""
+        """Seed torch's global generators, so that dropout also depends only on the progress of the run."""
         torch.manual_seed(counter_key("step", self.seed, self.step, self.rank, self.micro))
 
     def warn(self, why: str) -> None:

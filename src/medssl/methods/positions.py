@@ -196,7 +196,7 @@ class PositionRule:
         return near_positions(position, threshold=threshold, norm=self.norm)
 
     def allowed(self, same: Bool[Tensor, "*pair"]) -> tuple[Bool[Tensor, "*pair"], Bool[Tensor, "*pair"]]:
-        """Which pairs can be positives and which are compared, for pairs that are of the `same` cohort or not."""
+        """Return which pairs can be positives and which are compared, given which are of the `same` cohort."""
         everything = torch.ones_like(same)
         if self.cross_group == "ignore":
             return same, same

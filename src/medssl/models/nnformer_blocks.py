@@ -128,7 +128,7 @@ class SelfAttention(WindowAttention):
         self.register_buffer("blocked", blocked_pairs(window) if shifted else None, persistent=False)
 
     def forward(self, tokens: Float[Tensor, "batch i j k width"]) -> Float[Tensor, "batch i j k width"]:
-        """The mixed tokens."""
+        """Return the mixed tokens."""
         size, tokens = _grid(tokens), self.padded(tokens)
         grid = _grid(tokens)
         i, j, k = (w // 2 if self.shifted and n > w else 0 for n, w in zip(size, self.window, strict=True))
@@ -154,7 +154,7 @@ class SkipAttention(WindowAttention):
     def forward(
         self, tokens: Float[Tensor, "batch i j k width"], skip: Float[Tensor, "batch i j k width"]
     ) -> Float[Tensor, "batch i j k width"]:
-        """The mixed tokens."""
+        """Return the mixed tokens."""
         size, tokens = _grid(tokens), self.padded(tokens)
         grid = _grid(tokens)
         query = to_windows(tokens, self.window, num_heads=self.num_heads, num_entries=1)

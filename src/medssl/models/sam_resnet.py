@@ -146,7 +146,7 @@ class SamResNet(nn.Module):
     def forward(
         self, image: Float[Tensor, "batch channel z y x"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch dim k j i"]]:
-        """The fine map (half the size) and the coarse one, in float32, of length 1 over channels.
+        """Return the fine map (half the size) and the coarse one, in float32, of length 1 over channels.
 
         `coordinate` is accepted and not used.
 
