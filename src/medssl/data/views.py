@@ -19,7 +19,7 @@ from medssl.data.store import Record, VolumeStore
 from medssl.data.view_notes import other_size, other_window
 
 Given = Tensor | np.ndarray | Sequence[Any] | float | None
-"""What `View.of` takes for a field: anything that a tensor can be made of."""
+"""Value of a field for `View.of`: anything that a tensor can be built from."""
 INVERSE_STEPS = 20
 INVERSE_TOLERANCE_VOXEL = 0.25
 
@@ -95,36 +95,37 @@ class View:
         inside: Given = None,
         point_features: Given = None,
     ) -> "View":
-        """Return tensors of one's own as a group of views, for a method that is called without a store.
+        """Return the user's own tensors as a group of views, for a method that is called without a store.
 
-        An image alone is the whole of a volume with voxels of 1 mm, and the body fills the volume. Views of one sample
-        are of one case, those of different samples of different cases, and all of one cohort. An argument is stated
-        once for all views, or has the leading dimensions of `image`, with 1 in place of b or v where views are alike.
+        An image alone is a whole volume with voxels of 1 mm, and the body fills the volume. Views of one sample show
+        one case, different samples show different cases, and all belong to one cohort. An argument is stated once for
+        all views, or has the leading dimensions of `image`, with 1 in place of b or v where views are alike.
 
         Args:
-            image: grey values; without the dimension v each sample has one view.
-            corner_voxel: place of the view's first voxel in its volume, for views that were cut out as they are.
-            matrix: the place of other views; both need `volume_shape`.
-            volume_shape: see `View`, as all that follow.
-            volume_to_mm: see above.
-            case: numbers from 0 on if not given.
-            group: cohort.
-            body_faces: the faces of the volume if not given.
-            location_body: follows from the place and `body_faces` if not given.
-            crop_body: follows from these too, about `location_body`.
-            displacement: of views that were bent.
-            location_index: needs `coordinate`.
-            coordinate: of the location.
-            location_valid: true, unless said otherwise.
-            valid: follows from `corner_voxel` or `matrix` and `volume_shape` if not given.
-            label: of each voxel.
-            regions: of each voxel.
-            points: in voxels of the volume.
-            inside: follows from the place if not given.
-            point_features: of each point.
+            image: Grey values. Without the dimension v each sample has one view.
+            corner_voxel: Place of the view's first voxel in its volume, for views that were cut out unchanged.
+            matrix: Place of all other views, as in `View`. Like `corner_voxel` it needs `volume_shape`.
+            volume_shape: Shape of the volume, as in `View`; the shape of `image` if not given.
+            volume_to_mm: Map from volume voxels to RAS mm, as in `View`; voxels of 1 mm if not given.
+            case: Numbers of the cases, from 0 on if not given.
+            group: Number of the cohort.
+            body_faces: Faces of the body box; those of the volume if not given.
+            location_body: Body coordinate of the centre. It follows from the place and `body_faces` if not given.
+            crop_body: Faces of the crop about `location_body`. They follow from the same if not given.
+            displacement: Displacement of bent views, in view voxels.
+            location_index: Number of the grid location. It needs `coordinate`.
+            coordinate: Coordinate of the grid location.
+            location_valid: Whether the case shows the grid location.
+            valid: Mask of voxels inside the volume. It follows from `corner_voxel` or `matrix` and `volume_shape` if
+                not given.
+            label: Label of each voxel.
+            regions: Region number of each voxel.
+            points: Points in voxels of the volume.
+            inside: Whether the points lie in the view. It follows from the place if not given.
+            point_features: Features of each point.
 
         Raises:
-            ValueError: an argument has a wrong shape, or lacks the one that it needs.
+            ValueError: An argument has a wrong shape, or lacks another one that it needs.
         """
         lead, sides, is_whole = image.shape[:-4], image.shape[-3:], corner_voxel is None and matrix is None
         if len(lead) not in (1, 2):
