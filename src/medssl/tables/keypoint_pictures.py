@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 NAMES = ("sagittal", "coronal", "axial")
 REACH_SIGMA = 1.0
-"""Largest distance, in sigma, of a keypoint from a plane that it is drawn in."""
+"""Largest distance, in sigma, of a keypoint from a plane that it is drawn in, but at least half a step."""
 
 
 class Plane(NamedTuple):
