@@ -24,14 +24,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from medssl import building
 from medssl.config import compose
 from medssl.data.views import View
 from medssl.methods.alice import Alice
-from medssl.methods.base import Progress
+from medssl.methods.base import Method, Progress
 from medssl.ops.window_attention import BLOCKED, WindowMask
 from medssl.training.optim import build_optimizer
 
@@ -74,7 +74,7 @@ def build(*overrides: str) -> tuple[Alice, torch.optim.Optimizer]:
     config.facts = {"num_cases": 10, "num_channels": 1, "num_locations": None, "steps_per_epoch": STEPS_PER_EPOCH}
     values = OmegaConf.to_container(config, resolve=True)
     torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
+    method = building.build(values["method"], base=Method)
     return method, build_optimizer(values["optimizer"], method.param_groups(), total_steps=TOTAL_STEPS)[0]
 
 

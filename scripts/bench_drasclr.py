@@ -20,13 +20,13 @@ import sys
 import time
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from medssl import building
 from medssl.config import compose
 from medssl.data.views import View
-from medssl.methods.base import Progress
+from medssl.methods.base import Method, Progress
 from medssl.models.conditioned import ConditionedEncoder
 from medssl.training.optim import build_optimizer
 
@@ -100,7 +100,7 @@ def whole_steps(impl: str, *, steps: int, device: torch.device) -> list[float]:
     }
     values = OmegaConf.to_container(config, resolve=True)
     torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all").to(device).train()
+    method = building.build(values["method"], base=Method).to(device).train()
     optimizer, schedule = build_optimizer(values["optimizer"], method.param_groups(), total_steps=1000)
     seconds = []
     for step in range(1 + steps):

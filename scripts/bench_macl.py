@@ -88,18 +88,19 @@ def decoder(who: str, repeats: int) -> dict[str, float]:
 
 def step(who: str, repeats: int) -> dict[str, float]:
     """A whole step of the preset at 64^3, with one or two blocks of the decoder."""
-    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
+    from medssl.building import build
     from medssl.config import compose
     from medssl.data.views import View
-    from medssl.methods.base import Progress
+    from medssl.methods.base import Method, Progress
 
     torch.manual_seed(0)
     blocks = 2 if who == "two blocks" else 1
     size = f"views.groups.still.size=[{SIDE},{SIDE},{SIDE}]"
     config = compose("pretrain", ["~data", "method=macl", f"method.backbone.num_blocks={blocks}", size])
     config.facts = {"num_channels": 1, "crop_voxel": [SIDE] * 3}
-    method = instantiate(config.method).train()
+    method = build(OmegaConf.to_container(config.method, resolve=True), base=Method).train()
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5)
 
     def group(count: int) -> View:

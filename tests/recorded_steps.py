@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
+from medssl.building import build
 from medssl.data.views import View
-from medssl.methods.base import Progress
+from medssl.methods.base import Method, Progress
 from medssl.training.optim import build_optimizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,7 +64,7 @@ def take(steps: TenSteps, terms: list[str]) -> list[list[float]]:
     """Train for ten steps and return the losses of `terms`, a row a step."""
     values = steps.values()
     torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
+    method = build(values["method"], base=Method)
     settings = {**values["optimizer"], **(steps.optimizer or {})}
     optimizer, schedule = build_optimizer(settings, method.param_groups(), total_steps=200)
     losses = []

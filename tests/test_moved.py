@@ -11,7 +11,7 @@ import yaml
 import medssl
 from medssl.building import build_network
 from medssl.config import compose, main
-from medssl.moved import MODULES, NAMES, new_path, refuse_moved
+from medssl.moved import MODULES, NAMES, RENAMED, new_path, refuse_moved
 from medssl.pretrain import run as pretrain
 from medssl.run.settings import changes
 from medssl.weights import save_weights
@@ -38,6 +38,15 @@ def test_a_class_in_a_module_that_moved_has_a_new_path(old):
     assert place.startswith("medssl.")
     assert place.endswith(".SomeClass")
     assert new_path(place) is None
+
+
+def test_what_has_another_name_is_gone_under_the_old_one():
+    for old, new in RENAMED.items():
+        module, _, name = old.rpartition(".")
+        assert not hasattr(importlib.import_module(module), name)
+        module, _, name = new.rpartition(".")
+        assert hasattr(importlib.import_module(module), name)
+        assert new_path(old) == new
 
 
 def test_what_did_not_move_has_no_new_path():

@@ -77,10 +77,16 @@ NAMES: dict[tuple[str, str], dict[str, str]] = {  # (room, file that stayed): {n
     ("data", "cases"): {"PhantomCase": "phantoms.source"},
     ("data", "sources"): {"Phantoms": "phantoms.source"},
 }
+RENAMED = {
+    "medssl.models.alice_backbones.build_backbone": "medssl.models.alice_backbones.Backbone",
+    "medssl.models.partial_unet.build_partial_unet": "medssl.models.partial_unet.PartialUNet",
+}
 
 
 def new_path(path: str) -> str | None:
     """Return the path that a module, class or function of medssl has now; None where it did not move."""
+    if path in RENAMED:
+        return RENAMED[path]
     package, *parts = path.split(".")
     if package != "medssl" or not parts:
         return None

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from medssl.building import build_network as build_network
-from medssl.building import build_trusted as build_trusted
 from medssl.data.atomic import whole_file
 from medssl.layouts import catalogue
 from medssl.models.reoriented import Reoriented
@@ -180,7 +179,6 @@ def load_segmenter(path: str | Path, *, allow_modules: Sequence[str] = ()) -> tu
         encoder,
         card["decoder"],
         num_classes=num_classes,
-        in_channels=encoder.get("net", encoder).get("in_channels", 1),
         deep_supervision=card["deep_supervision"],
         allow_modules=allow_modules,
     )

@@ -1,7 +1,5 @@
 """One of one or two processes that take the gradient of MACL on four samples. Run by test_macl_ddp.py."""
 
-from functools import partial
-
 import torch
 from ranks import as_rank
 from torch import nn
@@ -25,9 +23,11 @@ def step(rank, world, gather):
     torch.manual_seed(0)
     encoder = MACLUNetEncoder(base_channels=2, num_levels=2)
     fitted = {"encoder_channels": encoder.channels, "encoder_strides": encoder.strides}
+    backbone = PartialUNet(encoder, MACLUNetDecoder(in_channels=1, **fitted), num_blocks=1)
+    widths = {"bottleneck_channels": backbone.bottleneck_channels, "decoded_channels": backbone.decoded_channels}
     method = MACL(
-        backbone=PartialUNet(encoder, MACLUNetDecoder(in_channels=1, **fitted), num_blocks=1),
-        heads=partial(MACLHeads, hidden_dim=8, proj_dim=6),
+        backbone=backbone,
+        heads=MACLHeads(**widths, spatial_dims=3, hidden_dim=8, proj_dim=6),
         positions=PositionRule(threshold=0.1),
         gather=gather,
         weight_dense=0.7,

@@ -12,12 +12,13 @@ from omegaconf import OmegaConf
 from recorded_steps import TenSteps, assert_recorded
 
 import medssl
+from medssl.building import build
 from medssl.config import compose, main
 from medssl.data.matching import BodyCoordinateMatcher, Matched, Matcher, TableMatcher
 from medssl.data.module import VolumeDataModule
 from medssl.data.sampling import Pairs
 from medssl.data.views import View
-from medssl.methods.base import Progress
+from medssl.methods.base import Method, Progress
 from medssl.pretrain import run
 from medssl.training.optim import build_optimizer
 
@@ -71,7 +72,7 @@ def batch_of(*, b=1, side=16, seed=0):
 )
 def test_a_configuration_builds_networks_of_the_card_s_sizes(name, backbone, head, cafa):
     """Trained weights: the fixed gains of the prototypes and the idle mask token are counted out."""
-    method = instantiate(resolved(f"method={name}")["method"], _convert_="all")
+    method = build(resolved(f"method={name}")["method"], base=Method)
     assert (weights_of(method.backbone), weights_of(method.head), weights_of(method.cafa)) == (backbone, head, cafa)
     assert weights_of(method) == backbone + head + cafa
 
@@ -130,7 +131,7 @@ def test_the_tiny_configuration_keeps_every_mechanism_and_needs_no_table():
 def test_an_option_reaches_the_method_and_every_trained_weight_gets_a_gradient(option):
     values = resolved("method=alice_tiny", *SMALL, option)
     torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
+    method = build(values["method"], base=Method)
     optimizer, _ = build_optimizer({**values["optimizer"], "warmup_steps": 0}, method.param_groups(), total_steps=10)
     progress = Progress(2, 10, 1.0, 5.0, 0)  # in the second epoch, where the prototypes train too
     output = method(batch_of(), progress)

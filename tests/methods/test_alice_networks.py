@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from medssl.building import build
 from medssl.config import compose, main
 from medssl.data.views import View
-from medssl.methods.base import Progress
+from medssl.methods.base import Method, Progress
 from medssl.pretrain import run
 from medssl.training.optim import build_optimizer
 from medssl.weights import load_encoder
@@ -24,9 +23,8 @@ ALTERNATIVES += [("nnformer_tiny", ["model.encoder.ape=random_frozen", "method.h
 
 
 def settings_of(model):
-    encoder, (bottleneck, decoded), side = NETWORKS[model]
-    settings = [f"method.head.bottleneck_channels={bottleneck}", f"method.head.decoded_channels={decoded}"]
-    settings += [f"model={model}", f"views.groups.pair.size=[{side},{side},{side}]", "method.mask_patch_voxel=8"]
+    encoder, _, side = NETWORKS[model]
+    settings = [f"model={model}", f"views.groups.pair.size=[{side},{side},{side}]", "method.mask_patch_voxel=8"]
     return [*settings, *(f"model.encoder.{setting}" for setting in encoder)]
 
 
@@ -37,7 +35,7 @@ def built(model, *overrides):
     config.facts.crop_voxel = list(config.views.groups.pair.size)
     values = OmegaConf.to_container(config, resolve=True)
     torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
+    method = build(values["method"], base=Method)
     optimizer, _ = build_optimizer({**values["optimizer"], "warmup_steps": 0}, method.param_groups(), total_steps=200)
     return method, optimizer, batch_of(config.views.groups.pair.size[0])
 
@@ -52,6 +50,10 @@ def batch_of(side):
 @pytest.mark.parametrize(("model", "overrides"), ALTERNATIVES)
 def test_two_steps_move_the_student_and_the_teacher_behind_it(model, overrides):
     method, optimizer, batch = built(model, *overrides)
+    head, widths = method.head, NETWORKS[model][1]
+    assert (head.bottleneck_layer.in_features, head.decoded_layer.in_features) == widths, (
+        "the head follows the backbone"
+    )
     start = [parameter.detach().clone() for parameter in method.backbone.parameters()]
     for step in (20, 21):  # in the second epoch, where the prototypes train too
         progress = Progress(step, 200, step / 20, 10.0, 0)
@@ -78,11 +80,10 @@ def test_two_steps_move_the_student_and_the_teacher_behind_it(model, overrides):
     assert method.centre.abs().max() > 0
 
 
-def test_a_preset_takes_the_size_of_the_crops_and_needs_the_widths_alone(tmp_path):
+def test_a_preset_takes_the_size_of_the_crops_and_needs_nothing_else(tmp_path):
     """UNETR has a position for each patch: it has to know the crops."""
     encoder, _, _ = NETWORKS["unetr"]
-    widths = ["method.head.bottleneck_channels=48", "method.head.decoded_channels=384"]
-    settings = ["method=alice_tiny", "model=unetr", *widths, *(f"model.encoder.{setting}" for setting in encoder)]
+    settings = ["method=alice_tiny", "model=unetr", *(f"model.encoder.{setting}" for setting in encoder)]
     settings += ["data=phantoms", "data.num_cases=4", "data.size_voxel=32", "data.phantom_spacing_mm=12.0"]
     settings += [f"store={tmp_path / 'store'}", f"output_dir={tmp_path / 'run'}", "batch_size=1", "trainer.max_steps=2"]
     main("pretrain", run, arguments=[*settings, "validate_every=null", "figures_every=null"])
@@ -108,5 +109,5 @@ def test_crops_that_do_not_fit_name_the_keys_and_a_size_that_does(setting, messa
 
 @pytest.mark.parametrize("ratio", [1, 1.5, -0.1])
 def test_a_mask_that_leaves_nothing_is_refused_when_the_method_is_built(ratio):
-    with pytest.raises(InstantiationException, match=r"mask_ratio must lie in \[0, 1\), got"):
+    with pytest.raises(ValueError, match=r"mask_ratio must lie in \[0, 1\), got"):
         built("nnformer_tiny", f"method.mask_ratio={ratio}")

@@ -9,11 +9,12 @@ from recorded_steps import TenSteps, assert_recorded
 from test_drasclr import batch
 
 import medssl
+from medssl.building import build
 from medssl.config import compose, main
 from medssl.data.augment import ByModality
 from medssl.data.sampling import SameLocation
 from medssl.data.store import VolumeStore
-from medssl.methods.base import Progress
+from medssl.methods.base import Method, Progress
 from medssl.pretrain import run
 from medssl.training.optim import build_optimizer
 
@@ -62,7 +63,7 @@ def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
 @pytest.mark.parametrize(("name", "experts", "weights"), [("drasclr", 8, 8_262_272), ("drasclr_tiny", 4, None)])
 def test_a_configuration_builds_the_networks_of_the_card(name, experts, weights):
     values = resolved(f"method={name}", "method.queue.length=32", num_locations=27)
-    method = instantiate(values["method"], _convert_="all")
+    method = build(values["method"], base=Method)
     assert values["method"]["encoder"]["num_experts"] == experts
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     assert weights in (None, trained)
@@ -117,7 +118,7 @@ def test_the_rate_falls_after_each_round_over_all_locations():
 def test_an_option_reaches_the_method_and_every_trained_weight_gets_a_gradient(option, tmp_path, finished):
     values = resolved("method=drasclr_tiny", *FEW, option, num_cases=6, num_locations=4)
     torch.manual_seed(0)
-    method = instantiate(values["method"], _convert_="all")
+    method = build(values["method"], base=Method)
     plan, sampler = instantiate(values["views"], _convert_="all"), instantiate(values["sampler"], _convert_="all")
     views = drawn(VolumeStore(finished / "store"), plan, sampler)
     output = method(views, Progress(0, 10, 0.0, 5.0, 0))

@@ -5,8 +5,10 @@ from omegaconf import OmegaConf
 from pairs_of_views import global_and_local
 from recorded_steps import TenSteps, assert_recorded
 
+from medssl.building import build
 from medssl.config import compose
 from medssl.data.views import ViewPlan
+from medssl.methods.base import Method
 
 
 def resolved(*overrides):
@@ -32,7 +34,7 @@ def resolved(*overrides):
 def test_a_configuration_builds_the_networks_and_views_of_the_card(name, trained, sizes, counts, tokens):
     values = resolved(f"method={name}")
     with torch.device("meta"):
-        method = instantiate(values["method"], _convert_="all")
+        method = build(values["method"], base=Method)
     assert sum(p.numel() for p in method.parameters() if p.requires_grad) == trained
     plan = instantiate(values["views"], _convert_="all")
     assert isinstance(plan, ViewPlan)
@@ -46,7 +48,7 @@ def test_a_configuration_builds_the_networks_and_views_of_the_card(name, trained
 def test_the_networks_take_as_many_channels_as_the_data_have():
     config = compose("pretrain", ["~data", "method=glmae_tiny"])
     config.facts = {"num_cases": 4, "num_channels": 3, "num_locations": None, "steps_per_epoch": 0.5}
-    method = instantiate(OmegaConf.to_container(config, resolve=True)["method"], _convert_="all")
+    method = build(OmegaConf.to_container(config, resolve=True)["method"], base=Method)
     assert method.encoder.patch_embed.proj.in_channels == 3
     assert method.decoder.pred.out_features == 3 * 8**3
 

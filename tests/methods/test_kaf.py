@@ -2,7 +2,6 @@ import copy
 import math
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -27,8 +26,9 @@ def make(*, points=None, local=False, mode="use", norm="batch", **options):
     torch.manual_seed(0)
     sizes = {"dim": 8, "num_heads": 2, "position_widths": [4]}
     encoder = KAFEncoder(base_channels=2, num_layers=1, hidden=4, levels=(1, 1), mode=mode, norm=norm, **sizes)
-    heads = partial(KAFHeads, dim=8, embed_dim=6, local=local)
-    matcher = partial(KeypointMatcher, layers=("self", "cross"), **sizes)
+    widths = {"bottleneck_channels": encoder.bottleneck_channels, "token_channels": encoder.token_channels}
+    heads = KAFHeads(**widths, dim=8, embed_dim=6, local=local)
+    matcher = KeypointMatcher(layers=("self", "cross"), **sizes)
     rule = PointRule(**{"max_points": 12, "min_points": 2, **(points or {})})
     return KAF(encoder=encoder, heads=heads, matcher=matcher, points=rule, transport_iterations=20, **options).train()
 

@@ -9,8 +9,10 @@ from recorded_steps import TenSteps, assert_recorded
 from test_kaf import at, batch
 
 import medssl
+from medssl.building import build
 from medssl.config import compose, main
 from medssl.derive import run as derive
+from medssl.methods.base import Method
 from medssl.models.keypoints import RandomPoints
 from medssl.prepare import run as prepare
 from medssl.pretrain import run
@@ -70,7 +72,7 @@ def test_a_step_in_half_precision_on_a_gpu_stays_finite():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     torch.manual_seed(0)
-    method = instantiate(resolved("method=kaf_tiny")["method"], _convert_="all").cuda()
+    method = build(resolved("method=kaf_tiny")["method"], base=Method).cuda()
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3)
     views = {
         name: replace(view, **{key: value.to("cuda") for key, value in vars(view).items() if value is not None})
@@ -94,7 +96,7 @@ def test_a_step_in_half_precision_on_a_gpu_stays_finite():
     ],
 )
 def test_heads_follow_the_encoder(method, setting, channels, token_channels):
-    built = instantiate(resolved(f"method={method}", setting)["method"], _convert_="all").eval()
+    built = build(resolved(f"method={method}", setting)["method"], base=Method).eval()
     assert built.heads.bottleneck[0].in_features == channels
     assert built.heads.fusion.in_features == token_channels
     with torch.no_grad():
@@ -104,7 +106,7 @@ def test_heads_follow_the_encoder(method, setting, channels, token_channels):
 def test_the_released_momentum_and_order_of_axes_reach_encoder_and_matcher():
     released = ["model.encoder.bn_momentum=0.19", "model.encoder.axis_swap=true"]
     for overrides, momentum, is_swapped in (([], 0.1, False), (released, 0.19, True)):
-        built = instantiate(resolved("method=kaf_tiny", *overrides)["method"], _convert_="all")
+        built = build(resolved("method=kaf_tiny", *overrides)["method"], base=Method)
         assert [layer.mlp[1].momentum for layer in built.encoder.kaf["0"].attention] == [momentum] * 2
         assert built.encoder.kaf["3"].position.axis_swap is is_swapped
         assert built.matcher.position.axis_swap is is_swapped
@@ -166,6 +168,6 @@ def test_the_released_weights_temperatures_and_optimiser_are_the_default():
     assert (method["metric"], method["threshold"]) == ("linf", 0.35), "ours: as many positives as 0.1 along one axis"
     optimizer = values["optimizer"]
     assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (0.002, 0.9, 1e-5)
-    built = instantiate(method, _convert_="all")
+    built = build(method, base=Method)
     encoder = sum(p.numel() for p in built.encoder.parameters())
     assert round(encoder / 1e6, 1) == 46.1

@@ -1,7 +1,6 @@
 import math
 from copy import deepcopy
 from dataclasses import fields, replace
-from functools import partial
 
 import jaxtyping
 import pytest
@@ -31,9 +30,12 @@ def make(*, spatial_dims=3, in_channels=1, base_channels=2, num_levels=2, num_bl
     decoder = MACLUNetDecoder(
         in_channels=in_channels, encoder_channels=encoder.channels, encoder_strides=encoder.strides
     )
+    backbone = PartialUNet(encoder, decoder, num_blocks=num_blocks)
+    widths = {"bottleneck_channels": backbone.bottleneck_channels, "decoded_channels": backbone.decoded_channels}
+    sizes = {**widths, "spatial_dims": spatial_dims, "hidden_dim": 8, "proj_dim": 6, **(heads or {})}
     return MACL(
-        backbone=PartialUNet(encoder, decoder, num_blocks=num_blocks),
-        heads=partial(MACLHeads, **{"hidden_dim": 8, "proj_dim": 6, **(heads or {})}),
+        backbone=backbone,
+        heads=MACLHeads(**sizes),
         **{"positions": ALONG_Z, **options},
     )
 

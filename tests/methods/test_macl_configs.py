@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from recorded_steps import TenSteps, assert_recorded
 from test_macl import batch
 
 import medssl
+from medssl.building import build
 from medssl.config import compose, main
 from medssl.features import run as features
 from medssl.losses.dense_contrast import segment_contrast
+from medssl.methods.base import Method
 from medssl.methods.macl import MACL
 from medssl.models.segmenter import build_segmenter
 from medssl.prepare import run as prepare
@@ -288,7 +289,7 @@ def test_the_published_values_are_the_default():
 @pytest.mark.parity
 @pytest.mark.parametrize(("name", "count"), [("macl", 24_906_944), ("macl_tiny", 445_616), ("macl_2d", 8_616_576)])
 def test_a_configuration_builds_a_method_of_the_known_size(name, count):
-    method = instantiate(resolved(f"method={name}")["method"], _convert_="all")
+    method = build(resolved(f"method={name}")["method"], base=Method)
     assert isinstance(method, MACL)
     assert sum(p.numel() for p in method.parameters()) == count
 
@@ -356,8 +357,8 @@ def test_the_rate_of_the_paper_s_fine_tuning_stops_at_a_hundredth():
 def test_a_crop_that_leaves_one_voxel_to_an_instance_norm_is_refused_when_the_method_is_built():
     small = ("model.encoder.widths=[4,8,8]", "model.encoder.strides=[1,2,2]", "views.groups.still.size=[8,8,8]")
     settings = resolved("method=macl_tiny", "model=unet", *small)["method"]
-    with pytest.raises(InstantiationException, match="leaves a single voxel at the coarsest stage"):
-        instantiate(settings, _convert_="all")
+    with pytest.raises(ValueError, match="leaves a single voxel at the coarsest stage"):
+        build(settings, base=Method)
 
 
 @pytest.mark.parametrize(

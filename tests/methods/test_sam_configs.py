@@ -8,8 +8,10 @@ from pairs_of_views import pair_of, volume
 from recorded_steps import TenSteps, assert_recorded
 
 import medssl
+from medssl.building import build
 from medssl.config import compose, main
 from medssl.data.placements import Containing
+from medssl.methods.base import Method
 from medssl.methods.sam_embed import SamEmbed
 from medssl.pretrain import run
 from medssl.training.optim import build_optimizer
@@ -45,7 +47,7 @@ def resolved(*overrides):
 def test_a_configuration_builds_the_network_and_views_of_the_card(overrides, trained, size, fine, coarse):
     values = resolved(*overrides)
     with torch.device("meta"):
-        method = instantiate(values["method"], _convert_="all")
+        method = build(values["method"], base=Method)
         maps = method.encoder(torch.empty(1, 1, *size))
     assert isinstance(method, SamEmbed)
     assert sum(p.numel() for p in method.parameters()) == trained
@@ -59,7 +61,7 @@ def test_a_configuration_builds_the_network_and_views_of_the_card(overrides, tra
 
 @pytest.mark.parity
 def test_the_numbers_of_the_losses_are_those_of_the_card():
-    method = instantiate(resolved("method=sam_embed")["method"], _convert_="all")
+    method = build(resolved("method=sam_embed")["method"], base=Method)
     fine, coarse = method.fine, method.coarse
     assert (fine.positive_mm, fine.ignore_mm, fine.num_candidates, fine.num_queries) == (2, 20, 2000, 100)
     assert (fine.num_hard, fine.num_negatives, fine.temperature, fine.mask_value) == (2000, 500, 0.5, "neginf")

@@ -2,7 +2,8 @@ import pytest
 import torch
 from oracles.nnformer import wave
 
-from medssl.models.alice_backbones import Backbone, build_backbone
+from medssl.building import build_network
+from medssl.models.alice_backbones import Backbone
 from medssl.models.nnformer import NnFormer
 
 NNFORMER = {
@@ -27,10 +28,14 @@ NETWORKS = {  # recipes, channels and sides of bottleneck and first decoded map 
 }
 
 
+def recipe(encoder, decoder, **options):
+    return {"_target_": "medssl.models.alice_backbones.Backbone", "encoder": encoder, "decoder": decoder, **options}
+
+
 def backbone(name, **options):
     torch.manual_seed(0)
     encoder, decoder, *_ = NETWORKS[name]
-    return build_backbone(encoder, decoder, **options).eval()
+    return build_network(recipe(encoder, decoder, **options)).eval()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -109,5 +114,5 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"a mask of \(5, 4, 4\) entries does not divide a crop of \(32, 32, 32\)"):
         backbone("nnformer")(torch.zeros(1, 1, 32, 32, 32), torch.zeros(1, 1, 5, 4, 4))
     with pytest.raises(ValueError, match=r"outside medssl\.models"):
-        build_backbone({"_target_": "os.system"}, UNET)
+        build_network(recipe({"_target_": "os.system"}, UNET))
     assert isinstance(backbone("nnformer"), Backbone)

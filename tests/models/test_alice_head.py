@@ -37,7 +37,8 @@ def maps():
 def test_sizes_are_those_of_the_card():
     tiny = {"bottleneck_channels": 192, "decoded_channels": 96, "hidden_dim": 256, "bottleneck_dim": 64}
     with torch.device("meta"):
-        found = {"head": AliceHead(), "head_tiny": AliceHead(**tiny, num_prototypes=128)}
+        published = AliceHead(bottleneck_channels=384, decoded_channels=192)
+        found = {"head": published, "head_tiny": AliceHead(**tiny, num_prototypes=128)}
         found["teacher_head"] = found["head"].teacher(shared=True)
     for name, head in found.items():
         assert sum(p.numel() for p in head.parameters()) == GOLDEN["parameters"][name], name

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medssl.models.segmenter import build_networks
+from medssl.models.segmenter import build_segmenter
 from medssl.models.swin import SwinEncoder
 
 NETWORKS = {  # encoder, decoder, side of the image
@@ -78,7 +78,8 @@ NETWORKS = {  # encoder, decoder, side of the image
 def test_a_decoder_ends_after_its_first_blocks(name):
     torch.manual_seed(0)
     encoder_recipe, decoder_recipe, side = NETWORKS[name]
-    encoder, decoder, _ = build_networks(encoder_recipe, decoder_recipe, in_channels=1)
+    network, _ = build_segmenter(encoder_recipe, decoder_recipe, num_classes=2, in_channels=1)
+    encoder, decoder = network.encoder, network.decoder
     image = torch.randn(2, 1, side, side, side)
     features = [level.detach() for level in encoder.eval()(image)]
     whole = decoder.eval()(image, features)
@@ -99,7 +100,8 @@ def test_a_decoder_ends_after_its_first_blocks(name):
 
 
 def test_steps_to_full_resolution_that_are_not_run_do_not_look_at_the_image():
-    encoder, decoder, _ = build_networks(*NETWORKS["coarse"][:2], in_channels=1)
+    network, _ = build_segmenter(*NETWORKS["coarse"][:2], num_classes=2, in_channels=1)
+    encoder, decoder = network.encoder, network.decoder
     features = encoder(torch.randn(1, 1, 16, 16, 16))
     (coarse,) = decoder(torch.full((1, 1, 16, 16, 16), torch.nan), features, num_blocks=1)
     assert coarse.isfinite().all()

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from medssl.building import build_network
 from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
-from medssl.models.partial_unet import PartialUNet, ScaleLaw, build_partial_unet, names_of_blocks
+from medssl.models.partial_unet import PartialUNet, ScaleLaw, names_of_blocks
 from medssl.models.swin import SwinEncoder
 from medssl.models.unet import UNetDecoder, UNetEncoder
 
@@ -135,7 +136,12 @@ def test_the_stem_of_a_decoder_over_the_image_belongs_to_the_finest_blocks(patch
 def test_networks_are_built_from_the_recipes_of_a_segmenter():
     encoder = {"_target_": "medssl.models.macl_unet.MACLUNetEncoder", "base_channels": 2, "num_levels": 2}
     decoder = {"_target_": "medssl.models.macl_unet.MACLUNetDecoder"}
-    assert build_partial_unet({**encoder, "spatial_dims": 2}, decoder, num_blocks=1).spatial_dims == 2
-    assert build_partial_unet(encoder, None, num_blocks=2).decoded_channels == 2
+
+    def built(encoder, decoder, **options):
+        partial = "medssl.models.partial_unet.PartialUNet"
+        return build_network({"_target_": partial, "encoder": encoder, "decoder": decoder, **options})
+
+    assert built({**encoder, "spatial_dims": 2}, decoder, num_blocks=1).spatial_dims == 2
+    assert built(encoder, None, num_blocks=2).decoded_channels == 2
     with pytest.raises(ValueError, match="outside"):
-        build_partial_unet({"_target_": "os.system"}, decoder)
+        built({"_target_": "os.system"}, decoder)

@@ -1,11 +1,14 @@
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
 
 from medssl.models.reoriented import Reoriented
-from medssl.models.segmenter import Segmenter, build_segmenter, skip_depths
+from medssl.models.segmenter import Segmenter, build_segmenter, segmentation_recipe
 from medssl.models.unet import UNetDecoder, UNetEncoder
 from medssl.models.unetr import UNETRDecoder
+from medssl.models.vit import skip_depths
 
 UNET = {"_target_": "medssl.models.unet.UNetEncoder", "widths": [4, 6, 8]}
 VIT = {
@@ -160,6 +163,54 @@ def test_a_network_that_does_not_describe_its_maps_is_refused():
             UNetDecoder(in_channels=1, encoder_channels=[2, 2], encoder_strides=[(1, 1, 1), (2, 2, 2)]),
             2,
         )
+
+
+class Plain(nn.Module):
+    """An encoder that takes no `in_channels` and no coordinate."""
+
+    def __init__(self, *, width):
+        super().__init__()
+        self.fine, self.coarse = nn.Conv3d(1, width, 3, padding=1), nn.Conv3d(width, 2 * width, 2, stride=2)
+        self.channels, self.strides = (width, 2 * width), (1, 2)
+
+    def forward(self, image):
+        fine = self.fine(image)
+        return [fine, self.coarse(fine)]
+
+
+class Answering(Plain):
+    """An encoder that has an opinion on its decoder, and on how a segmenter takes it."""
+
+    usual_decoder: ClassVar = {"_target_": "medssl.models.unet.UNetDecoder", "convs_per_stage": 1}
+
+    @classmethod
+    def segmentation_recipe(cls, recipe, decoder, *, wider=False):
+        return {**recipe, "width": 6} if wider else {**recipe, "width": 4}
+
+
+def test_a_network_of_one_s_own_is_given_what_it_takes():
+    recipe = {"_target_": f"{__name__}.Plain", "width": 2}
+    network, recipes = build_segmenter(recipe, None, num_classes=3, in_channels=1, allow_modules=[__name__])
+    assert recipes["encoder"] == recipe
+    assert network.decoder.in_channels == 1
+    assert network(torch.randn(1, 1, 4, 4, 4)).shape == (1, 3, 4, 4, 4)
+    with pytest.raises(ValueError, match="Plain reads 1 channels, the images have 2; give it a keyword `in_channels`"):
+        build_segmenter(recipe, None, num_classes=3, in_channels=2, allow_modules=[__name__])
+    with pytest.raises(ValueError, match=rf"pass allow_modules=\['{__name__}'\]"):
+        build_segmenter(recipe, None, num_classes=3, in_channels=1)
+
+
+def test_an_encoder_says_how_a_segmenter_takes_it():
+    recipe = {"_target_": f"{__name__}.Answering", "width": 2}
+    network, recipes = build_segmenter(recipe, None, num_classes=3, in_channels=1, allow_modules=[__name__])
+    assert network.encoder.channels == (4, 8)
+    assert recipes["encoder"]["width"] == 4
+    assert recipes["decoder"] == {"_target_": "medssl.models.unet.UNetDecoder", "convs_per_stage": 1}
+    assert segmentation_recipe(recipe, packages=None, wider=True)["width"] == 6
+    wrapped = {"_target_": "medssl.models.reoriented.Reoriented", "net": recipe, "axes": "zyx"}
+    assert segmentation_recipe(wrapped, packages=None, wider=True)["net"]["width"] == 6
+    with pytest.raises(ValueError, match="the network of a file knows no keypoints; leave it out"):
+        segmentation_recipe(recipe, packages=None, where="the network of a file", keypoints="use")
 
 
 def test_a_segmenter_learns_to_tell_bright_from_dark():

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import medssl
+from medssl.building import build_network
 from medssl.config import compose, main
 from medssl.data.store import VolumeStore
 from medssl.finetune import run
 from medssl.methods.alice import Alice
 from medssl.methods.glmae import GLMAE
-from medssl.models.alice_backbones import build_backbone
 from medssl.models.segmenter import build_segmenter
 from medssl.segmentation.initial_weights import find_initial, load_initial
 from medssl.training.export import COURSE, build_card
@@ -32,6 +32,7 @@ DECODER = {
     "_target_": "medssl.models.nnformer.NnFormerDecoder",
     **{"size_voxel": 32, "num_heads": [2, 2, 4], "window_tokens": [4, 4, 4]},
 }
+BACKBONE = {"_target_": "medssl.models.alice_backbones.Backbone", "encoder": ENCODER, "decoder": DECODER}
 UNET = {"_target_": "medssl.models.unet.UNetDecoder", "convs_per_stage": 1, "image_width": 4}
 
 
@@ -50,11 +51,10 @@ def card(**networks):
 @pytest.fixture
 def alice_file(tmp_path):
     torch.manual_seed(0)
-    student, teacher = (build_backbone(ENCODER, DECODER) for _ in range(2))
+    student, teacher = (build_network(BACKBONE) for _ in range(2))
     parts = {"encoder": student.encoder, "decoder": student.decoder}
     parts |= {"teacher_encoder": teacher.encoder, "teacher_decoder": teacher.decoder}
-    backbone = {"_target_": "medssl.models.alice_backbones.build_backbone", "encoder": ENCODER, "decoder": DECODER}
-    save_weights(tmp_path / "encoder.safetensors", parts, card(backbone=backbone) | {"step": 7})
+    save_weights(tmp_path / "encoder.safetensors", parts, card(backbone=BACKBONE) | {"step": 7})
     return tmp_path / "encoder.safetensors", student, teacher
 
 
@@ -102,7 +102,7 @@ def test_the_network_of_a_file_is_built_without_its_weights(alice_file):
 
 
 def test_a_file_that_does_not_say_what_transfers_gives_its_encoder(tmp_path):
-    backbone = build_backbone(ENCODER, DECODER)
+    backbone = build_network(BACKBONE)
     path = tmp_path / "old.safetensors"
     save_weights(
         path, {"encoder": backbone.encoder, "decoder": backbone.decoder}, {"encoder": ENCODER, "decoder": DECODER}
@@ -114,7 +114,7 @@ def test_a_file_that_does_not_say_what_transfers_gives_its_encoder(tmp_path):
 
 
 def test_a_published_file_gives_both_halves_too(tmp_path):
-    backbone = build_backbone({**ENCODER, "ape": "none"}, DECODER)
+    backbone = build_network({**BACKBONE, "encoder": {**ENCODER, "ape": "none"}})
     names = {"encoder.": "model_down.", "decoder.": "decoder.", "reconstruction.": "final.0.up."}
     state = {}
     for name, tensor in backbone.state_dict().items():

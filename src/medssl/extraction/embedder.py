@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from medssl.building import trusted_class
+from medssl.building import named_class
 from medssl.data.augment.base import Augmentation
 from medssl.data.store import Record, VolumeStore
 from medssl.extraction.embedding import Embedding
@@ -162,7 +162,7 @@ def reading_of(card: Mapping[str, Any], *, source: str, allow_modules: Sequence[
         raise ValueError(f"the card of {source} does not say how its images are read; {_WANTED}") from None
     packages = (*AUGMENTATIONS, *allow_modules)
     base: type[Augmentation] = Augmentation  # type: ignore[type-abstract]
-    normalise = [r for r in recipes if issubclass(trusted_class(r, packages, base=base), NORMALISATIONS)]
+    normalise = [r for r in recipes if issubclass(named_class(r, packages, base=base), NORMALISATIONS)]
     return Reading.from_card(
         {
             "spacing_mm": view.get("spacing_mm", "native"),

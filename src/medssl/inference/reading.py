@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from medssl.building import build_trusted
+from medssl.building import build
 from medssl.checks import MODALITIES, choice
 from medssl.data.augment.base import IntensityAugmentation
 from medssl.data.augment.normalise import LinearNormalisation, MinMax, Standardise
@@ -52,7 +52,7 @@ class Reading:
             raise ValueError(f"the card's reading lacks {', '.join(missing)}; it holds {', '.join(sorted(card))}")
         packages = (*AUGMENTATIONS, *allow_modules)
         base: type[IntensityAugmentation] = IntensityAugmentation  # type: ignore[type-abstract]
-        normalise = [build_trusted(recipe, packages, base) for recipe in card["normalise"]]
+        normalise = [build(recipe, base=base, packages=packages) for recipe in card["normalise"]]
         for step in normalise:
             if not isinstance(step, NORMALISATIONS):
                 raise ValueError(f"the card's reading normalises by {type(step).__name__}, which is no normalisation")

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from medssl.building import build
 from medssl.config import compose, user_message, with_values
 from medssl.data.randomness import counter_key
 from medssl.methods.base import Method
@@ -78,7 +79,8 @@ def build_method(
 def method_of(settings: Any, *, seed: int) -> Method:
     """Return the method that resolved settings describe, with first weights that follow from the seed."""
     torch.manual_seed(counter_key("weights", seed))
-    return instantiate(settings, _convert_="all")
+    base: type[Method] = Method  # type: ignore[type-abstract]
+    return build(settings, base=base, where="method")
 
 
 def _resolved(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:

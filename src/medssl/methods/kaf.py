@@ -1,6 +1,6 @@
 """KAF: contrast of images and of their keypoints by position, and matching of the keypoints of two views."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +42,8 @@ class KAF(Method):
 
     Args:
         encoder: U-Net encoder with keypoints.
-        heads: Builder of the embeddings of image and keypoints and of the fusion of tokens; it gets
-            `bottleneck_channels` and `token_channels` of the encoder.
-        matcher: Builder of the network that scores pairs of keypoints; it gets `spatial_dims` of the encoder.
+        heads: Embeddings of image and keypoints, and the fusion of tokens.
+        matcher: Network that scores pairs of keypoints.
         points: Rule by which keypoints are chosen and put in correspondence.
         crop_voxel: Size of the views, checked here; None leaves the check to the first batch.
         weight_image: Weight of the contrast of images.
@@ -73,8 +72,8 @@ class KAF(Method):
         self,
         *,
         encoder: KAFEncoder,
-        heads: Callable[..., KAFHeads],
-        matcher: Callable[..., KeypointMatcher],
+        heads: KAFHeads,
+        matcher: KeypointMatcher,
         points: PointRule | None = None,
         crop_voxel: Sequence[int] | None = None,
         weight_image: float = 1.0,
@@ -110,19 +109,12 @@ class KAF(Method):
             raise ValueError(
                 f"views.groups.first.size={list(crop_voxel)}: sides must be multiples of {list(encoder.strides[-1])}"
             )
-        if not encoder.token_channels:
+        self.encoder, self.heads, self.matcher = encoder, heads, matcher
+        if (weight_local > 0) != (heads.local is not None):
             raise ValueError(
-                "KAF pre-trains keypoints, but the encoder uses none: set model.keypoints=use, and at least one of "
-                "model.encoder.levels to 1"
-            )
-        self.encoder = encoder
-        self.heads = heads(bottleneck_channels=encoder.channels[-1], token_channels=encoder.token_channels)
-        if (weight_local > 0) != (self.heads.local is not None):
-            raise ValueError(
-                f"method.weight_local={weight_local} and method.heads.local={self.heads.local is not None} do not fit: "
+                f"method.weight_local={weight_local} and method.heads.local={heads.local is not None} do not fit: "
                 "single keypoints are embedded just where they are contrasted"
             )
-        self.matcher = matcher(spatial_dims=encoder.spatial_dims)
         self.points = points or PointRule()
         self.weights = {"image": weight_image, "keypoints": weight_keypoints, "matching": weight_matching}
         self.weights |= {"local": weight_local} if weight_local else {}

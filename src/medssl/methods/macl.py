@@ -1,6 +1,6 @@
 """MACL: contrast by position of a full-size image after the encoder and a small one after encoder and decoder."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,7 @@ class MACL(Method):
 
     Args:
         backbone: Encoder and decoder.
-        heads: Builder of the heads; it gets `bottleneck_channels`, `decoded_channels` and `spatial_dims`.
+        heads: Embeddings of images and places from the maps of the backbone.
         positions: Rule of which crops are positives, and which are compared.
         crop_voxel: Size of the crops, tried here on the networks; None leaves the check to the first batch.
         weight_global: Weight of the contrast of images.
@@ -71,7 +71,7 @@ class MACL(Method):
         self,
         *,
         backbone: PartialUNet,
-        heads: Callable[..., MACLHeads],
+        heads: MACLHeads,
         positions: PositionRule,
         crop_voxel: Sequence[int] | None = None,
         weight_global: float = 1.0,
@@ -99,12 +99,7 @@ class MACL(Method):
             raise ValueError(f"gather must be true, false or null, got {gather!r}")
         if dense_chunk is not None and dense_chunk < 1:
             raise ValueError(f"dense_chunk must be at least 1 or null, got {dense_chunk}")
-        self.backbone, self.positions = backbone, positions
-        self.heads = heads(
-            bottleneck_channels=backbone.bottleneck_channels,
-            decoded_channels=backbone.decoded_channels,
-            spatial_dims=backbone.spatial_dims,
-        )
+        self.backbone, self.heads, self.positions = backbone, heads, positions
         self.auxiliary_encoder: nn.Module | None = None
         if coupling != "shared":  # it uses batch statistics of its own passes, as the dominant one does
             self.auxiliary_encoder = frozen_copy(backbone.encoder).train().requires_grad_(coupling == "independent")

@@ -1,15 +1,14 @@
 """The backbone of Alice: a network that gives tokens of a masked crop at two depths and reconstructs the crop."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from medssl.checks import choice
-from medssl.models.segmenter import build_networks, levels, output_layer
+from medssl.models.segmenter import build_usual_decoder, channels_read, complete_recipe, levels, output_layer
 
 MASK_MODES = ("zero", "token")
 
@@ -28,7 +27,8 @@ class Backbone(nn.Module):
 
     Args:
         encoder: Network of maps described by its `channels` and `strides`; the last map is the bottleneck.
-        decoder: Network of decoded maps, fine to coarse; the coarsest is the first that it computes.
+        decoder: Network of decoded maps, fine to coarse; the coarsest is the first that it computes. None is
+            the encoder's usual one.
         mask_mode: `zero` sets masked voxels to 0. `token` also replaces masked tokens by the encoder's mask token, for
             encoders that take `masked`.
 
@@ -37,13 +37,16 @@ class Backbone(nn.Module):
     Source: arXiv:2302.05615.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, mask_mode: str = "zero") -> None:
+    complete_recipe = staticmethod(complete_recipe)
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module | None, *, mask_mode: str = "zero") -> None:
         super().__init__()
         choice("mask_mode", mask_mode, MASK_MODES)
         if mask_mode == "token" and "masked" not in inspect.signature(encoder.forward).parameters:
             raise ValueError(f"{type(encoder).__name__} has no mask token; use mask_mode=zero or nnFormer")
+        decoder = decoder or build_usual_decoder(encoder)
         self.encoder, self.decoder, self.mask_mode = encoder, decoder, mask_mode
-        self.in_channels = int(encoder.in_channels)  # type: ignore[arg-type]
+        self.in_channels = channels_read(encoder)
         self.bottleneck_channels = levels(encoder)[0][-1]
         widths, strides = levels(decoder)
         self.decoded_channels = widths[-1]
@@ -81,22 +84,3 @@ class Backbone(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """Return the networks that a file holds, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder, "reconstruction": self.reconstruction}
-
-
-def build_backbone(
-    encoder: Mapping[str, Any],
-    decoder: Mapping[str, Any],
-    *,
-    mask_mode: str = "zero",
-    allow_modules: Sequence[str] = (),
-) -> Backbone:
-    """Build a backbone with fresh weights from the recipes of a segmenter's encoder and decoder (`configs/model`).
-
-    Raises:
-        ValueError: A class lies outside the trusted packages, or the networks do not fit together.
-    """
-    in_channels = encoder.get("net", encoder).get("in_channels", 1)
-    built_encoder, built_decoder, _ = build_networks(
-        encoder, decoder, in_channels=in_channels, allow_modules=allow_modules
-    )
-    return Backbone(built_encoder, built_decoder, mask_mode=mask_mode)

@@ -39,8 +39,8 @@ class AliceHead(nn.Module):
     def __init__(
         self,
         *,
-        bottleneck_channels: int = 384,
-        decoded_channels: int = 192,
+        bottleneck_channels: int,
+        decoded_channels: int,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         num_prototypes: int = 512,

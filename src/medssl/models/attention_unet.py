@@ -58,7 +58,7 @@ class AttentionUNetDecoder(SkipDecoder):
         *,
         in_channels: int,
         encoder_channels: Sequence[int],
-        encoder_strides: Sequence[Sequence[int]],
+        encoder_strides: Sequence[int | Sequence[int]],
         norm: str = "batch",
         checkpoint_activations: bool = False,
     ) -> None:

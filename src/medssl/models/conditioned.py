@@ -1,7 +1,7 @@
 """The location-conditioned encoder of DrasCLR: thirteen convolutions whose kernels depend on the place in the body."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,11 @@ class ConditionedEncoder(nn.Module):
             owner = self.get_submodule(block.removesuffix("."))
             owner.add_module(f"conv{number}", conv)
             owner.add_module(f"bn{number}", nn.BatchNorm3d(width))
+
+    @classmethod
+    def segmentation_recipe(cls, recipe: Mapping[str, Any], decoder: type | None) -> dict[str, Any]:
+        """Return the recipe as a segmenter takes it: without conv4, unless it names `num_maps`."""
+        return {"num_maps": 5, **recipe}
 
     def forward(
         self,

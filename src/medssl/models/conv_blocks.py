@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -85,6 +85,17 @@ def strides_of(steps: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
     for step in steps[1:]:
         done.append(tuple(a * b for a, b in zip(done[-1], step, strict=True)))
     return tuple(done)
+
+
+def with_axes(recipe: Mapping[str, Any], spatial_dims: int | None) -> dict[str, Any]:
+    """Return the recipe of a pooled U-Net for images of `spatial_dims` axes; None leaves them as they are.
+
+    Where a third axis is added, its steps are the larger ones of the other two.
+    """
+    if spatial_dims is None or recipe.get("spatial_dims", 3) == spatial_dims:
+        return dict(recipe)
+    steps = [step if isinstance(step, int) else [*step, max(step)] for step in recipe.get("strides") or ()]
+    return {**recipe, "spatial_dims": spatial_dims, **({"strides": steps} if steps else {})}
 
 
 def check_image(image: Float[Tensor, "batch channel *spatial"], stride: Sequence[int]) -> None:

@@ -29,6 +29,9 @@ class KAFHeads(nn.Module):
         embed_dim: Width of all embeddings.
         local: Whether single keypoints are embedded as well.
 
+    Raises:
+        ValueError: the encoder has no tokens.
+
     Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
     """
 
@@ -42,6 +45,11 @@ class KAFHeads(nn.Module):
         local: bool = False,
     ) -> None:
         super().__init__()
+        if not token_channels:
+            raise ValueError(
+                "KAF pre-trains keypoints, but the encoder uses none: set model.keypoints=use, and at least one of "
+                "model.encoder.levels to 1"
+            )
         half = bottleneck_channels // 2
         self.bottleneck = nn.Sequential(nn.Linear(bottleneck_channels, half), nn.ReLU(), nn.Linear(half, embed_dim))
         self.fusion = nn.Linear(token_channels, dim)

@@ -1,8 +1,8 @@
 """KAF's U-Net, whose levels use keypoints: encoder, and decoder for segmentation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from medssl.models.conv_blocks import (
     pooled,
     steps_of,
     strides_of,
+    with_axes,
 )
 from medssl.models.kaf_layer import KAFLayer, Keypoints, find_tokens
 from medssl.models.keypoints import Detector, DifferenceOfGaussians, detect
@@ -67,7 +68,8 @@ class KAFEncoder(nn.Module):
         norm: Norm of the convolutions at the levels, `batch` or `instance`.
         max_channels: Limit for the channels of the maps.
 
-    The attributes `channels` and `strides` describe the maps, `token_channels` the tokens, `usual_decoder` is a recipe.
+    The attributes `channels` and `strides` describe the maps, `bottleneck_channels` the last of them, `token_channels`
+    the tokens; `usual_decoder` is a recipe.
 
     Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
     """
@@ -107,7 +109,7 @@ class KAFEncoder(nn.Module):
         limit = max_channels or 2 * base_channels << len(levels)
         widths = [min(base_channels << level, limit // 2) for level in range(len(levels))]
         bottleneck = min(2 * base_channels << len(levels), limit)
-        self.channels = (*(2 * width for width in widths), bottleneck)
+        self.channels, self.bottleneck_channels = (*(2 * width for width in widths), bottleneck), bottleneck
         self.steps = steps_of(strides, num_maps=len(levels) + 1, spatial_dims=spatial_dims)
         self.strides = strides_of(self.steps)
         conv = CONVOLUTIONS[spatial_dims]
@@ -142,6 +144,18 @@ class KAFEncoder(nn.Module):
         )
         self.token_channels = dim * len(self.kaf)
         self.apply(initialise)
+
+    @classmethod
+    def segmentation_recipe(
+        cls,
+        recipe: Mapping[str, Any],
+        decoder: type | None,
+        *,
+        spatial_dims: int | None = None,
+        keypoints: str | None = None,
+    ) -> dict[str, Any]:
+        """Return the recipe of this network for images of `spatial_dims` axes, with `keypoints` as its `mode`."""
+        return {**with_axes(recipe, spatial_dims), **({"mode": keypoints} if keypoints is not None else {})}
 
     def forward(
         self,

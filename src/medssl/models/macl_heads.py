@@ -32,7 +32,7 @@ class MACLHeads(nn.Module):
         *,
         bottleneck_channels: int,
         decoded_channels: int,
-        spatial_dims: int = 3,
+        spatial_dims: int,
         hidden_dim: int = 128,
         proj_dim: int = 128,
         norm: str = "batch",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from medssl.models.conv_blocks import (
     pooled,
     steps_of,
     strides_of,
+    with_axes,
 )
 from medssl.models.skip_decoder import SkipDecoder
 from medssl.models.stem import fit_stem
@@ -78,6 +80,13 @@ class MACLUNetEncoder(nn.Module):
             *(conv(bottleneck, bottleneck, 3, padding=1), nn.ReLU(inplace=True)),
         )
         self.apply(initialise)
+
+    @classmethod
+    def segmentation_recipe(
+        cls, recipe: Mapping[str, Any], decoder: type | None, *, spatial_dims: int | None = None
+    ) -> dict[str, Any]:
+        """Return the recipe of this network for images of `spatial_dims` axes."""
+        return with_axes(recipe, spatial_dims)
 
     def forward(
         self, image: Float[Tensor, "batch channel *spatial"], coordinate: Tensor | None = None

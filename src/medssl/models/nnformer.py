@@ -244,7 +244,7 @@ class NnFormerDecoder(nn.Module):
         *,
         in_channels: int,
         encoder_channels: Sequence[int],
-        encoder_strides: Sequence[Sequence[int]],
+        encoder_strides: Sequence[int | Sequence[int]],
         size_voxel: int | Sequence[int] = 64,
         depths: Sequence[int] = (2, 2, 2),
         num_heads: Sequence[int] = (6, 12, 24),

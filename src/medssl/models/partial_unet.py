@@ -1,15 +1,14 @@
 """The backbone of MACL: an encoder with the first blocks of a decoder, and the law of crop size, strides and blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from medssl.models.segmenter import build_networks
+from medssl.models.segmenter import build_usual_decoder, channels_read, complete_recipe, levels
 
 DEPTHS = range(2, 7)
 """Numbers of levels that an error proposes."""
@@ -95,21 +94,23 @@ class PartialUNet(nn.Module):
 
     Args:
         encoder: Network of maps, fine to coarse, described by its `channels` and `strides`.
-        decoder: Network of decoded maps, described in the same way; its `forward` takes `num_blocks`.
+        decoder: Network of decoded maps, described in the same way; its `forward` takes `num_blocks`. None is
+            the encoder's usual one.
         num_blocks: Number of decoder blocks that run, from the coarsest.
 
     The attributes `bottleneck_channels` and `decoded_channels` hold the widths of the two maps that it returns.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, num_blocks: int = 2) -> None:
+    complete_recipe = staticmethod(complete_recipe)
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module | None, *, num_blocks: int = 2) -> None:
         super().__init__()
-        strides = tuple(tuple(int(side) for side in stride) for stride in encoder.strides)  # type: ignore[union-attr]
-        decoded = tuple(tuple(int(side) for side in stride) for stride in decoder.strides)  # type: ignore[union-attr]
-        self.law = ScaleLaw(strides[-1], decoded, num_blocks)
+        decoder = decoder or build_usual_decoder(encoder)
+        (widths, strides), (decoded_widths, decoded) = levels(encoder), levels(decoder)
+        self.law = ScaleLaw(strides[-1], tuple(decoded), num_blocks)
         self.encoder, self.decoder, self.num_blocks = encoder, decoder, num_blocks
         self.spatial_dims = len(strides[-1])
-        self.bottleneck_channels = int(encoder.channels[-1])  # type: ignore[index, arg-type]
-        self.decoded_channels = int(decoder.channels[-num_blocks])  # type: ignore[index, arg-type]
+        self.bottleneck_channels, self.decoded_channels = widths[-1], decoded_widths[-num_blocks]
         run = names_of_blocks(decoder, num_blocks)
         for name, parameter in decoder.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in run)
@@ -127,7 +128,7 @@ class PartialUNet(nn.Module):
         """
         small = self.law.reduced(size_voxel, setting=setting)
         state = {name: tensor.to("meta") for name, tensor in (*self.named_parameters(), *self.named_buffers())}
-        image = torch.empty((2, int(self.encoder.in_channels), *small), device="meta")  # type: ignore[arg-type]
+        image = torch.empty((2, channels_read(self.encoder), *small), device="meta")
         try:
             with torch.no_grad(), suppress(RuntimeError):  # networks that need values are left to the first batch
                 functional_call(self, state, (image,))
@@ -163,22 +164,3 @@ def names_of_blocks(decoder: nn.Module, num_blocks: int) -> set[str]:
         if belongs:
             names.add(name)
     return names
-
-
-def build_partial_unet(
-    encoder: Mapping[str, Any],
-    decoder: Mapping[str, Any] | None,
-    *,
-    num_blocks: int = 2,
-    allow_modules: Sequence[str] = (),
-) -> PartialUNet:
-    """Build networks with fresh weights from the recipes of a segmenter's encoder and decoder (`configs/model`).
-
-    Raises:
-        ValueError: A class lies outside the trusted packages, or the networks do not fit together.
-    """
-    in_channels = encoder.get("net", encoder).get("in_channels", 1)
-    built_encoder, built_decoder, _ = build_networks(
-        encoder, decoder, in_channels=in_channels, allow_modules=allow_modules
-    )
-    return PartialUNet(built_encoder, built_decoder, num_blocks=num_blocks)

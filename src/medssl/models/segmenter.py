@@ -1,6 +1,5 @@
 """An encoder and a decoder that together label every voxel."""
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,13 +7,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medssl.building import NETWORKS, build_trusted, trusted_class
-from medssl.models.conditioned import ConditionedEncoder
+from medssl.building import NETWORKS, build, build_network, named_class, takes
 from medssl.models.conv_blocks import CONVOLUTIONS, UPSAMPLINGS
 from medssl.models.reoriented import Reoriented
-from medssl.models.unet import halvings
-from medssl.models.vit import VisionTransformer
-from medssl.ops.patches import triple
+from medssl.ops.patches import axes_of
 
 UNET, UNETR = "medssl.models.unet.UNetDecoder", "medssl.models.unetr.UNETRDecoder"
 
@@ -90,65 +86,126 @@ def build_segmenter(
     decoder_recipe: Mapping[str, Any] | None,
     *,
     num_classes: int,
-    in_channels: int,
+    in_channels: int | None = None,
     deep_supervision: int = 0,
     allow_modules: Sequence[str] = (),
 ) -> tuple[Segmenter, dict[str, Any]]:
     """Build a segmenter with fresh weights, and the completed recipes that build the same one again.
 
-    Without a decoder recipe, an encoder whose maps share one stride gets a `UNETRDecoder` with a sixteenth of its width
-    at full resolution (16 to 48 channels, 48 for a ViT-B as in UNETR). Any other encoder gets its `usual_decoder` (a
-    recipe) or a `UNetDecoder`. A `VisionTransformer` is built without CLS token unless its recipe names `class_token`.
-    For a `UNETRDecoder` it has as many maps as that has steps (see `skip_depths`), unless its recipe names
-    `feature_depths`. A `ConditionedEncoder` ends at a sixteenth of the resolution unless its recipe names `num_maps`.
+    The encoder is built as its `segmentation_recipe` says. Without a decoder recipe it gets its `usual_decoder`. An
+    encoder that has a keyword `in_channels` is given that number.
 
     Raises:
-        ValueError: A class lies outside the trusted packages, or the networks do not fit together.
+        ValueError: A class lies outside the trusted packages, the networks do not fit together, or the encoder reads
+            another number of channels than `in_channels`.
     """
-    encoder, decoder, recipes = build_networks(
-        encoder_recipe, decoder_recipe, in_channels=in_channels, allow_modules=allow_modules
-    )
+    packages = (*NETWORKS, *allow_modules)
+    recipes = complete_recipe({"encoder": encoder_recipe, "decoder": decoder_recipe}, packages, in_channels=in_channels)
+    encoder = build_network(recipes["encoder"], allow_modules=allow_modules)
+    read = channels_read(encoder)
+    if in_channels not in (None, read):
+        raise ValueError(
+            f"{type(getattr(encoder, 'net', encoder)).__name__} reads {read} channels, the images have {in_channels}; "
+            "give it a keyword `in_channels`, and an attribute of that name that says what it reads"
+        )
+    recipes["decoder"] = recipes["decoder"] or usual_decoder(encoder)
+    decoder = build_decoder(recipes["decoder"], encoder, packages=packages)
     network = Segmenter(encoder, decoder, num_classes, deep_supervision=deep_supervision)
     return network, {**recipes, "num_classes": num_classes, "deep_supervision": deep_supervision}
 
 
-def build_networks(
-    encoder_recipe: Mapping[str, Any],
-    decoder_recipe: Mapping[str, Any] | None,
-    *,
-    in_channels: int,
-    allow_modules: Sequence[str] = (),
-) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """Build encoder and decoder by the rules of `build_segmenter`, and their completed recipes under these names.
+def complete_recipe(
+    keywords: Mapping[str, Any], packages: Sequence[str] | None, *, in_channels: int | None = None
+) -> dict[str, Any]:
+    """Return the keywords of a class with encoder and decoder, the encoder's recipe as a segmenter takes it.
+
+    With `in_channels` the encoder is given that number, if its class has such a keyword.
 
     Raises:
-        ValueError: A class lies outside the trusted packages, or the networks do not fit together.
+        ValueError: A class cannot be imported or is not trusted.
     """
-    packages = (*NETWORKS, *allow_modules)
-    encoder_recipe, decoder_recipe = dict(encoder_recipe), dict(decoder_recipe) if decoder_recipe else None
-    wrapped = issubclass(trusted_class(encoder_recipe, packages, base=nn.Module), Reoriented)
-    net = {**(encoder_recipe.get("net") or {} if wrapped else encoder_recipe), "in_channels": in_channels}
-    kind = trusted_class(net, packages, base=nn.Module)
-    if issubclass(kind, VisionTransformer):
-        from medssl.models.unetr import UNETRDecoder  # brings MONAI, seconds that other networks need not wait
+    if not isinstance(keywords.get("encoder"), Mapping):
+        return dict(keywords)  # networks that are there already
+    decoder = keywords.get("decoder")
+    kind = None if decoder is None else named_class(decoder, packages, base=nn.Module)
+    encoder = segmentation_recipe(keywords["encoder"], kind, packages=packages, in_channels=in_channels)
+    return {**keywords, "encoder": encoder}
 
-        decoder_recipe = decoder_recipe or _unetr_recipe(_option(net, kind, "dim"))
-        net.setdefault("class_token", False)
-        for_unetr = issubclass(trusted_class(decoder_recipe, packages, base=nn.Module), UNETRDecoder)
-        if for_unetr and net.get("feature_depths") is None:
-            num_steps = len(halvings(triple(_option(net, kind, "patch_voxel"))))
-            net["feature_depths"] = skip_depths(_option(net, kind, "depth"), num_steps)
-    if issubclass(kind, ConditionedEncoder):
-        net.setdefault("num_maps", 5)
-    encoder_recipe = {**encoder_recipe, "net": net} if wrapped else net
-    encoder = build_trusted(encoder_recipe, packages, nn.Module)
+
+def segmentation_recipe(
+    recipe: Mapping[str, Any],
+    decoder: type[nn.Module] | None = None,
+    *,
+    packages: Sequence[str] | None,
+    in_channels: int | None = None,
+    where: str = "the recipe",
+    **wishes: Any,
+) -> dict[str, Any]:
+    """Return the recipe of an encoder as a segmenter takes it.
+
+    The encoder's class answers with `segmentation_recipe(recipe, decoder, **wishes)`. A class without this method is
+    taken as it is.
+
+    Args:
+        recipe: Recipe of the encoder.
+        decoder: Class of the decoder; None is the encoder's usual one.
+        packages: Packages whose classes are trusted; None trusts all.
+        in_channels: Channels of the images, for classes with such a keyword; None changes nothing.
+        where: Name of the recipe in errors.
+        wishes: Further keywords of the class's `segmentation_recipe`.
+
+    Raises:
+        ValueError: The class cannot be imported or is not trusted, or it does not know a wish.
+    """
+    kind = named_class(recipe, packages, base=nn.Module, where=where)
+    if issubclass(kind, Reoriented):
+        options: dict[str, Any] = {"packages": packages, "in_channels": in_channels, "where": where}
+        return {**recipe, "net": segmentation_recipe(recipe.get("net") or {}, decoder, **options, **wishes)}
+    completed = dict(recipe)
+    if in_channels is not None and takes(kind, "in_channels"):
+        completed["in_channels"] = in_channels
+    answer = getattr(kind, "segmentation_recipe", None)
+    if unknown := [name for name in wishes if answer is None or not takes(answer, name)]:
+        raise ValueError(f"{where} knows no {', '.join(unknown)}; leave it out")
+    return completed if answer is None else dict(answer(completed, decoder, **wishes))
+
+
+def build_decoder(recipe: Mapping[str, Any], encoder: nn.Module, *, packages: Sequence[str] | None) -> nn.Module:
+    """Build the decoder of a recipe for the maps of `encoder`.
+
+    Raises:
+        ValueError: The class is not trusted or does not fit the encoder, or the encoder does not describe its maps.
+    """
+    levels(encoder)
+    if takes(named_class(recipe, packages, base=nn.Module), "in_channels"):
+        recipe = {**recipe, "in_channels": channels_read(encoder)}
+    return build(recipe, base=nn.Module, packages=packages, before={"encoder": encoder})
+
+
+def channels_read(encoder: nn.Module) -> int:
+    """Return the number of channels that an encoder reads: its attribute `in_channels`, or 1 without it."""
+    read = getattr(encoder, "in_channels", None)
+    return 1 if read is None else int(read)
+
+
+def usual_decoder(encoder: nn.Module) -> dict[str, Any]:
+    """Return the recipe of the decoder that an encoder gets if none is stated.
+
+    It is the attribute `usual_decoder` of the encoder, if it has one. Otherwise maps of one stride get a `UNETRDecoder`
+    with a sixteenth of their width at full resolution (16 to 48 channels, 48 for a ViT-B as in UNETR), and others a
+    `UNetDecoder`.
+    """
     channels, strides = levels(encoder)
-    if decoder_recipe is None:
-        usual = getattr(getattr(encoder, "net", encoder), "usual_decoder", {"_target_": UNET})
-        decoder_recipe = _unetr_recipe(channels[-1]) if len(set(strides)) == 1 else usual
-    fitted = {"in_channels": in_channels, "encoder_channels": channels, "encoder_strides": strides}
-    decoder = build_trusted({**decoder_recipe, **fitted}, packages, nn.Module)
-    return encoder, decoder, {"encoder": encoder_recipe, "decoder": decoder_recipe}
+    if (own := getattr(getattr(encoder, "net", encoder), "usual_decoder", None)) is not None:
+        return dict(own)
+    if len(set(strides)) == 1:
+        return {"_target_": UNETR, "feature_size": min(48, max(16, channels[-1] // 16))}
+    return {"_target_": UNET}
+
+
+def build_usual_decoder(encoder: nn.Module) -> nn.Module:
+    """Build the `usual_decoder` of an encoder, with fresh weights."""
+    return build_decoder(usual_decoder(encoder), encoder, packages=None)
 
 
 def output_layer(width: int, out_channels: int, *, step: Sequence[int]) -> nn.Module:
@@ -156,15 +213,6 @@ def output_layer(width: int, out_channels: int, *, step: Sequence[int]) -> nn.Mo
     if set(step) == {1}:
         return CONVOLUTIONS[len(step)](width, out_channels, 1)
     return UPSAMPLINGS[len(step)](width, out_channels, tuple(step), stride=tuple(step))
-
-
-def skip_depths(depth: int, num_maps: int) -> list[int]:
-    """Return the numbers of finished blocks of a transformer after which it gives a map.
-
-    These are after the first block of each later part of equal length, and after all blocks. For 12 blocks and four
-    maps they are 4, 7, 10 and 12, those of UNETR (arXiv:2103.10504).
-    """
-    return [depth * part // num_maps + 1 for part in range(1, num_maps)] + [depth]
 
 
 def levels(network: nn.Module) -> tuple[list[int], list[tuple[int, ...]]]:
@@ -179,13 +227,4 @@ def levels(network: nn.Module) -> tuple[list[int], list[tuple[int, ...]]]:
             f"{type(network).__name__} cannot be part of a segmenter: it needs the attributes `channels` and `strides` "
             "with one entry for each of its maps"
         )
-    steps = [tuple(map(int, s)) if isinstance(s, Sequence) and len(s) == 2 else triple(s) for s in strides]
-    return [int(width) for width in channels], steps
-
-
-def _unetr_recipe(width: int) -> dict[str, Any]:
-    return {"_target_": UNETR, "feature_size": min(48, max(16, width // 16))}
-
-
-def _option(recipe: Mapping[str, Any], kind: type, name: str) -> Any:
-    return recipe.get(name, inspect.signature(kind).parameters[name].default)
+    return [int(width) for width in channels], [axes_of(stride) for stride in strides]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medssl.models.conv_blocks import UPSAMPLINGS, conv_block, initialise
 from medssl.models.unet import blocks_to_run, run
+from medssl.ops.patches import axes_of
 
 
 class SkipDecoder(nn.Module):
@@ -29,12 +30,12 @@ class SkipDecoder(nn.Module):
         *,
         in_channels: int,
         encoder_channels: Sequence[int],
-        encoder_strides: Sequence[Sequence[int]],
+        encoder_strides: Sequence[int | Sequence[int]],
         norm: str = "batch",
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        strides = [tuple(stride) for stride in encoder_strides]
+        strides = [axes_of(stride) for stride in encoder_strides]
         dims = len(strides[0])
         steps = [tuple(b // a for a, b in zip(fine, coarse, strict=True)) for fine, coarse in pairwise(strides)]
         if set(strides[0]) != {1} or any(min(step) < 1 or max(step) == 1 for step in steps):

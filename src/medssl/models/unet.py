@@ -142,7 +142,7 @@ class UNetDecoder(nn.Module):
         *,
         in_channels: int,
         encoder_channels: Sequence[int],
-        encoder_strides: Sequence[Sequence[int]],
+        encoder_strides: Sequence[int | Sequence[int]],
         convs_per_stage: int = 2,
         kernels: PerStage = 3,
         image_width: int = 32,

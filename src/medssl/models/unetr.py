@@ -42,12 +42,14 @@ class UNETRDecoder(nn.Module):
     Source: arXiv:2103.10504.
     """
 
+    takes_patch_grid = True
+
     def __init__(
         self,
         *,
         in_channels: int,
         encoder_channels: Sequence[int],
-        encoder_strides: Sequence[Sequence[int]],
+        encoder_strides: Sequence[int | Sequence[int]],
         feature_size: int = 48,
         checkpoint_activations: bool = False,
     ) -> None:

@@ -1,7 +1,9 @@
 """The plain 3D vision transformer and the decoder of a masked autoencoder."""
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medssl.checks import choice
 from medssl.models.stem import fit_stem
+from medssl.models.unet import halvings
 from medssl.ops.patches import Triple, patch_grid, patchify, triple
 
 POSITIONS = ("interpolate_from_global", "native")
@@ -52,6 +55,15 @@ def resize_positions(
     rows = table[:, first:].transpose(1, 2).unflatten(2, old)
     rows = F.interpolate(rows, size=new, mode="trilinear", align_corners=False)
     return torch.cat([table[:, :first], rows.flatten(2).transpose(1, 2)], dim=1)
+
+
+def skip_depths(depth: int, num_maps: int) -> list[int]:
+    """Return the numbers of finished blocks of a transformer after which it gives a map.
+
+    These are after the first block of each later part of equal length, and after all blocks. For 12 blocks and four
+    maps they are 4, 7, 10 and 12, those of UNETR (arXiv:2103.10504).
+    """
+    return [depth * part // num_maps + 1 for part in range(1, num_maps)] + [depth]
 
 
 class Attention(nn.Module):
@@ -237,6 +249,21 @@ class VisionTransformer(PositionedTransformer):
         self.patch_embed = PatchEmbedding(in_channels=in_channels, dim=dim, patch_voxel=patch)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+
+    @classmethod
+    def segmentation_recipe(cls, recipe: Mapping[str, Any], decoder: type | None) -> dict[str, Any]:
+        """Return the recipe as a segmenter takes it: without CLS token, unless it names `class_token`.
+
+        A decoder that `takes_patch_grid` (UNETR's, the usual one) gets the maps that it has steps for, see
+        `skip_depths`, unless the recipe names `feature_depths`.
+        """
+        stated = {name: one.default for name, one in inspect.signature(cls).parameters.items()} | dict(recipe)
+        completed = {"class_token": False, **recipe}
+        takes_patch_grid = decoder is None or getattr(decoder, "takes_patch_grid", False)
+        if takes_patch_grid and stated["feature_depths"] is None:
+            num_steps = len(halvings(triple(stated["patch_voxel"])))
+            completed["feature_depths"] = skip_depths(stated["depth"], num_steps)
+        return completed
 
     def grid_of(self, image: Float[Tensor, "batch channel x y z"]) -> Triple:
         """Return the number of patches along each axis of `image`."""

@@ -20,6 +20,15 @@ def triple(value: int | Sequence[int]) -> Triple:
     return sides
 
 
+def axes_of(value: int | Sequence[int]) -> tuple[int, ...]:
+    """Return one number an axis: two numbers as they are, anything else as a `triple`.
+
+    Raises:
+        ValueError: `value` is neither.
+    """
+    return tuple(map(int, value)) if isinstance(value, Sequence) and len(value) == 2 else triple(value)
+
+
 def patch_grid(size_voxel: Sequence[int], patch_voxel: Sequence[int]) -> Triple:
     """Return the number of patches along each axis.
 

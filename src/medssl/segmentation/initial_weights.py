@@ -1,16 +1,17 @@
 """The start of a segmentation run: a network from a preset or a file's card, with or without the file's weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from medssl.building import NETWORKS
 from medssl.checks import choice
 from medssl.config import config_dir, with_values
 from medssl.models.partial_unet import names_of_blocks
-from medssl.models.segmenter import Segmenter
+from medssl.models.segmenter import Segmenter, segmentation_recipe
 from medssl.weights import card_of, describe_loading, encoder_recipe, load_parts
 
 BRANCHES = ("student", "teacher")
@@ -78,7 +79,9 @@ def find_initial(config: DictConfig) -> Initial:
     model: dict[str, Any] = OmegaConf.to_container(config.model, resolve=False)  # type: ignore[assignment]
     like = config.model.get("like")
     if model.get("encoder") is None and like is not None:
-        model = _network_of(Path(like).expanduser(), model, layout=layout, branch=branch)
+        model = _network_of(
+            Path(like).expanduser(), model, layout=layout, branch=branch, allow_modules=config.allow_modules
+        )
     elif model.get("encoder") is None:
         if model.get("keypoints") is not None:
             raise ValueError("model.keypoints needs a network that has them; give weights=FILE or model=kaf too")
@@ -87,17 +90,18 @@ def find_initial(config: DictConfig) -> Initial:
     return Initial(path, card, layout, branch, model, decoder)
 
 
-def _network_of(like: Path, model: Mapping[str, Any], *, layout: str | None, branch: str) -> dict[str, Any]:
+def _network_of(
+    like: Path, model: Mapping[str, Any], *, layout: str | None, branch: str, allow_modules: Sequence[str]
+) -> dict[str, Any]:
     """Return the recipes of a file's network; further entries of `model` replace those of the file."""
     encoder = encoder_recipe(like, layout=layout, branch=branch)
+    wishes: dict[str, Any] = {"spatial_dims": 3} if encoder.get("spatial_dims") == 2 else {}  # volumes are segmented
     if (keypoints := model.get("keypoints")) is not None:
-        net = encoder.get("net", encoder)
-        if not str(net["_target_"]).endswith(".KAFEncoder"):
-            raise ValueError(f"model.keypoints={keypoints}: the network of {like} knows no keypoints; leave it out")
-        net["mode"] = keypoints
-    if encoder.get("spatial_dims") == 2:  # of slices; volumes are segmented, and the network knows how to become 3D
-        steps = [step if isinstance(step, int) else [*step, max(step)] for step in encoder.get("strides") or ()]
-        encoder = {**encoder, "spatial_dims": 3, **({"strides": steps} if steps else {})}
+        wishes["keypoints"] = keypoints
+    if wishes:
+        encoder = segmentation_recipe(
+            encoder, packages=(*NETWORKS, *allow_modules), where=f"the network of {like}", **wishes
+        )
     card = card_of(like, layout=layout, branch=branch)
     takes_decoder = model.get("decoder") is None and "decoder" in transferred(card)
     return {**model, "encoder": encoder, **({"decoder": card["decoder"]} if takes_decoder else {})}
