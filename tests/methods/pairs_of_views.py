@@ -1,4 +1,4 @@
-"""Pairs of views cut out of smooth volumes, with the matrices that say where."""
+"""Views of smooth volumes, with the matrices that say where, and the pictures that methods draw of them."""
 
 import torch
 import torch.nn.functional as F
@@ -36,3 +36,8 @@ def global_and_local(*, b=2, p=2, q=3, seed=0, sides=(24, 16)):
         return View.of(fine.unflatten(0, (b, count)))
 
     return {"global": group(p, sides[0])} | ({"local": group(q, sides[1])} if q else {})
+
+
+def figures_of(method, batch, progress):
+    """The pictures that a step draws."""
+    return method.figures(batch, method.extras(batch, progress), progress)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs_of_views import figures_of
 from torch import nn
 
 from medssl.data.views import View
@@ -392,7 +393,7 @@ def test_validation_leaves_no_trace(alice, pairs, at):
     before = copy.deepcopy(method.state_dict())
     with torch.no_grad():
         method(pairs(), at())
-        method.figures(pairs(), at())
+        figures_of(method, pairs(), at())
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     assert not method.training
 
@@ -465,7 +466,7 @@ def test_a_restart_from_a_checkpoint_continues_bit_for_bit(alice, pairs, at):
 
 def test_figures_show_both_crops_whole_masked_and_rebuilt_side_by_side(alice, pairs, at):
     method, batch = alice(), pairs(b=3)
-    figure = method.figures(batch, at(7))["pair"]
+    figure = figures_of(method, batch, at(7))["pair"]
     assert method.training
     titles = [axis.get_title() for axis in figure.axes[:6]]
     assert titles == ["query", "key", "masked query", "masked key", "rebuilt query", "rebuilt key"]

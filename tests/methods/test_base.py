@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -68,5 +70,19 @@ def test_a_method_without_one_dimensional_weights_has_one_group():
 def test_the_encoder_is_what_leaves_pre_training_unless_a_method_says_more():
     method = Small()
     assert method.parts() == {"encoder": method.encoder}
-    assert method.figures({}, Progress(**RUN)) == {}
+    assert method.figures({}, {}, Progress(**RUN)) == {}
     assert method.compile_regions() == [method.encoder]
+
+
+def test_extras_are_those_of_evaluation_and_leave_training_modes_as_they_are():
+    class Told(Small):
+        def forward(self, batch, progress):
+            output = super().forward(batch, progress)
+            return replace(output, extras={"training": torch.tensor(self.training)} if progress.with_extras else {})
+
+    method = Told()
+    method.encoder[1].eval()  # one that its method keeps so
+    assert method({}, Progress()).extras == {}
+    extras = method.extras({}, Progress())
+    assert not extras["training"]
+    assert [module.training for module in (method, method.encoder[0], method.encoder[1])] == [True, True, False]

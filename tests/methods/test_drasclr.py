@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles.instance import cross_entropies, summed
+from pairs_of_views import figures_of
 from torch import nn
 
 from medssl.data.views import View
@@ -291,7 +292,7 @@ def test_all_weights_have_one_group_and_pictures_show_the_location():
     method = make()
     (group,) = method.param_groups()
     assert len(group["params"]) == len([*method.encoder.parameters(), *method.head.parameters()])
-    figure = method.figures(batch(), at(0))["location"]
+    figure = figures_of(method, batch(), at(0))["location"]
     titles = [axis.get_title() for axis in figure.axes[:5]]
     assert titles == ["query", "key", "neighbour 1", "neighbour 2", "another subject"]
     assert set(method.parts()) == {"encoder", "head", "teacher_encoder"}

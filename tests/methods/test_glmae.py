@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pairs_of_views import figures_of
 from torch import nn
 
 from medssl.losses.consistency import cross_entropy_of_views
@@ -245,7 +246,7 @@ def test_validation_leaves_no_trace(glmae, views, at):
     before = copy.deepcopy(method.state_dict())
     with torch.no_grad():
         method(views(), at())
-        method.figures(views(), at())
+        figures_of(method, views(), at())
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     assert not method.training
 

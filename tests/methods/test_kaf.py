@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles.transport import matching, plan, positive_contrast
+from pairs_of_views import figures_of
 
 from medssl.data.views import View
 from medssl.methods.base import Progress
@@ -384,7 +385,7 @@ def test_held_out_views_and_pictures_leave_no_trace():
     before = {name: value.clone() for name, value in method.state_dict().items()}
     first, again = (method(views, at(step)).loss for step in (0, 1))
     assert torch.equal(first, again), "the strongest points, whatever the step"
-    figure = method.train().figures(views, at())["matches"]
+    figure = figures_of(method.train(), views, at())["matches"]
     pairs = method.points(views["first"], views["second"], at(), is_random=False).pairs
     number = sum(sample == 0 and min(i, j) >= 0 for sample, i, j in pairs.tolist())
     assert figure.axes[0].get_xlabel().endswith(f"of {number} true pairs found")

@@ -6,6 +6,7 @@ import jaxtyping
 import pytest
 import torch
 from oracles.macl_network import fill, golden_images, published_shapes
+from pairs_of_views import figures_of
 
 from medssl.data.views import View
 from medssl.methods.base import Progress
@@ -379,7 +380,7 @@ def test_wrong_views_are_refused():
 
 def test_the_picture_shows_both_branches_and_a_positive():
     method = make().train()
-    figure = method.figures(batch(), NOW)["branches"]
+    figure = figures_of(method, batch(), NOW)["branches"]
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["auxiliary", "auxiliary, moved", "dominant", "dominant, moved", "a positive"]
     assert method.training

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from pairs_of_views import pair_of, volume
+from pairs_of_views import figures_of, pair_of, volume
 from torch import nn
 
 from medssl.losses.anatomy import CoarseMining, FineDraws, FineMining, coarse_contrast, fine_contrast, mine_fine
@@ -193,18 +193,18 @@ def test_all_parameters_decay_alike(sam):
 def test_the_picture_shows_points_their_matches_and_the_truth(sam, near, apart, at):
     method = sam()
     before = copy.deepcopy(method.state_dict())
-    figure = method.figures(near, at())["matches"]
+    figure = figures_of(method, near, at())["matches"]
     assert len(figure.axes) == 12
     assert [panel.get_title() for panel in figure.axes[:3]] == ["point", "match (x), truth (o)", "similarity"]
     assert all(panel.get_xlabel().endswith("mm off") for panel in figure.axes[1::3])
     assert method.training
     assert all(torch.equal(a, b) for a, b in zip(before.values(), method.state_dict().values(), strict=True))
-    assert method.figures(apart, at()) == {}
+    assert figures_of(method, apart, at()) == {}
 
 
 def test_the_truth_of_a_picture_is_where_the_point_lies(sam, at):
     batch = pair_of([volume()], [[(0, 0, 0), (16, 0, 0)]], size=(48, 48, 16))
-    figure = sam().figures(batch, at())["matches"]
+    figure = figures_of(sam(), batch, at())["matches"]
     for row in range(4):
         point, match = figure.axes[3 * row].lines[0], figure.axes[3 * row + 1].lines[1]
         assert point.get_xdata()[0] - match.get_xdata()[0] == pytest.approx(16)

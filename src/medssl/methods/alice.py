@@ -139,7 +139,8 @@ class Alice(Method):
         with torch.no_grad():
             whole = self.teacher_backbone(image)
             target = self.teacher_head(whole.pooled, whole.bottleneck, whole.decoded)
-        hidden = self.backbone(seen, self._mask(seen, progress))
+        mask = self._mask(seen, progress)
+        hidden = self.backbone(seen, mask)
         student = self.head(hidden.pooled, hidden.bottleneck, hidden.decoded)
         aligned = self.cafa(student.bottleneck, student.decoded).float()
         with torch.no_grad():  # the queries are the student's on this side too
@@ -167,7 +168,8 @@ class Alice(Method):
         logs["entropy_tokens_mean"] = mean_entropy(tokens.mean((0, 1)))
         logs["ema_momentum"] = torch.full_like(logs["accuracy"], self._ema_momentum(progress))
         logs["teacher_temperature"] = torch.full_like(logs["accuracy"], temperature)
-        return StepOutput(loss, logs)
+        extras = {"mask": mask, "reconstruction": hidden.reconstruction.detach()} if progress.with_extras else {}
+        return StepOutput(loss, logs, extras)
 
     @torch.no_grad()
     def after_backward(self, progress: Progress) -> None:
@@ -218,25 +220,24 @@ class Alice(Method):
             "cafa": self.cafa,
         }
 
-    @torch.no_grad()
     def transfers(self) -> Transfer:
         """Return that segmenters start from encoder and decoder of the backbone."""
         return Transfer({"encoder": "backbone.encoder", "decoder": "backbone.decoder"})
 
-    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+    def figures(
+        self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress
+    ) -> dict[str, "Figure"]:
         """Draw the first pair: query and key whole, as the student sees them, and as it reconstructs them."""
         from medssl.ops.panels import orthogonal_slices
 
-        first = {name: batch[name].image[:1] for name in ("pair", "student") if name in batch}
-        was_training = self.training
-        self.eval()
-        image, seen = (first[name][0] for name in ("pair", "student" if "student" in first else "pair"))
-        mask = self._mask(seen, progress)
-        reconstruction = self.backbone(seen, mask).reconstruction.to(image)
-        self.train(was_training)
+        image, seen = (batch[name].image[0] for name in ("pair", "student" if "student" in batch else "pair"))
+        num_pairs = len(batch["pair"].image)
+        mask, reconstruction = (
+            extras[name][::num_pairs] for name in ("mask", "reconstruction")
+        )  # all queries, all keys
         hidden = seen.masked_fill(_upsampled(mask, seen), float("nan"))
         panels: dict[str, Tensor] = {}
-        for title, volumes in (("", image), ("masked ", hidden), ("rebuilt ", reconstruction)):
+        for title, volumes in (("", image), ("masked ", hidden), ("rebuilt ", reconstruction.to(image))):
             panels |= {f"{title}{name}": volume[0] for name, volume in zip(("query", "key"), volumes, strict=True)}
         return {"pair": orthogonal_slices(panels, title=f"one anatomy in two volumes, step {progress.step}")}
 

@@ -4,7 +4,7 @@ import hashlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The scalar to minimise, and detached scalars to log, among them one for each loss term."""
+    """What a method computes of one micro-batch.
+
+    Args:
+        loss: The scalar to minimise.
+        logs: Detached scalars to log, one for each loss term among them.
+        extras: Detached tensors that the method's pictures show, where `Progress.with_extras` asks for them.
+    """
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Progress:
 
     `step` counts optimiser steps from 0, `epoch` is its fractional epoch, `micro` numbers the micro-batches that are
     accumulated into one step. `draw` replaces `step` in generators where draws repeat while schedules advance.
-    `Progress()` is the first step of a run of one step and one epoch.
+    `with_extras` asks `forward` for what pictures show. `Progress()` is the first step of a run of one step and epoch.
     """
 
     step: int = 0
@@ -42,6 +49,7 @@ class Progress:
     rank: int = 0
     micro: int = 0
     draw: int | None = None
+    with_extras: bool = False
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a fresh generator for the draw `name`; it depends on seed, step, micro-batch, rank and name only."""
@@ -114,6 +122,22 @@ class Method(nn.Module, ABC):
         blocks = [block for module in self.modules() for block in getattr(module, "blocks", ())]
         return blocks or [self.encoder]
 
-    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
-        """Return figures of what the method does with `batch`, by name; state and training mode stay unchanged."""
+    @torch.no_grad()
+    def extras(self, batch: Mapping[str, View], progress: Progress) -> dict[str, Tensor]:
+        """Return the extras of `forward` in evaluation mode; state and training mode stay unchanged.
+
+        Every rank must call it, as `forward` may gather.
+        """
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            return self(batch, replace(progress, with_extras=True)).extras
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def figures(
+        self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress
+    ) -> dict[str, "Figure"]:
+        """Return pictures of what the method does with `batch`, by name, drawn from the `extras` of its `forward`."""
         return {}

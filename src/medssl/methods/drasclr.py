@@ -150,8 +150,9 @@ class DrasCLR(Method):
         """Return encoder and head, and the key encoder as teacher."""
         return {"encoder": self.encoder, "head": self.head, "teacher_encoder": self.key_encoder}
 
-    @torch.no_grad()
-    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+    def figures(
+        self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress
+    ) -> dict[str, "Figure"]:
         """Draw query and key of the first subject, its neighbours, and the same location in the next subject."""
         from medssl.ops.panels import orthogonal_slices
 

@@ -113,11 +113,14 @@ class GLMAE(Method):
         num_views = {name: batch[name].image.shape[1] for name in images}
         anchors = self._teacher_logits(images["global"])
         terms, features = {}, {}
+        extras: dict[str, Tensor] = {}
         for name, image in images.items():
             mask = self._mask(name, image, progress)
             prediction, features[name] = self.reconstruct(image, mask)
             target = patchify(image, self.encoder.patch_voxel)
             terms[f"reconstruction_{name}"] = masked_mse(prediction, target, mask.masked, norm_pix=self.norm_pix)
+            if progress.with_extras:
+                extras |= {f"masked_{name}": mask.masked, f"prediction_{name}": prediction.detach()}
 
         student = self.head(torch.cat(list(features.values())))
         rows = dict(zip(images, student.split([len(image) for image in images.values()]), strict=True))
@@ -139,7 +142,7 @@ class GLMAE(Method):
         logs["entropy_teacher_mean"] = mean_entropy(probabilities.flatten(0, 1).mean(0))
         logs["ema_momentum"] = torch.full_like(logs["entropy_teacher"], self._ema_momentum(progress))
         logs["teacher_temperature"] = torch.full_like(logs["entropy_teacher"], temperature)
-        return StepOutput(loss, logs)
+        return StepOutput(loss, logs, extras)
 
     def reconstruct(
         self, image: Float[Tensor, "batch channel x y z"], mask: TokenMask
@@ -182,22 +185,21 @@ class GLMAE(Method):
         parts = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
         return {**parts, "teacher_encoder": self.teacher_encoder}
 
-    @torch.no_grad()
-    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+    def figures(
+        self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress
+    ) -> dict[str, "Figure"]:
         """Draw input, masked input and reconstruction of the first view of each group, in three orthogonal slices."""
         from medssl.ops.panels import orthogonal_slices
 
-        was_training, figures = self.training, {}
-        self.eval()
+        figures = {}
         for name in (name for name in ("global", "local") if name in batch):
             image = batch[name].image[:1, 0]
-            mask = self._mask(name, image, progress)
             patches = patchify(image, self.encoder.patch_voxel)
-            prediction = self.reconstruct(image, mask)[0].to(patches)
+            prediction = extras[f"prediction_{name}"][:1].to(patches)  # rows are those of `view_major`
             if self.norm_pix:
                 mean, std = patch_statistics(patches)
                 prediction = prediction * std + mean
-            removed = mask.masked[..., None]
+            removed = extras[f"masked_{name}"][:1, :, None]
             panels = {
                 "input": patches,
                 "masked": patches.masked_fill(removed, float("nan")),
@@ -206,7 +208,6 @@ class GLMAE(Method):
             grid, patch = self.encoder.grid_of(image), self.encoder.patch_voxel
             volumes = {title: unpatchify(rows, grid, patch_voxel=patch)[0, 0] for title, rows in panels.items()}
             figures[name] = orthogonal_slices(volumes, title=f"{name} view, step {progress.step}")
-        self.train(was_training)
         return figures
 
     def _mask(self, name: str, image: Tensor, progress: Progress) -> TokenMask:

@@ -174,26 +174,21 @@ class KAF(Method):
             "num_positives": num_positives,
             "feature_std": direction_spread(image.detach()),
         }
-        return StepOutput(loss, logs)
+        extras = {**points._asdict(), "plan": plan.detach()} if progress.with_extras else {}
+        return StepOutput(loss, logs, extras)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return one group of all parameters: the released recipe also decays biases and norms."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
-    @torch.no_grad()
-    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+    def figures(
+        self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress
+    ) -> dict[str, "Figure"]:
         """Draw the keypoints of the first pair of views with the partners that the matcher finds and the true ones."""
         from medssl.ops.panels import MatchedPoints, matched_points
 
-        views, was_training = _views(batch), self.training
-        self.eval()
-        points = self.points(*views, progress, is_random=False)
-        tokens = [
-            self.heads(self.encoder.encode(view.image[:, 0], *chosen)).tokens
-            for view, chosen in zip(views, _by_view(points), strict=True)
-        ]
-        plan = self._plan([t.float() for t in tokens], points, views[0])[0]
-        self.train(was_training)
+        views, plan = _views(batch), extras["plan"][0]
+        points = PointPair(*(extras[name] for name in PointPair._fields))
         true = points.pairs[(points.pairs[:, 0] == 0) & (points.pairs >= 0).all(1), 1:]
         partner, dustbin = plan[:-1].argmax(1).tolist(), plan.shape[1] - 1
         shown = MatchedPoints(

@@ -123,8 +123,9 @@ class MACL(Method):
         still, dominant_still, moved = self._groups(batch)
         gathers = is_gathered(self.gather, len(still.image))
         positive, compared = self.positions(still, gather=gathers)
-        auxiliary, dominant, decoded = self._branches(still.image[:, 0], dominant_still.image[:, 0])
-        vectors = self.heads.images(*self._branches(moved.image[:, 0], moved.image[:, 1]))
+        small, small_moved = self._small(dominant_still.image[:, 0]), self._small(moved.image[:, 1])
+        auxiliary, dominant, decoded = self._branches(still.image[:, 0], small)
+        vectors = self.heads.images(*self._branches(moved.image[:, 0], small_moved))
         first, second = self.heads.places(auxiliary, decoded)
         with torch.autocast(first.device.type, enabled=False):
             options: dict[str, Any] = {"compared": compared.repeat(2, 2), **self.temperatures}
@@ -149,7 +150,10 @@ class MACL(Method):
         logs = {name: term.detach() for name, term in terms.items()}
         logs |= {"num_positives": num_positives, "num_compared": num_compared}
         logs["feature_std"] = direction_spread(image.detach())
-        return StepOutput(loss, logs)
+        extras = (
+            {"dominant": small, "dominant_moved": small_moved, "positive": positive} if progress.with_extras else {}
+        )
+        return StepOutput(loss, logs, extras)
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
@@ -166,38 +170,40 @@ class MACL(Method):
         parts = {"encoder": self.backbone.encoder, "decoder": self.backbone.decoder, "heads": self.heads}
         return parts if self.auxiliary_encoder is None else {**parts, "auxiliary_encoder": self.auxiliary_encoder}
 
-    @torch.no_grad()
     def transfers(self) -> Transfer:
         """Return that segmenters start from the backbone, and how many blocks of its decoder were trained."""
         places = {"encoder": "backbone.encoder", "decoder": "backbone.decoder"}
         return Transfer(places, {"decoder_blocks": self.backbone.num_blocks})
 
-    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+    def figures(
+        self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress
+    ) -> dict[str, "Figure"]:
         """Draw what the branches see of the first sample, and a crop of another sample that is its positive, if any."""
         from medssl.ops.panels import orthogonal_slices
 
-        still, dominant_still, moved = self._groups(batch)
-        positive, _ = self.positions(still)
-        partners = [other for other in positive[0].nonzero().flatten().tolist() if other]
+        still, _, moved = self._groups(batch)
+        near = extras["positive"].unflatten(1, (-1, len(still.image)))  # (sample of any rank, rank, sample)
+        own = progress.rank if near.shape[1] > 1 else 0
+        partners = near[own * len(still.image), own].nonzero().flatten().tolist()
         panels = {"auxiliary": still.image[0, 0, 0], "auxiliary, moved": moved.image[0, 0, 0]}
-        for name, view in (("dominant", dominant_still), ("dominant, moved", moved)):
-            small = self._small(self._flat(view.image[:1, -1]))[0, 0]
-            panels[name] = small if small.ndim == 3 else small[..., None]
-        if partners:
-            panels["a positive"] = still.image[partners[0], 0, 0]
+        for title, name in (("dominant", "dominant"), ("dominant, moved", "dominant_moved")):
+            small = extras[name][0, 0]
+            panels[title] = small if small.ndim == 3 else small[..., None]
+        if partners[1:]:  # the first is the sample itself
+            panels["a positive"] = still.image[partners[1], 0, 0]
         return {"branches": orthogonal_slices(panels, title=f"what the branches see, step {progress.step}")}
 
     def _branches(
-        self, full: Float[Tensor, "b c x y z"], other: Float[Tensor, "b c x y z"]
+        self, full: Float[Tensor, "b c x y z"], small: Float[Tensor, "b c *small"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the bottleneck of the full crops, and bottleneck and decoded map of the others made smaller."""
+        """Return the bottleneck of the full-size crops, and bottleneck and decoded map of the small ones."""
         image = self._flat(full)
         if self.auxiliary_encoder is None:
             auxiliary = self.backbone.encoder(image)[-1]
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.coupling == "independent"):
                 auxiliary = self.auxiliary_encoder(image)[-1]
-        return auxiliary, *self.backbone(self._small(self._flat(other)))
+        return auxiliary, *self.backbone(small)
 
     def _by_place(self, first: Tensor, second: Tensor, view: View, progress: Progress, *, gathers: bool) -> Tensor:
         """Return the contrast of places by positions of their own."""
@@ -209,7 +215,8 @@ class MACL(Method):
         options: dict[str, Any] = {"compared": compared.repeat(2, 2), **self.temperatures}
         return contrast_of_positives(rows, near.repeat(2, 2), **options)
 
-    def _small(self, image: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b c *small"]:
+    def _small(self, image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b c *small"]:
+        image = self._flat(image)
         size = self.backbone.law.reduced(image.shape[2:], setting=SIZE)
         return shrunk(image, size, how=self.downsample)
 

@@ -101,39 +101,41 @@ class SamEmbed(Method):
             "hardest_negative_similarity": fine.hardest,
             "match_error_mm": error_mm,
         }
-        return StepOutput(fine.loss + coarse.loss, logs)
+        extras = {}
+        if progress.with_extras:
+            shown = {name: getattr(voxels, name).detach() for name in ("fine", "context", "fine_mm", "valid")}
+            extras = {**shown, "grid": torch.tensor(voxels.grid)}
+        return StepOutput(fine.loss + coarse.loss, logs, extras)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return one group of all parameters: the published recipe also decays biases and batch norm."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
-    @torch.no_grad()
-    def figures(self, batch: Mapping[str, View], progress: Progress) -> dict[str, "Figure"]:
+    def figures(
+        self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress
+    ) -> dict[str, "Figure"]:
         """Draw points of the first view of a volume, where they are found in its second view, and where they are."""
         from medssl.ops.panels import PointMatch, point_matches
 
-        view, was_training = _pair(batch), self.training
-        self.eval()
-        with torch.autocast(view.image.device.type, enabled=False):
-            voxels = as_voxels(self.encoder(view.image.flatten(0, 1)), view)
-        self.train(was_training)
-        common = [common_voxels(*case) for case in zip(voxels.fine_mm, voxels.valid, strict=True)]
+        view, grid = _pair(batch), tuple(extras["grid"].tolist())
+        fine, context = extras["fine"], extras["context"]
+        common = [common_voxels(*case) for case in zip(extras["fine_mm"], extras["valid"], strict=True)]
         number = next((n for n, shared in enumerate(common) if shared.any(dim=1).all()), None)
         if number is None:
             return {}
         candidates = common[number][0].nonzero()[:, 0]
         generator = progress.generator("figure")
         queries = candidates[torch.randperm(len(candidates), generator=generator)[:NUM_DRAWN].to(candidates.device)]
-        first_mm, second_mm = voxels.fine_mm[number]
+        first_mm, second_mm = extras["fine_mm"][number]
         _, truths = nearest(first_mm[queries], second_mm)
         images, matches = view.image[number, :, 0], []
         for query, truth in zip(queries, truths, strict=True):
-            similarity = voxels.fine[number, 1] @ voxels.fine[number, 0, query]
-            similarity = (similarity + voxels.context[number, 1] @ voxels.context[number, 0, query]) / 2
+            similarity = fine[number, 1] @ fine[number, 0, query]
+            similarity = (similarity + context[number, 1] @ context[number, 0, query]) / 2
             found = similarity.argmax()
-            at, there, real = (_image_voxel(int(n), voxels.grid, images.shape[1:]) for n in (query, found, truth))
+            at, there, real = (_image_voxel(int(n), grid, images.shape[1:]) for n in (query, found, truth))
             error_mm = (second_mm[found] - first_mm[query]).norm().item()
-            matches.append(PointMatch(similarity.reshape(voxels.grid), at, there, real, error_mm))
+            matches.append(PointMatch(similarity.reshape(grid), at, there, real, error_mm))
         title = f"matches between two views of one volume, step {progress.step}"
         return {"matches": point_matches(images[0], images[1], matches, title=title)}
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
-import torch
 
 from medssl.data.module import Batch
+from medssl.methods.base import Method
 from medssl.training.callback import StepCallback
 from medssl.training.method_module import MethodModule
 
@@ -20,10 +20,14 @@ class Pictures(StepCallback):
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
         """Draw the pictures from the batch of the step just done."""
         due = self.step == trainer.max_steps or (self.every and self.step % self.every == 0)
-        if not due or not trainer.is_global_zero:
+        method, progress = module.method, replace(module.progress(batch), step=self.step)
+        if not due or type(method).figures is Method.figures:
             return
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            figures = module.method.figures(batch.views, replace(module.progress(batch), step=self.step))
+        with trainer.precision_plugin.forward_context():
+            extras = method.extras(batch.views, progress)  # on every rank: what is compared may be gathered
+        if not trainer.is_global_zero:
+            return
+        figures = method.figures(batch.views, extras, progress)
         for name, figure in figures.items():
             path = self.folder / f"{name}-{self.step:07d}.png"
             figure.savefig(path, dpi=100)
