@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medssl.launcher import process_rank
 from medssl.moved import refuse_moved
 
 if TYPE_CHECKING:
@@ -229,13 +230,9 @@ def main(
         message = user_message(error) or mistyped(config)
         if message is None or os.environ.get("MEDSSL_DEBUG", "0") not in ("", "0"):
             raise
-        if isinstance(error, OSError) or not _rank():  # the settings are wrong on all ranks, a file may be on one
+        if isinstance(error, OSError) or process_rank() == 0:  # settings are wrong on all ranks, a file may be on one
             print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def user_message(error: BaseException) -> str | None:

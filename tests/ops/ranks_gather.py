@@ -4,7 +4,7 @@ import torch
 from ranks import as_rank
 from torch import nn
 
-from medssl.ops.gather import gather_with_gradient
+from medssl.ops.gather import gather_objects, gather_with_gradient, rank_and_world
 
 
 def work(rank, world):
@@ -15,7 +15,8 @@ def work(rank, world):
     parallel = nn.parallel.DistributedDataParallel(layer)
     everyone = gather_with_gradient(parallel(rows[2 * rank : 2 * rank + 2]))
     (everyone @ everyone.T).sin().sum().backward()
-    return {"rows": everyone.detach(), "gradient": layer.weight.grad}
+    objects = gather_objects({"rank": rank})
+    return {"rows": everyone.detach(), "gradient": layer.weight.grad, "objects": objects, "number": rank_and_world()}
 
 
 if __name__ == "__main__":

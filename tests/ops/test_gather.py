@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from medssl.ops.gather import gather_ranks, gather_with_gradient, sum_over_ranks
+from medssl.ops.gather import gather_objects, gather_ranks, gather_with_gradient, rank_and_world, sum_over_ranks
 
 
 def test_one_process_gets_a_copy_without_gradient():
@@ -23,6 +23,11 @@ def test_the_rows_of_one_process_are_its_own():
     assert not rows.requires_grad
 
 
+def test_a_process_on_its_own_is_the_first_of_one():
+    assert rank_and_world() == (0, 1)
+    assert gather_objects("own") == ["own"]
+
+
 @pytest.mark.ddp
 def test_a_loss_over_the_rows_of_two_ranks_has_the_gradient_of_one_process(tmp_path):
     ranks = run_ranks(Path(__file__).with_name("ranks_gather.py"), tmp_path)
@@ -33,3 +38,5 @@ def test_a_loss_over_the_rows_of_two_ranks_has_the_gradient_of_one_process(tmp_p
     for found in ranks:
         assert torch.allclose(found["rows"], rows)
         assert torch.allclose(found["gradient"], layer.weight.grad, atol=1e-12)
+        assert found["objects"] == [{"rank": 0}, {"rank": 1}]
+    assert [found["number"] for found in ranks] == [(0, 2), (1, 2)]

@@ -4,7 +4,7 @@ import pytest
 
 from medssl.config import main
 from medssl.pretrain import run
-from medssl.run.folder import RunFolder, checkpoint_to_resume, process_rank, was_restarted
+from medssl.run.folder import RunFolder, checkpoint_to_resume
 
 
 @pytest.fixture
@@ -84,22 +84,3 @@ def test_resume_takes_a_run_folder_or_a_checkpoint(used, tmp_path):
     assert checkpoint_to_resume(used.last_checkpoint) == used.last_checkpoint
     with pytest.raises(ValueError, match="there is no checkpoint"):
         checkpoint_to_resume(tmp_path / "elsewhere")
-
-
-@pytest.mark.parametrize(
-    ("variables", "rank"),
-    [({}, 0), ({"RANK": "3", "LOCAL_RANK": "0"}, 3), ({"SLURM_PROCID": "2"}, 2), ({"LOCAL_RANK": "1"}, 1)],
-)
-def test_the_rank_is_what_the_launcher_says(monkeypatch, variables, rank):
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert process_rank() == rank
-
-
-def test_a_job_that_its_scheduler_started_again_knows_it(monkeypatch):
-    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    assert not was_restarted()
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert was_restarted()

@@ -1,17 +1,33 @@
 """Sums and gathers over the processes of a run; a run of one process passes tensors through."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and how many there are, once they are joined; 0 and 1 for a process on its own."""
+    return (dist.get_rank(), dist.get_world_size()) if _is_joined() else (0, 1)
+
+
+def gather_objects(item: Item) -> list[Item]:
+    """What all ranks have, that of rank 0 first; every rank must call it."""
+    if not _is_joined():
+        return [item]
+    items: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
 
 
 @torch.no_grad()
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Return the sum of `tensor` over all ranks as a new tensor without gradient; every rank must call it."""
     total = tensor.detach().clone()
-    if dist.is_available() and dist.is_initialized():
+    if _is_joined():
         dist.all_reduce(total)
     return total
 
@@ -19,7 +35,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_ranks(tensor: Tensor) -> Tensor:
     """Return the rows of all ranks, rank 0 first, without gradient; every rank must call it with equally many rows."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_joined():
         return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
@@ -32,10 +48,14 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     Each rank gets back the sum of all ranks' gradients of its own rows. So a loss of all rows that every rank computes
     alike has the gradient that one process would have, once gradients are averaged over the ranks.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_joined():
         return tensor
     gathered: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
     return gathered
+
+
+def _is_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 class _Gather(torch.autograd.Function):

@@ -1,23 +1,8 @@
 """The folder of a run: where each of its files lies, and which run may start in it."""
 
-import os
 from pathlib import Path
 
 from medssl.data.atomic import clear_partial
-
-
-def process_rank() -> int:
-    """Return the rank that the launcher (torchrun, SLURM, Lightning) gave this process; 0 for a single process."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return int(os.environ.get("LOCAL_RANK", 0)) + int(os.environ.get("NODE_RANK", 0))  # 0 on one process alone
-
-
-def was_restarted() -> bool:
-    """Return whether a scheduler started this job again after it was stopped."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-
 
 HEADER = "# a run of medssl.{command} with all its settings\n"
 DIGITS = "[0-9]" * 7

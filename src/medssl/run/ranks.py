@@ -13,17 +13,12 @@ from typing import TYPE_CHECKING
 
 from medssl.config import user_message
 from medssl.data.atomic import PARTIAL, whole_file
-from medssl.run.folder import process_rank
+from medssl.launcher import is_launched, is_started_by_trainer, launch_key, process_rank
 from medssl.run.signals import Stopped
 
 if TYPE_CHECKING:
     import lightning as L
 
-LAUNCH = (
-    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
-    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
-)
-"""Environment variables that are the same for all ranks of one launch."""
 READY = "ready"
 POLL_S = 0.5
 STALL_S = 1800.0
@@ -63,10 +58,7 @@ def rank_zero_first(folder: Path, store: Path) -> Iterator[bool]:
 
 def word_file(folder: Path) -> Path:
     """Return the file in which rank 0 of this launch writes `ready` or its error."""
-    launch = [os.environ.get(name, "") for name in LAUNCH]
-    if os.environ.get("LOCAL_WORLD_SIZE", "0") == os.environ.get("WORLD_SIZE", "1"):
-        launch.append(str(os.getppid()))  # one machine: all ranks have the same parent
-    return folder / f".store-{hashlib.sha256('|'.join(launch).encode()).hexdigest()[:12]}"
+    return folder / f".store-{hashlib.sha256(launch_key().encode()).hexdigest()[:12]}"
 
 
 def remove_markers(folder: Path) -> None:
@@ -107,14 +99,14 @@ def lost_others(error: BaseException) -> bool:
 
 
 def _say(word: Path, text: str) -> None:
-    if os.environ.keys() & set(LAUNCH):  # else this process is alone, or will start the others itself
+    if is_launched():
         with whole_file(word) as partial:
             partial.write_text(text)
 
 
 def _wait(word: Path, store: Path) -> None:
-    if not {"RANK", "SLURM_PROCID"} & os.environ.keys() and int(os.environ.get("LOCAL_RANK") or 0):
-        return  # the trainer of another rank started this process, once the store was ready
+    if is_started_by_trainer():
+        return  # once the store was ready
     changed, state = time.monotonic(), None
     while True:
         with contextlib.suppress(OSError):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
+from medssl.launcher import local_rank
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -48,7 +50,7 @@ class StopSignals:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self.training or (self.requested and number == signal.SIGINT):
             raise Stopped(name)
-        if not self.requested and not int(os.environ.get("LOCAL_RANK") or 0):
+        if not self.requested and local_rank() == 0:
             os.write(2, f"\n{name}: finishing the step under way, then saving (Ctrl-C again stops at once)\n".encode())
         self.requested = name
 

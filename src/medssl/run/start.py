@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from medssl.checks import existing_setting
 from medssl.config import freeze, with_values
-from medssl.run.folder import RunFolder, checkpoint_to_resume, process_rank, run_of, was_restarted
+from medssl.launcher import process_rank, was_restarted
+from medssl.run.folder import RunFolder, checkpoint_to_resume, run_of
 from medssl.run.settings import check_settings
 from medssl.run.signals import StopSignals, stoppable
 from medssl.run.store import check_source

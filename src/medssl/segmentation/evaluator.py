@@ -4,7 +4,6 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +14,9 @@ from tqdm import tqdm
 from medssl.data.store import VolumeStore
 from medssl.evaluation.scores import CaseScores, dice_by_class, score_case
 from medssl.inference.reading import Reading
+from medssl.ops.gather import gather_objects, rank_and_world
 from medssl.segmentation.pictures import CasePicture, picture_case
 from medssl.segmentation.segment import Averaged, segment_stored
-
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -67,7 +65,7 @@ class Evaluator:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Found | None:
         """Return the Dice of each case and class and, with `full`, surface distances too; None if it was stopped."""
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         own, stopped = Found(), False
         was_training = network.training
         network.eval()
@@ -88,7 +86,7 @@ class Evaluator:
                 break
             self._score(own, case, prediction, full=full)
         network.train(was_training)
-        parts = _gathered((own, stopped))
+        parts = gather_objects((own, stopped))
         if any(part_stopped for _, part_stopped in parts):
             return None
         found = Found()
@@ -141,17 +139,3 @@ class Evaluator:
 def _worst_and_best(pictures: Sequence[CasePicture]) -> list[CasePicture]:
     ordered = sorted(pictures, key=lambda picture: (picture.dice, picture.case))
     return ordered if len(ordered) < 3 else [ordered[0], ordered[-1]]
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _gathered(item: Item) -> list[Item]:
-    if not torch.distributed.is_initialized():
-        return [item]
-    items: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(items, item)
-    return items

@@ -18,8 +18,9 @@ from medssl.data.splits import write_split
 from medssl.data.store import VolumeStore
 from medssl.data.views import ViewPlan
 from medssl.inference.reading import Reading
+from medssl.launcher import process_rank
 from medssl.models.segmenter import Segmenter, build_segmenter
-from medssl.run.folder import process_rank, run_of
+from medssl.run.folder import run_of
 from medssl.run.start import Run
 from medssl.run.store import open_store
 from medssl.segmentation.card import build_card, setting

@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from medssl.data.module import VolumeDataModule
+from medssl.launcher import process_rank
 from medssl.methods.base import Method
-from medssl.run.folder import process_rank, run_of
+from medssl.run.folder import run_of
 from medssl.run.ranks import end_together, remove_markers
 from medssl.run.settings import RunSettings, changes
 from medssl.run.start import Run

@@ -11,8 +11,8 @@ from medssl.config import with_values
 from medssl.data.module import VolumeDataModule
 from medssl.data.splits import pretraining_cases
 from medssl.data.views import ViewPlan
+from medssl.launcher import process_rank
 from medssl.methods.build import method_of
-from medssl.run.folder import process_rank
 from medssl.run.settings import RunSettings, awaiting, with_facts
 from medssl.run.start import Run
 from medssl.run.store import is_prepared, open_store

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from medssl.data.module import Batch
 from medssl.methods.base import StepOutput
+from medssl.ops.gather import gather_objects, rank_and_world
 
 ADVICE = "look at these volumes, lower optimizer.lr or set optimizer.clip_norm, then resume"
 
@@ -48,8 +49,8 @@ class StepScalars:
         """
         self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(self.grad_norm) and not may_overflow:
-            cases = gathered(self.cases)
-            if cases is None:
+            cases = [case for part in gather_objects(self.cases) for case in part]
+            if rank_and_world()[0] != 0:
                 raise SystemExit(2)  # rank 0 prints the message
             raise ValueError(f"step {step + 1}: grad_norm = {self.grad_norm}; cases {', '.join(cases)}; {ADVICE}")
 
@@ -57,12 +58,3 @@ class StepScalars:
         """Return loss and terms averaged over the micro-batches, and the norm of the gradient before clipping."""
         means = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in self.rows[0]}
         return {**means, "grad_norm": self.grad_norm}
-
-
-def gathered(cases: list[str]) -> list[str] | None:
-    """Return the cases of all ranks on rank 0, and None on the others."""
-    if not torch.distributed.is_initialized():
-        return cases
-    lists: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(lists, cases)
-    return [case for part in lists for case in part] if torch.distributed.get_rank() == 0 else None
