@@ -67,6 +67,19 @@ def test_a_method_without_one_dimensional_weights_has_one_group():
     assert len(method.param_groups()) == 1
 
 
+def test_a_method_may_decay_all_that_it_trains():
+    method = Small()
+    method.decays_all = True
+    (group,) = method.param_groups()
+    assert group.keys() == {"params"}
+    assert [tuple(p.shape) for p in group["params"]] == [(4, 3), (4,), (4,), (4,)]
+
+
+def test_progress_knows_half_a_cosine_over_the_steps_of_the_run():
+    values = [Progress(**{**RUN, "step": step}).cosine(0.996, 1.0) for step in (0, 5, 10)]
+    assert values == pytest.approx([0.996, 0.998, 1.0], abs=1e-12)
+
+
 def test_the_encoder_is_what_leaves_pre_training_unless_a_method_says_more():
     method = Small()
     assert method.parts() == {"encoder": method.encoder}

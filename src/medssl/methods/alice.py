@@ -17,6 +17,7 @@ from medssl.models.alice_head import AliceHead
 from medssl.models.cafa import CAFA
 from medssl.models.segmenter import levels
 from medssl.ops import schedules
+from medssl.ops.clipping import clip_each
 from medssl.ops.ema import frozen_copy, update_ema
 from medssl.ops.gather import sum_over_ranks
 from medssl.ops.masking import block_mask, num_blocks
@@ -166,7 +167,7 @@ class Alice(Method):
         logs |= self._health(crops.detach(), anchors, whole.pooled.float(), temperature)
         tokens = centred_softmax(aligned_target, self.token_centre, temperature=temperature)
         logs["entropy_tokens_mean"] = mean_entropy(tokens.mean((0, 1)))
-        logs["ema_momentum"] = torch.full_like(logs["accuracy"], self._ema_momentum(progress))
+        logs["ema_momentum"] = torch.full_like(logs["accuracy"], progress.cosine(*self.ema_range))
         logs["teacher_temperature"] = torch.full_like(logs["accuracy"], temperature)
         extras = {"mask": mask, "reconstruction": hidden.reconstruction.detach()} if progress.with_extras else {}
         return StepOutput(loss, logs, extras)
@@ -174,11 +175,7 @@ class Alice(Method):
     @torch.no_grad()
     def after_backward(self, progress: Progress) -> None:
         """Clip each gradient of the student on its own, then drop those of the prototypes while they are frozen."""
-        if self.clip_per_parameter is not None:
-            student = [*self.backbone.parameters(), *self.head.parameters()]
-            gradients = [parameter.grad for parameter in student if parameter.grad is not None]
-            for gradient, norm in zip(gradients, torch._foreach_norm(gradients), strict=True):
-                gradient.mul_((self.clip_per_parameter / (norm + 1e-6)).clamp(max=1.0))
+        clip_each([*self.backbone.parameters(), *self.head.parameters()], self.clip_per_parameter)
         if progress.epoch < self.freeze_last_layer_epochs:
             for layer in self.head.last_layers():
                 for parameter in layer.parameters():
@@ -187,7 +184,7 @@ class Alice(Method):
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         """Move the teacher towards the student, and the centres by the mean of all micro-batches and ranks."""
-        momentum = self._ema_momentum(progress)
+        momentum = progress.cosine(*self.ema_range)
         update_ema(self.teacher_backbone, self.backbone, momentum=momentum)
         self.teacher_head.follow(self.head, momentum=momentum)
         if self.teacher_cafa is not None:
@@ -296,10 +293,6 @@ class Alice(Method):
             "feature_std": direction_spread(features),
             "accuracy": (anchors[0].argmax(1) == crops[1].argmax(1)).float().mean(),
         }
-
-    def _ema_momentum(self, progress: Progress) -> float:
-        start, end = self.ema_range
-        return schedules.cosine(progress.step, progress.total_steps, start=start, end=end)
 
 
 def teacher_temperature_at(epoch: float, epochs: float, *, start: float, end: float) -> float:

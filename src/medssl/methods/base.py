@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from medssl.data.randomness import counter_key
 from medssl.data.views import View
+from medssl.ops import schedules
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,6 +63,13 @@ class Progress:
         """Seed torch's global generators, so that dropout also depends only on the progress of the run."""
         torch.manual_seed(counter_key("step", self.seed, self.step, self.rank, self.micro))
 
+    def cosine(self, start: float, end: float) -> float:
+        """Return the value of half a cosine over the steps of the run: the momentum of a teacher, as in DINO.
+
+        Source: arXiv:2104.14294.
+        """
+        return schedules.cosine(self.step, self.total_steps, start=start, end=end)
+
     def warn(self, why: str) -> None:
         """Print the warning `why` to the error stream, on rank 0 only."""
         if self.rank == 0:
@@ -89,6 +97,8 @@ class Method(nn.Module, ABC):
     """
 
     encoder: nn.Module
+    decays_all = False
+    """Whether biases, norms and other vectors have the weight decay of the optimiser too."""
 
     @abstractmethod
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
@@ -101,8 +111,13 @@ class Method(nn.Module, ABC):
         """Move teachers, centres and queues: called once after each optimiser step with that step's progress."""
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return optimiser groups: trainable tensors of two or more dimensions, and the others without weight decay."""
+        """Return optimiser groups: trainable tensors of two or more dimensions, and the others without weight decay.
+
+        With `decays_all` there is one group of all trainable tensors.
+        """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.decays_all:
+            return [{"params": trained}]
         groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in trained if parameter.ndim > 1]},
             {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,8 @@ class DrasCLR(Method):
     """
 
     coordinates: Tensor
+
+    decays_all = True  # the released recipe also decays biases, batch norm and routers
 
     def __init__(
         self,
@@ -141,10 +143,6 @@ class DrasCLR(Method):
         self.pending.clear()
         for old, new in ((self.key_encoder, self.encoder), (self.key_head, self.head)):
             update_ema(old, new, momentum=self.ema_momentum, copy_buffers=False)  # arXiv:1911.05722, eq. 2
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return one group of all parameters: the released recipe also decays biases, batch norm and routers."""
-        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def parts(self) -> dict[str, nn.Module]:
         """Return encoder and head, and the key encoder as teacher."""

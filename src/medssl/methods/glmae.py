@@ -22,6 +22,7 @@ from medssl.methods.base import Method, Progress, StepOutput
 from medssl.models.heads import ProjectionHead
 from medssl.models.vit import MaskedDecoder, VisionTransformer
 from medssl.ops import schedules
+from medssl.ops.clipping import clip_each
 from medssl.ops.ema import frozen_copy, update_ema
 from medssl.ops.gather import sum_over_ranks
 from medssl.ops.masking import TokenMask, random_mask
@@ -140,7 +141,7 @@ class GLMAE(Method):
         logs = {name: term.detach() for name, term in terms.items()}
         logs["entropy_teacher"] = mean_entropy(probabilities)
         logs["entropy_teacher_mean"] = mean_entropy(probabilities.flatten(0, 1).mean(0))
-        logs["ema_momentum"] = torch.full_like(logs["entropy_teacher"], self._ema_momentum(progress))
+        logs["ema_momentum"] = torch.full_like(logs["entropy_teacher"], progress.cosine(*self.ema_range))
         logs["teacher_temperature"] = torch.full_like(logs["entropy_teacher"], temperature)
         return StepOutput(loss, logs, extras)
 
@@ -154,10 +155,7 @@ class GLMAE(Method):
     @torch.no_grad()
     def after_backward(self, progress: Progress) -> None:
         """Clip each gradient tensor if `clip_per_parameter` is set, and drop that of the frozen last head layer."""
-        if self.clip_per_parameter is not None:
-            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            for gradient, norm in zip(gradients, torch._foreach_norm(gradients), strict=True):
-                gradient.mul_((self.clip_per_parameter / (norm + 1e-6)).clamp(max=1.0))
+        clip_each(self.parameters(), self.clip_per_parameter)
         if progress.epoch < self.freeze_last_layer_epochs:
             for parameter in self.head.last_layer.parameters():
                 parameter.grad = None
@@ -165,7 +163,7 @@ class GLMAE(Method):
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         """Move the teacher towards the student, and the centre by the mean logits of all micro-batches and ranks."""
-        momentum = self._ema_momentum(progress)
+        momentum = progress.cosine(*self.ema_range)
         update_ema(self.teacher_encoder, self.encoder, momentum=momentum)
         update_ema(self.teacher_head, self.head, momentum=momentum)
         mean = sum_over_ranks(self.logit_sum) / sum_over_ranks(self.logit_rows).clamp(min=1)
@@ -237,10 +235,6 @@ class GLMAE(Method):
             consistency = {"global": cross / max(cross + local, 1), "local": local / max(cross + local, 1)}
         weights = {f"reconstruction_{name}": weight for name, weight in self.weight_reconstruction.items()}
         return weights | {f"consistency_{name}": weight for name, weight in consistency.items()}
-
-    def _ema_momentum(self, progress: Progress) -> float:
-        start, end = self.ema_range
-        return schedules.cosine(progress.step, progress.total_steps, start=start, end=end)
 
     def _teacher_temperature(self, progress: Progress) -> float:
         start, end, epochs = self.temperature_ramp

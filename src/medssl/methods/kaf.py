@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -67,6 +67,7 @@ class KAF(Method):
     """
 
     encoder: KAFEncoder
+    decays_all = True  # the released recipe also decays biases and norms
 
     def __init__(
         self,
@@ -176,10 +177,6 @@ class KAF(Method):
         }
         extras = {**points._asdict(), "plan": plan.detach()} if progress.with_extras else {}
         return StepOutput(loss, logs, extras)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return one group of all parameters: the released recipe also decays biases and norms."""
-        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def figures(
         self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress

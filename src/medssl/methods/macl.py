@@ -67,6 +67,8 @@ class MACL(Method):
     Source: arXiv:2309.11876; repository stevezs315/MACL, pretrain_MACL.py.
     """
 
+    decays_all = True  # the released recipe also decays biases and norms
+
     def __init__(
         self,
         *,
@@ -160,10 +162,6 @@ class MACL(Method):
         """Move the auxiliary encoder, where it is a moving average."""
         if self.coupling == "ema" and self.auxiliary_encoder is not None:
             update_ema(self.auxiliary_encoder, self.encoder, momentum=self.momentum, copy_buffers=False)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return one group of all parameters: the released recipe also decays biases and norms."""
-        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the networks of the dominant branch, the heads, and the auxiliary encoder if it is separate."""

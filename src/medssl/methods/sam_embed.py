@@ -1,7 +1,7 @@
 """SAM: self-supervised anatomical embeddings, which find the same place of the body in another scan."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,8 @@ class SamEmbed(Method):
 
     match_error_mm: Tensor
 
+    decays_all = True  # the published recipe also decays biases and batch norm
+
     def __init__(
         self, *, encoder: nn.Module, fine: FineMining | None = None, coarse: CoarseMining | None = None
     ) -> None:
@@ -106,10 +108,6 @@ class SamEmbed(Method):
             shown = {name: getattr(voxels, name).detach() for name in ("fine", "context", "fine_mm", "valid")}
             extras = {**shown, "grid": torch.tensor(voxels.grid)}
         return StepOutput(fine.loss + coarse.loss, logs, extras)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return one group of all parameters: the published recipe also decays biases and batch norm."""
-        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def figures(
         self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress

@@ -10,12 +10,12 @@ Item = TypeVar("Item")
 
 
 def rank_and_world() -> tuple[int, int]:
-    """The number of this process and how many there are, once they are joined; 0 and 1 for a process on its own."""
+    """Return the rank of this process in its process group and the size of the group; 0 and 1 without a group."""
     return (dist.get_rank(), dist.get_world_size()) if _is_joined() else (0, 1)
 
 
 def gather_objects(item: Item) -> list[Item]:
-    """What all ranks have, that of rank 0 first; every rank must call it."""
+    """Return the objects of all ranks, rank 0 first; every rank must call it."""
     if not _is_joined():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
