@@ -94,7 +94,7 @@ def late():
     assert allowed_rooms("data") == {"data", "lazy"}
 
 
-@pytest.mark.parametrize("folder", ["src", "scripts"])
+@pytest.mark.parametrize("folder", ["src", "tests", "scripts"])
 def test_no_file_is_longer_than_400_lines(folder):
     lengths = {
         str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")

@@ -1,4 +1,4 @@
-"""Small views and a small GL-MAE whose every mechanism is alive."""
+"""Small views, and a small GL-MAE and Alice whose every mechanism is alive."""
 
 import sys
 from pathlib import Path
@@ -13,6 +13,7 @@ from medssl.models.vit import MaskedDecoder, VisionTransformer
 sys.path.append(str(Path(__file__).parent))  # test files share pairs_of_views.py
 
 from pairs_of_views import global_and_local
+from small_alice import make_alice, pair_of_contrasts
 
 
 @pytest.fixture
@@ -34,3 +35,15 @@ def glmae():
         return GLMAE(encoder=encoder, decoder=decoder, head=head, **options)
 
     return make
+
+
+@pytest.fixture
+def alice():
+    """Makes a small Alice: 8 bottleneck and 64 decoder tokens for crops of 16 voxels; keywords go to the method."""
+    return make_alice
+
+
+@pytest.fixture
+def pairs():
+    """Makes a batch of smooth pictures; the key is the query in another contrast, with some noise."""
+    return pair_of_contrasts
