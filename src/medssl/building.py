@@ -157,5 +157,20 @@ def _followed(named: type, given: Any, before: Mapping[str, Any]) -> dict[str, A
     return found
 
 
+def foreign_modules(recipe: Any) -> list[str]:
+    """Return the packages of the classes in nested recipes that are built only if a user allows them, sorted."""
+    found: set[str] = set()
+    pending = [recipe]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Mapping):
+            package = str(node.get("_target_", "")).rpartition(".")[0]
+            found |= {package} if package and not _inside(package, NETWORKS) else set()
+            pending += node.values()
+        elif isinstance(node, list | tuple):
+            pending += node
+    return sorted(found)
+
+
 def _inside(package: str, packages: Sequence[str]) -> bool:
     return any(package == root or package.startswith(f"{root}.") for root in packages)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from medssl.inference.reading import Reading
+from medssl.models.segmenter import channels_read
 from medssl.segmentation.segment import Averaged, Member, takes_coordinate
 from medssl.weights import load_segmenter
 
@@ -56,8 +57,7 @@ class Ensemble:
         for path in paths:
             network, card = load_segmenter(path, allow_modules=allow_modules)
             reading = Reading.from_card(card["reading"], allow_modules=allow_modules)
-            encoder = card["encoder"].get("net", card["encoder"])
-            facts = (tuple(card["classes"]), reading.channels, int(encoder["in_channels"]))
+            facts = (tuple(card["classes"]), reading.channels, channels_read(network.encoder))
             first = first or facts
             for what, own, others in zip(("classes", "channels", "channels"), facts, first, strict=True):
                 if own != others:

@@ -102,7 +102,7 @@ def report_run(
     pictures = write_pictures(
         found.pictures, folder.figures, name=where, step=step, num_classes=len(evaluator.label_values)
     )
-    print(results_in_words(results, folder, pictures))
+    print(format_results(results, folder, pictures, allow_modules=plan.settings.values["allow_modules"]))
 
 
 def training_seconds(metrics: Path, batch_size: int) -> float:
@@ -120,8 +120,11 @@ def peak_memory_mb(device: torch.device) -> dict[str, float]:
     return peak
 
 
-def results_in_words(results: dict[str, Any], folder: RunFolder, pictures: Sequence[Path]) -> str:
-    """Return the table of a run, and the paths of its results."""
+def format_results(
+    results: dict[str, Any], folder: RunFolder, pictures: Sequence[Path], *, allow_modules: Sequence[str] = ()
+) -> str:
+    """Return the table of a run, the paths of its results, and the command that predicts with its network."""
+    allowed = f" 'allow_modules=[{','.join(allow_modules)}]'" if allow_modules else ""
     split, labelled = results["split"], results["labelled"]
     heading = (
         f"{split['num_cases']} {split['evaluated_on']} cases of split {split['name']} [{split['hash']}],"
@@ -150,7 +153,7 @@ def results_in_words(results: dict[str, Any], folder: RunFolder, pictures: Seque
             *(f"picture  {path}" for path in pictures),
             f"network  {folder.segmenter}",
             "",
-            f"    python -m medssl.predict weights={folder.segmenter} input=SCAN output_dir=predictions",
+            f"    python -m medssl.predict weights={folder.segmenter}{allowed} input=SCAN output_dir=predictions",
         ]
     )
 

@@ -1,12 +1,14 @@
 """A pre-training run from its configuration: store, views, method, loop."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from medssl.building import foreign_modules
 from medssl.config import with_values
 from medssl.data.module import VolumeDataModule
 from medssl.data.splits import pretraining_cases
@@ -76,7 +78,8 @@ def pretrain(run: Run) -> None:
     trainer = fit(run, method, data, settings=settings, metrics=metrics, callbacks=callbacks, validates=True)
     if trainer.is_global_zero:
         shape = (1, store.record(0).channels, *[96] * getattr(method.encoder, "spatial_dims", 3))
-        print(summary(run, step=trainer.global_step, total=settings.max_steps, shape=shape))
+        modules = foreign_modules(card.get("encoder"))
+        print(summary(run, step=trainer.global_step, total=settings.max_steps, shape=shape, modules=modules))
 
 
 def try_method(config: DictConfig, views: ViewPlan) -> None:
@@ -120,11 +123,12 @@ def method_facts(config: DictConfig, data: VolumeDataModule, *, world: int) -> d
     return {name: compute(data, world=world) for name, compute in fact_recipes(config).items()}
 
 
-def summary(run: Run, *, step: int, total: int, shape: tuple[int, ...]) -> str:
+def summary(run: Run, *, step: int, total: int, shape: tuple[int, ...], modules: Sequence[str]) -> str:
     """Return lines that say where the results lie, and how to use them (on an image of `shape`) or continue."""
     folder = run.folder
     if run.signals.requested:
         return f"stopped by {run.signals.requested} after step {step} of {total}; {folder.resume_hint()}"
+    allowed = f", allow_modules={list(modules)}" if modules else ""
     pictures = sorted(folder.figures.glob(f"*-{step:07d}.png"))
     return "\n".join(
         [
@@ -133,7 +137,7 @@ def summary(run: Run, *, step: int, total: int, shape: tuple[int, ...]) -> str:
             *(f"picture  {path}" for path in pictures),
             "",
             "    import medssl, torch",
-            f'    encoder = medssl.load_encoder("{folder.encoder}")',
+            f'    encoder = medssl.load_encoder("{folder.encoder}"{allowed})',
             f"    features = encoder(torch.zeros{shape})  # feature maps, fine to coarse",
         ]
     )
