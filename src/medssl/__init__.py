@@ -76,6 +76,7 @@ _HOME = {
     "IntensityAugmentation": "medssl.data.augment",
     "LowResolution": "medssl.data.augment",
     "MinMax": "medssl.data.augment",
+    "Normalisation": "medssl.data.augment",
     "Percentiles": "medssl.data.augment",
     "Rotate90": "medssl.data.augment",
     "Sometimes": "medssl.data.augment",
@@ -124,6 +125,7 @@ if TYPE_CHECKING:
     from medssl.data.augment import IntensityAugmentation as IntensityAugmentation
     from medssl.data.augment import LowResolution as LowResolution
     from medssl.data.augment import MinMax as MinMax
+    from medssl.data.augment import Normalisation as Normalisation
     from medssl.data.augment import Percentiles as Percentiles
     from medssl.data.augment import Rotate90 as Rotate90
     from medssl.data.augment import Sometimes as Sometimes

@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from medssl.building import named_class
-from medssl.data.augment.base import Augmentation
 from medssl.data.store import Record, VolumeStore
 from medssl.extraction.embedding import Embedding
-from medssl.inference.reading import AUGMENTATIONS, NORMALISATIONS, Normalise, Reading
+from medssl.inference.reading import Normalise, Reading, normalising
 from medssl.inference.record import fetch_from
 from medssl.inference.working_grid import Fetch, WorkingImage
 from medssl.weights import load_encoder, read_card
@@ -160,15 +158,12 @@ def reading_of(card: Mapping[str, Any], *, source: str, allow_modules: Sequence[
         recipes = [dict(recipe) for recipe in view["augment"]]
     except (KeyError, StopIteration, TypeError, AttributeError):
         raise ValueError(f"the card of {source} does not say how its images are read; {_WANTED}") from None
-    packages = (*AUGMENTATIONS, *allow_modules)
-    base: type[Augmentation] = Augmentation  # type: ignore[type-abstract]
-    normalise = [r for r in recipes if issubclass(named_class(r, packages, base=base), NORMALISATIONS)]
     return Reading.from_card(
         {
             "spacing_mm": view.get("spacing_mm", "native"),
             "crop_voxel": view["size"],
             "outside": view.get("outside", "minimum"),
-            "normalise": normalise,
+            "normalise": normalising(recipes, card["reading"], allow_modules=allow_modules),
             "channels": card["reading"].get("channels"),
         },
         allow_modules=allow_modules,

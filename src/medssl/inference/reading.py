@@ -8,15 +8,13 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from medssl.building import build
+from medssl.building import build, named_class
 from medssl.checks import MODALITIES, choice
-from medssl.data.augment.base import IntensityAugmentation
-from medssl.data.augment.normalise import LinearNormalisation, MinMax, Standardise
+from medssl.data.augment.base import Augmentation, IntensityAugmentation, Normalisation
 from medssl.data.store import Record
 from medssl.layouts import catalogue
 
 Normalise = Callable[[Tensor], Tensor]
-NORMALISATIONS = (LinearNormalisation, MinMax, Standardise)
 AUGMENTATIONS = ("medssl.data.augment",)
 
 
@@ -54,7 +52,7 @@ class Reading:
         base: type[IntensityAugmentation] = IntensityAugmentation  # type: ignore[type-abstract]
         normalise = [build(recipe, base=base, packages=packages) for recipe in card["normalise"]]
         for step in normalise:
-            if not isinstance(step, NORMALISATIONS):
+            if not isinstance(step, Normalisation):
                 raise ValueError(f"the card's reading normalises by {type(step).__name__}, which is no normalisation")
         spacing = card["spacing_mm"]
         if isinstance(spacing, str) and spacing != "native":
@@ -92,6 +90,29 @@ class Reading:
             return views[:, 0]
 
         return normalise
+
+
+def normalising(
+    steps: Sequence[Mapping[str, Any]], reading: Mapping[str, Any], *, allow_modules: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Return those recipes of a view's `augment` that are normalisations.
+
+    The entry `reading` of a card names their classes. Where it does not, the classes themselves are looked at.
+
+    Args:
+        steps: Recipes of augmentations, in order.
+        reading: The entry `reading` of a card of pre-training.
+        allow_modules: Packages whose augmentations a card may name, besides ours.
+
+    Raises:
+        ValueError: A class has to be looked at, and is not trusted.
+    """
+    known = reading.get("normalisations")
+    if known is not None:
+        return [dict(step) for step in steps if step["_target_"] in known]
+    base: type[Augmentation] = Augmentation  # type: ignore[type-abstract]
+    packages = (*AUGMENTATIONS, *allow_modules)
+    return [dict(step) for step in steps if issubclass(named_class(step, packages, base=base), Normalisation)]
 
 
 def _three(values: Any, kind: type) -> tuple[Any, Any, Any]:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from medssl.checks import choice, triple
 from medssl.data.splits import CaseSplit, LabelledSubset, few_labels, resolve_split
 from medssl.data.store import VolumeStore
+from medssl.inference.reading import normalising
 from medssl.run.settings import RunSettings
 from medssl.segmentation.initial_weights import Initial
 
@@ -264,8 +265,8 @@ def other_reading(card: Mapping[str, Any] | None, reading: Mapping[str, Any]) ->
 
     If `reading` has one modality, the range that `ByModality` has for other modalities does not count.
     """
-    groups = (card or {}).get("reading", {}).get("views", {}).get("groups", {})
-    names = ("Window", "Percentiles", "ZScore", "ByModality", "MinMax", "Standardise")
+    stated = (card or {}).get("reading", {})
+    groups = stated.get("views", {}).get("groups", {})
     modality = reading.get("modality")
     idle = modality and ("percentiles" if modality == "ct" else "window_hu")
 
@@ -276,7 +277,7 @@ def other_reading(card: Mapping[str, Any] | None, reading: Mapping[str, Any]) ->
     for key in ("spacing_mm", "outside", "normalise"):
         here, before = counted(reading[key] or ()) if key == "normalise" else reading[key], []
         for group in groups.values():
-            steps = [step for step in group.get("augment", ()) if str(step["_target_"]).rpartition(".")[2] in names]
+            steps = normalising(group.get("augment", ()), stated)
             default = {"spacing_mm": "native"}.get(key, "minimum")
             before.append(counted(steps) if key == "normalise" else group.get(key, default))
         if before and all(value != here for value in before):

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.utils import get_class
 
+from medssl.data.augment.base import Normalisation
 from medssl.data.module import Batch
 from medssl.data.store import VolumeStore
 from medssl.methods.base import Method
@@ -41,7 +43,12 @@ def build_card(method: Method, config: Mapping[str, Any], store: VolumeStore, ca
         **transfer.facts,
         "method": settings["_target_"],
         "training": short_hash({key: config[key] for key in COURSE} | {"steps": config["trainer"]["max_steps"]}),
-        "reading": {"channels": data.get("channels"), "spacing_mm": data.get("spacing_mm"), "views": config["views"]},
+        "reading": {
+            "channels": data.get("channels"),
+            "spacing_mm": data.get("spacing_mm"),
+            "views": config["views"],
+            "normalisations": normalisations(config["views"]),
+        },
         "data": {
             "name": data["name"],
             "num_cases": len(cases),
@@ -49,6 +56,13 @@ def build_card(method: Method, config: Mapping[str, Any], store: VolumeStore, ca
         },
         "versions": {package: version(package) for package in ("medssl", "torch", "monai", "numpy")},
     }
+
+
+def normalisations(views: Mapping[str, Any]) -> list[str]:
+    """Return the classes in a view plan's recipe that normalise images, sorted; nothing else is needed to read them."""
+    groups = views.get("groups", {}).values()
+    targets = {step["_target_"] for group in groups for step in group.get("augment") or ()}
+    return sorted(target for target in targets if issubclass(get_class(target), Normalisation))
 
 
 def _recipe_at(settings: Any, place: str) -> Any:

@@ -1,6 +1,6 @@
 """Augmentations: spatial ones move a view's frame on the host, intensity ones act on image batches on the device."""
 
-from medssl.data.augment.base import Augmentation, IntensityAugmentation, SpatialAugmentation
+from medssl.data.augment.base import Augmentation, IntensityAugmentation, Normalisation, SpatialAugmentation
 from medssl.data.augment.filters import BiasField, Cutout, GaussianBlur, GaussianNoise, LowResolution
 from medssl.data.augment.intensity import Brightness, Contrast, Gamma
 from medssl.data.augment.normalise import ByModality, MinMax, Percentiles, Standardise, Window, ZScore
@@ -22,6 +22,7 @@ __all__ = [
     "IntensityAugmentation",
     "LowResolution",
     "MinMax",
+    "Normalisation",
     "Percentiles",
     "Rotate90",
     "Sometimes",

@@ -104,6 +104,13 @@ class IntensityAugmentation(Augmentation, ABC):
         return flat.unflatten(0, image.shape[:2])
 
 
+class Normalisation(IntensityAugmentation, ABC):
+    """Turn file units into those of the network, as part of how images are read; nothing is drawn.
+
+    Whatever uses a trained network applies its normalisations, and no other augmentation.
+    """
+
+
 class Measured:
     """Minimum, maximum, mean and standard deviation of views, by channel, (view c 1 1 1).
 

@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Int64
 from torch import Tensor
 
-from medssl.data.augment.base import IntensityAugmentation, Measured
+from medssl.data.augment.base import Measured, Normalisation
 from medssl.data.store import Record
 
 KNOWN_PERCENTILES = {0.5: "p0_5", 1: "p1", 5: "p5", 50: "p50", 95: "p95", 99: "p99", 99.5: "p99_5"}
 
 
-class LinearNormalisation(IntensityAugmentation):
+class LinearNormalisation(Normalisation):
     """Map each channel linearly and clip it; nothing is drawn."""
 
     @abstractmethod
@@ -135,7 +135,7 @@ class ByModality(LinearNormalisation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinMax(IntensityAugmentation):
+class MinMax(Normalisation):
     """Map the range of each view, or of a sample's group (`statistics`), to [0, 1]; a constant view becomes 0."""
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
@@ -149,7 +149,7 @@ class MinMax(IntensityAugmentation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standardise(IntensityAugmentation):
+class Standardise(Normalisation):
     """Map each view, or a sample's group (`statistics`), to zero mean and unit deviation."""
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
