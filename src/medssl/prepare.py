@@ -44,21 +44,19 @@ class PrepareSettings:
             ValueError: A setting is wrong, or there are no images to prepare.
         """
         from hydra.utils import instantiate
-        from omegaconf import OmegaConf
 
-        from medssl.data.recipes import locate_store
+        from medssl.data.recipes import locate_store, preparation
         from medssl.run.store import check_source
 
         data = config.data
         if data.get("source") is None:
             raise ValueError(f"data={data.name} is a finished store; prepare takes images, such as data=folder")
         check_source(config)
-        recipe = {name: data[name] for name in ("channels", "spacing_mm", "min_side_voxel")}
         return cls(
             name=data.name,
             source=instantiate(data.source, _convert_="all"),
             store=Path(locate_store(data, config.store)),
-            recipe=OmegaConf.to_container(OmegaConf.create(recipe)),  # type: ignore[arg-type]
+            recipe=preparation(data),
             max_rejected_fraction=checks.share("max_rejected_fraction", config.max_rejected_fraction),
             num_workers=checks.whole("num_workers", config.num_workers, or_null="for one a core"),
         )

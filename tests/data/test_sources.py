@@ -9,11 +9,14 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from volume_files import image, label, names, reasons
 
+from medssl.config import compose
 from medssl.data.cases import Case
 from medssl.data.formats import ReadError
 from medssl.data.reading import LabelMapError
+from medssl.data.recipes import preparation
 from medssl.data.sources import Decathlon, Folder, NnUnet
 from medssl.phantoms.source import Phantoms
 
@@ -307,3 +310,11 @@ def test_names_of_labels_are_read_in_both_directions_of_dataset_json(tmp_path):
         (tmp_path / "dataset.json").write_text(json.dumps({**listed, "labels": labels}))
         assert Decathlon(root=tmp_path).label_names() == NnUnet(root=tmp_path).label_names() == expected
     assert Phantoms().label_names()[7] == "liver"
+
+
+def test_a_source_of_ones_own_need_not_say_how_images_are_prepared():
+    data = OmegaConf.create({"name": "mine", "source": {"_target_": "mine.Source"}})
+    OmegaConf.set_struct(data, True)
+    assert preparation(data) == {"channels": None, "spacing_mm": None, "min_side_voxel": 8}
+    for name in ("folder", "csv", "phantoms"):
+        assert preparation(compose("prepare", [f"data={name}"]).data) == preparation(data)

@@ -10,13 +10,16 @@ from medssl.data.cases import Source
 from medssl.data.store import FORMAT
 from medssl.data.volume import BODY_RECIPE
 
+MIN_SIDE_VOXEL = 8
+"""Images with a shorter side are rejected, if the configuration does not say otherwise."""
+
 
 def store_recipe(
     source: Source,
     *,
     channels: str | int | None = None,
     spacing_mm: float | Sequence[float] | None = None,
-    min_side_voxel: int = 8,
+    min_side_voxel: int = MIN_SIDE_VOXEL,
 ) -> dict[str, Any]:
     """Return all that the content of a store depends on, as JSON values."""
     spacing = three_spacings(spacing_mm)
@@ -32,6 +35,15 @@ def store_recipe(
 def recipe_hash(recipe: dict[str, Any]) -> str:
     """Return twelve hexadecimal digits that stand for a recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def preparation(data: Any) -> dict[str, Any]:
+    """Return what a configuration's `data` says of preparing an image; what it does not say is the default."""
+    return {
+        "channels": data.get("channels"),
+        "spacing_mm": data.get("spacing_mm"),
+        "min_side_voxel": data.get("min_side_voxel", MIN_SIDE_VOXEL),
+    }
 
 
 def locate_store(data: Any, store: str | Path | None) -> Path:
@@ -50,12 +62,7 @@ def locate_store(data: Any, store: str | Path | None) -> Path:
 
     if OmegaConf.is_missing(data, "root"):
         raise ValueError(f"data={data.name} needs data.root=PATH")
-    recipe = store_recipe(
-        instantiate(data.source, _convert_="all"),
-        channels=data.channels,
-        spacing_mm=data.spacing_mm,
-        min_side_voxel=data.min_side_voxel,
-    )
+    recipe = store_recipe(instantiate(data.source, _convert_="all"), **preparation(data))
     if store is None:
         return Path("stores") / f"{data.name}-{recipe_hash(recipe)}"
     root = Path(store).expanduser()

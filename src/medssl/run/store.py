@@ -6,7 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from medssl.data.prepare import PrepareError, prepare_store
-from medssl.data.recipes import locate_store
+from medssl.data.recipes import locate_store, preparation
 from medssl.data.sources import SourceMissingError
 from medssl.data.store import VolumeStore
 from medssl.run.ranks import rank_zero_first
@@ -53,9 +53,7 @@ def update_store(config: DictConfig, root: Path) -> None:
         summary = prepare_store(
             instantiate(config.data.source, _convert_="all"),
             root,
-            channels=config.data.channels,
-            spacing_mm=config.data.spacing_mm,
-            min_side_voxel=config.data.min_side_voxel,
+            **preparation(config.data),
             max_rejected_fraction=config.max_rejected_fraction,
             prune=False,  # another run may be reading
         )
