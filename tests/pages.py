@@ -1,0 +1,59 @@
+"""A page of the documentation, done as its reader does it: files written, commands run, Python run, in order.
+
+A line that holds nothing but a file name in backquotes stands above the block with that file's text. A block of bash
+holds commands; a block of Python without a file name above it is run as a program. All other blocks are to be read.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"^(?:`(?P<file>[\w./-]+)`\n\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A file to write (`file` with its `text`), a command, or a program."""
+
+    kind: str
+    text: str
+    file: str = ""
+
+
+def steps(page: str) -> Iterator[Step]:
+    """The steps of a page, in order; a command that goes over several lines is one."""
+    for block in BLOCK.finditer((DOCS / page).read_text()):
+        file, kind, text = block["file"], block["kind"], block["text"]
+        if file:
+            yield Step("file", text, file)
+        elif kind == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.lstrip().startswith("#"):
+                    yield Step("command", line)
+        elif kind == "python":
+            yield Step("program", text)
+
+
+def follow(page: str, folder: Path) -> list[str]:
+    """Do all steps of a page in an empty folder, and return what each command and program printed."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    printed = []
+    for step in steps(page):
+        if step.kind == "file":
+            target = folder / step.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(step.text)
+            continue
+        call = ["bash", "-c", step.text] if step.kind == "command" else [sys.executable, "-c", step.text]
+        done = subprocess.run(
+            call, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{page}: {step.text}\n{done.stdout}\n{done.stderr}"
+        printed.append(done.stdout)
+    return printed
