@@ -137,7 +137,7 @@ def resized_read(store: VolumeStore) -> dict[str, float]:
     (view,) = plan.place(Scene(store, Request((0,), 0)), seed=0, step=0)["x"]
     found = {}
     for name, finest in (("level", False), ("full", True)):
-        box = box_of(view, spec, finest=finest)
+        box = box_of(view.record, view.pose, finest=finest)
         before = _bytes_read()
         start = time.perf_counter()
         array = store.read(0, box.level, box.lower, box.upper).result()

@@ -155,11 +155,12 @@ def draw() -> Callable[..., "dict[str, View]"]:
             for name, views in plan.place(Scene(store, request), seed=seed, step=step).items():
                 spec = plan.groups[name]
                 for view in views:
-                    box = box_of(view, spec)
+                    crop = spec.seen(view.placement)
+                    box = box_of(view.record, view.pose, crop=crop)
                     raw = RawView(view, box, store.read(view.case, box.level, box.lower, box.upper))
                     raw.voxels = torch.from_numpy(raw.voxels.result()).to(device)
                     if spec.label:
-                        raw.label_box = box_of(view, spec, finest=True)
+                        raw.label_box = box_of(view.record, view.pose, crop=crop, finest=True)
                         label = store.read_label(view.case, raw.label_box.lower, raw.label_box.upper)
                         raw.label = torch.from_numpy(label.result()).to(device)
                     if spec.regions is not None:

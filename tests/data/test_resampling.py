@@ -87,7 +87,7 @@ def test_thick_slices_do_not_keep_a_coarse_view_at_full_resolution(make_store):
     spec = RandomCrop(size=[32, 32, 12], spacing_mm=[4.2, 4.2, 3.0])
     (view,) = ViewPlan(groups={"x": spec}).place(Scene(store, Request((0,), 0)), seed=0, step=0)["x"]
     assert store.record(0).level_factors == ((1, 1, 1), (2, 2, 1), (4, 4, 1))
-    assert box_of(view, spec).level == 2
+    assert box_of(view.record, view.pose).level == 2
 
 
 def test_a_view_resized_from_a_pyramid_level_shows_the_same_place(make_store, draw):

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer, Shaped
 from torch import Tensor
 
+from medssl.data.augment.base import Pose
 from medssl.data.augment.filters import apply_axis_matrices
 from medssl.data.geometry import Frame
 from medssl.data.interpolation import Places, linear_at, nearest_at
-from medssl.data.placements import ViewSpec
 from medssl.data.resampling import SINC_RATIO, resampling_matrix, support_voxel
-from medssl.data.store import VolumeStore
+from medssl.data.store import Record, VolumeStore
 from medssl.data.views import PlacedView
 
 PREFILTER_RATIO = 1.2
@@ -37,14 +37,17 @@ class ReadBox:
     frame: Frame
 
 
-def box_of(view: PlacedView, spec: ViewSpec, *, finest: bool = False) -> ReadBox:
-    """Return the box that covers the view, in the coarsest level as fine as its grid (`finest`: in level 0)."""
-    frame, displacement = view.pose
+def box_of(record: Record, pose: Pose, *, crop: Frame | None = None, finest: bool = False) -> ReadBox:
+    """Return the box that covers a view, in the coarsest level as fine as its grid (`finest`: in level 0).
+
+    Voxels beyond `crop` are left out; None stands for the whole volume.
+    """
+    frame, displacement = pose
     level = 0
     if not finest:
-        factors = np.array(view.record.level_factors)
+        factors = np.array(record.level_factors)
         level = int(np.flatnonzero(np.all(factors <= np.maximum(frame.step_voxel, 1) + 1e-9, axis=1)).max(initial=0))
-    factor = np.array(view.record.level_factors[level], dtype=np.float64)
+    factor = np.array(record.level_factors[level], dtype=np.float64)
     to_level = np.diag([*(1 / factor), 1.0])
     to_level[:3, 3] = 0.5 / factor - 0.5
     moved = frame.moved(to_level)
@@ -53,9 +56,9 @@ def box_of(view: PlacedView, spec: ViewSpec, *, finest: bool = False) -> ReadBox
         lower, upper = np.rint(low), np.rint(high) + 1
     else:
         oblique = moved.axes is None or displacement is not None
-        margin = np.array([support_voxel(ratio) for ratio in _filter_ratios(moved, view, oblique=oblique)])
+        margin = np.array([support_voxel(ratio) for ratio in _filter_ratios(moved, pose, oblique=oblique)])
         lower, upper = np.floor(low - margin), np.ceil(high + margin) + 1
-    first, last = _allowed(view, spec, level, factor)
+    first, last = _allowed(record, crop, factor)
     lower = np.clip(lower, first, last - 1).astype(np.int64)
     upper = np.clip(upper, lower + 1, last).astype(np.int64)
     shift = np.eye(4)
@@ -63,22 +66,20 @@ def box_of(view: PlacedView, spec: ViewSpec, *, finest: bool = False) -> ReadBox
     return ReadBox(level, lower, upper, moved.moved(shift))
 
 
-def _filter_ratios(frame: Frame, view: PlacedView, *, oblique: bool) -> Float64[np.ndarray, "3"]:
+def _filter_ratios(frame: Frame, pose: Pose, *, oblique: bool) -> Float64[np.ndarray, "3"]:
     """Return the `ratio` to filter by for each axis of the box: 1 (linear) unless the view is coarser."""
     step = frame.step_voxel
     if oblique:
         return np.where(step > PREFILTER_RATIO, step, 1.0)
-    return np.where(view.pose.frame.step_voxel > 1 + 1e-6, np.maximum(step, SINC_RATIO), 1.0)
+    return np.where(pose.frame.step_voxel > 1 + 1e-6, np.maximum(step, SINC_RATIO), 1.0)
 
 
-def _allowed(
-    view: PlacedView, spec: ViewSpec, level: int, factor: Float64[np.ndarray, "3"]
-) -> tuple[np.ndarray, np.ndarray]:
+def _allowed(record: Record, crop: Frame | None, factor: Float64[np.ndarray, "3"]) -> tuple[np.ndarray, np.ndarray]:
     """Return the first and one-past-last voxel of the level that the view may see."""
-    last = -(-np.array(view.record.shape) // factor.astype(int))
-    if spec.context == "volume":
+    last = -(-np.array(record.shape) // factor.astype(int))
+    if crop is None:
         return np.zeros(3, dtype=np.int64), last
-    low, high = view.placement.frame.bounds(0.5)
+    low, high = crop.bounds(0.5)
     low, high = ((edge + 0.5) / factor for edge in (low, high))
     first = np.clip(np.rint(low), 0, last - 1).astype(np.int64)
     return first, np.clip(np.rint(high), first + 1, last).astype(np.int64)
@@ -103,32 +104,33 @@ def cut_regions(store: VolumeStore, view: PlacedView, name: str) -> tuple[ReadBo
 def draw_image(
     voxels: Shaped[Tensor, "channel bx by bz"],
     box: ReadBox,
-    view: PlacedView,
+    record: Record,
+    pose: Pose,
     *,
     outside: str | float,
     out: Float32[Tensor, "channel x y z"],
 ) -> None:
     """Draw the view's grey values, in file units, into `out`, on the device where both lie."""
-    displacement, frame = view.pose.displacement, box.frame
+    displacement, frame = pose.displacement, box.frame
     if displacement is None and frame.is_aligned and _covers(box):
         out.copy_(_turned(voxels, frame))
-        _scale(out, view)
+        _scale(out, record)
         return
     values = voxels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    _scale(values, view)
-    fill = None if outside == "border" else _fill(view, outside, voxels.device)
+    _scale(values, record)
+    fill = None if outside == "border" else _fill(record, outside, voxels.device)
     if displacement is None and frame.axes is not None:
-        ratios = _filter_ratios(frame, view, oblique=False)
+        ratios = _filter_ratios(frame, pose, oblique=False)
         out.copy_(_drawn_by_axis(values, frame, ratios=ratios, fill=fill))
         return
-    ratios = _filter_ratios(frame, view, oblique=True)
+    ratios = _filter_ratios(frame, pose, oblique=True)
     if np.any(ratios > 1):
         low_pass = [_low_pass(n, ratio).to(values.device) for n, ratio in zip(values.shape[1:], ratios, strict=True)]
         values = apply_axis_matrices(values[None], low_pass)[0]
     if values.device.type == "cpu":
-        linear_at(values, places_of(box, view, values.device), fill=fill, out=out)
+        linear_at(values, places_of(box, pose, values.device), fill=fill, out=out)
     else:
-        grid_sampled(values, sampling_grid(box, view, values.device), fill=fill, out=out)
+        grid_sampled(values, sampling_grid(box, pose, values.device), fill=fill, out=out)
 
 
 def grid_sampled(
@@ -147,59 +149,59 @@ def grid_sampled(
         out.add_(fill)
 
 
-def _fill(view: PlacedView, outside: str | float, device: torch.device) -> Float32[Tensor, "channel 1 1 1"]:
-    kept = view.record.statistics
+def _fill(record: Record, outside: str | float, device: torch.device) -> Float32[Tensor, "channel 1 1 1"]:
+    kept = record.statistics
     values = [k["minimum"] if isinstance(outside, str) else float(outside) for k in kept]
     return torch.tensor(values, device=device)[:, None, None, None]
 
 
-def _scale(values: Tensor, view: PlacedView) -> None:
+def _scale(values: Tensor, record: Record) -> None:
     """Turn stored integers into file units, in place."""
-    slope, intercept = view.record.slope, view.record.intercept
+    slope, intercept = record.slope, record.intercept
     if set(slope) != {1.0} or set(intercept) != {0.0}:
         factor, shift = (torch.tensor(v, device=values.device)[:, None, None, None] for v in (slope, intercept))
         values.mul_(factor).add_(shift)
 
 
 def draw_label(
-    voxels: Integer[Tensor, "one bx by bz"], box: ReadBox, view: PlacedView, *, out: Int64[Tensor, "one x y z"]
+    voxels: Integer[Tensor, "one bx by bz"], box: ReadBox, pose: Pose, *, out: Int64[Tensor, "one x y z"]
 ) -> None:
     """Draw the view's labels into `out`: nearest neighbour, 0 outside; `voxels` are those of the box."""
     frame = box.frame
-    if view.pose.displacement is None and frame.is_aligned and _covers(box):
+    if pose.displacement is None and frame.is_aligned and _covers(box):
         out.copy_(_turned(voxels, frame))
-    elif view.pose.displacement is None and frame.axes is not None:
+    elif pose.displacement is None and frame.axes is not None:
         out.copy_(_picked_by_axis(voxels, frame))
     else:
-        nearest_at(voxels, places_of(box, view, voxels.device), out=out)
+        nearest_at(voxels, places_of(box, pose, voxels.device), out=out)
 
 
-def draw_valid(view: PlacedView, device: torch.device) -> Bool[Tensor, "one x y z"]:
+def draw_valid(record: Record, pose: Pose, device: torch.device) -> Bool[Tensor, "one x y z"]:
     """Return which voxels of the view lie inside the volume."""
-    whole = ReadBox(0, np.zeros(3, dtype=int), np.array(view.record.shape), view.pose.frame)
-    grid = sampling_grid(whole, view, device)[0]
+    whole = ReadBox(0, np.zeros(3, dtype=int), np.array(record.shape), pose.frame)
+    grid = sampling_grid(whole, pose, device)[0]
     return torch.all(grid.abs() <= 1, dim=-1)[None]
 
 
-def places_of(box: ReadBox, view: PlacedView, device: torch.device) -> Places:
+def places_of(box: ReadBox, pose: Pose, device: torch.device) -> Places:
     """Return where the view's voxels lie in the box, displacement included."""
-    displacement = view.pose.displacement
+    displacement = pose.displacement
     if displacement is None:
         return Places(box.frame)
-    return Places(box.frame, displacement_field(view, device), displacement.bound_voxel)
+    return Places(box.frame, displacement_field(pose, device), displacement.bound_voxel)
 
 
-def displacement_field(view: PlacedView, device: torch.device) -> Float32[Tensor, "3 x y z"]:
+def displacement_field(pose: Pose, device: torch.device) -> Float32[Tensor, "3 x y z"]:
     """Return the displacement of every view voxel, in view voxels; zero where the view is not bent."""
-    displacement = view.pose.displacement
-    shape = view.pose.frame.shape
+    displacement = pose.displacement
+    shape = pose.frame.shape
     if displacement is None:
         return torch.zeros(3, *shape, device=device)
     weights = [torch.from_numpy(displacement.weights(axis, side)).to(device) for axis, side in enumerate(shape)]
     return apply_axis_matrices(torch.from_numpy(displacement.nodes).to(device)[None], weights)[0]
 
 
-def sampling_grid(box: ReadBox, view: PlacedView, device: torch.device) -> Float32[Tensor, "one x y z 3"]:
+def sampling_grid(box: ReadBox, pose: Pose, device: torch.device) -> Float32[Tensor, "one x y z 3"]:
     """Return where view voxels lie in the box, as `grid_sample` counts: -1 and 1 are the faces, last axis first."""
     sides = box.upper - box.lower
     linear = box.frame.linear * (2 / sides)[:, None]  # box voxel -> (2 i + 1) / n - 1
@@ -211,8 +213,8 @@ def sampling_grid(box: ReadBox, view: PlacedView, device: torch.device) -> Float
     ]
     plane = (axes[0][:, None] + axes[1][None] + origin).float()  # (x, y, 3)
     grid = plane[:, :, None] + axes[2].float()
-    if view.pose.displacement is not None:
-        field = displacement_field(view, device)
+    if pose.displacement is not None:
+        field = displacement_field(pose, device)
         grid += torch.einsum("kd,dxyz->xyzk", columns.float(), field)
     return grid[None]
 

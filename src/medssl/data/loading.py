@@ -177,10 +177,11 @@ class PrefetchingLoader:
         return RawBatch(requests, groups, cases, step, micro)
 
     def _read(self, view: PlacedView, spec: ViewSpec) -> RawView:
-        box = box_of(view, spec)
+        crop = spec.seen(view.placement)
+        box = box_of(view.record, view.pose, crop=crop)
         raw = RawView(view, box, self.store.read(view.case, box.level, box.lower, box.upper))
         if spec.label:
-            raw.label_box = box_of(view, spec, finest=True)
+            raw.label_box = box_of(view.record, view.pose, crop=crop, finest=True)
             raw.label = self.store.read_label(view.case, raw.label_box.lower, raw.label_box.upper)
         if spec.regions is not None:
             raw.region_box, raw.regions = cut_regions(self.store, view, spec.regions)

@@ -185,11 +185,11 @@ def view_of(
     label = torch.empty((len(raws), 1, *shape), dtype=torch.int64, device=device) if spec.label else None
     regions = torch.empty((len(raws), 1, *shape), dtype=torch.int64, device=device) if spec.regions else None
     for number, raw in enumerate(raws):
-        draw_image(raw.voxels, raw.box, raw.placed, outside=spec.outside, out=image[number])
+        draw_image(raw.voxels, raw.box, raw.placed.record, raw.placed.pose, outside=spec.outside, out=image[number])
         if label is not None:
-            draw_label(raw.label, raw.label_box or raw.box, raw.placed, out=label[number])
+            draw_label(raw.label, raw.label_box or raw.box, raw.placed.pose, out=label[number])
         if regions is not None and raw.regions is not None:
-            draw_label(raw.regions, raw.region_box or raw.box, raw.placed, out=regions[number])
+            draw_label(raw.regions, raw.region_box or raw.box, raw.placed.pose, out=regions[number])
     image = grouped(image)
     intensity = [augmentation for augmentation in spec.augment if isinstance(augmentation, IntensityAugmentation)]
     for order, augmentation in enumerate(intensity):
@@ -216,9 +216,9 @@ def view_of(
         view.coordinate = table([view.placement.coordinate for view in placed], torch.float32)
         view.location_valid = table([view.placement.is_valid for view in placed], torch.bool)
     if any(view.pose.displacement is not None for view in placed):
-        view.displacement = grouped(torch.stack([displacement_field(p, device) for p in placed]))
+        view.displacement = grouped(torch.stack([displacement_field(p.pose, device) for p in placed]))
     if spec.valid:
-        view.valid = grouped(torch.stack([draw_valid(p, device) for p in placed]))
+        view.valid = grouped(torch.stack([draw_valid(p.record, p.pose, device) for p in placed]))
     if label is not None:
         view.label = grouped(label)
     if regions is not None:

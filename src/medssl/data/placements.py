@@ -96,6 +96,10 @@ class ViewSpec(ABC):
         frame.matrix[:3, 3] = np.where(native, np.floor(frame.matrix[:3, 3] + 0.5), frame.matrix[:3, 3])
         return frame
 
+    def seen(self, placement: Placement) -> Frame | None:
+        """Return the crop beyond which an augmented view sees nothing; None where it may see the whole volume."""
+        return placement.frame if self.context == "crop" else None
+
 
 def clamped(center: Float[np.ndarray, "3"], box: Box, side_voxel: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3"]:
     """Return the nearest centre of a crop inside the box; the box's middle along axes where the crop is larger."""

@@ -13,9 +13,7 @@ from medssl.data.augment.base import Pose
 from medssl.data.draw import box_of, draw_image
 from medssl.data.geometry import apply
 from medssl.data.placements import Fixed
-from medssl.data.scene import Placement
 from medssl.data.store import Record, VolumeStore
-from medssl.data.views import PlacedView
 from medssl.inference.reading import Reading
 
 """Patches a call: a conditioned encoder makes a kernel for each, of 4 MB."""
@@ -79,10 +77,9 @@ class PatchEncoder:
         """Start reading the voxels of patches, and return the patches with their boxes."""
         record, reads = store.record(case), []
         for center in centers_voxel:
-            frame = self._spec.frame(center, self.step_voxel(record))
-            view = PlacedView(case, record, Placement(0, frame), Pose(frame, None), (), ())
-            box = box_of(view, self._spec)
-            reads.append((view, box, store.read(case, box.level, box.lower, box.upper)))
+            pose = Pose(self._spec.frame(center, self.step_voxel(record)), None)
+            box = box_of(record, pose)
+            reads.append((pose, box, store.read(case, box.level, box.lower, box.upper)))
         return reads
 
     def batches(
@@ -108,12 +105,12 @@ class PatchEncoder:
 
     def _drawn(self, reads: list[Any], record: Record) -> Float32[Tensor, "batch c x y z"]:
         out = torch.empty(len(reads), record.channels, *self.reading.crop_voxel, device=self.device)
-        for patch, (view, box, future) in zip(out, reads, strict=True):
+        for patch, (pose, box, future) in zip(out, reads, strict=True):
             try:
                 voxels = torch.from_numpy(future.result()).to(self.device)
             except ValueError as error:
                 raise ValueError(f"it cannot be read from the store ({error}); prepare it again") from error
-            draw_image(voxels, box, view, outside=self.reading.outside, out=patch)
+            draw_image(voxels, box, record, pose, outside=self.reading.outside, out=patch)
         return out
 
 

@@ -11,10 +11,7 @@ from torch import Tensor
 from medssl.data.augment.base import Pose
 from medssl.data.draw import box_of, draw_image
 from medssl.data.geometry import Frame
-from medssl.data.placements import Fixed
-from medssl.data.scene import Placement
 from medssl.data.store import Record
-from medssl.data.views import PlacedView
 from medssl.inference.reading import Reading
 
 Fetch = Callable[[np.ndarray, np.ndarray], Shaped[np.ndarray, "c x y z"]]
@@ -89,7 +86,7 @@ class WorkingImage:
     ) -> None:
         self.record, self.fetch, self.device, self.located = record, fetch, device, located
         self.grid = WorkingGrid.of(record, reading)
-        self.spec = Fixed(size=self.grid.frame.shape, outside=reading.outside)
+        self.outside = reading.outside
         self.first = self.last = 0
         channels = record.channels + 3 * located
         self.slices = torch.empty(channels, *self.grid.frame.shape[:2], 0, device=device)
@@ -109,13 +106,13 @@ class WorkingImage:
         return layer
 
     def _draw(self, frame: Frame, out: Float32[Tensor, "c x y height"]) -> None:
-        view = PlacedView(0, self.record, Placement(0, frame), Pose(frame, None), (), ())
-        box = box_of(view, self.spec, finest=True)
+        pose = Pose(frame, None)
+        box = box_of(self.record, pose, finest=True)
         voxels = self.fetch(box.lower, box.upper)
         if voxels.dtype not in (np.uint8, np.int16, np.float32):
             voxels = voxels.astype(np.float32)
         image = out[: self.record.channels]
-        draw_image(torch.from_numpy(voxels).to(self.device), box, view, outside=self.spec.outside, out=image)
+        draw_image(torch.from_numpy(voxels).to(self.device), box, self.record, pose, outside=self.outside, out=image)
         if self.located:
             corners = frame.to_volume(np.array([[0, 0, 0], frame.shape], dtype=np.float64))
             start, stop = 2 * self.record.body.to_body(corners) - 1
