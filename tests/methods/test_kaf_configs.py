@@ -16,7 +16,7 @@ from medssl.methods.base import Method
 from medssl.models.keypoints import RandomPoints
 from medssl.prepare import run as prepare
 from medssl.pretrain import run
-from medssl.segmentation.plan import other_reading
+from medssl.segmentation.reading_differences import other_reading
 
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
 FEW = ("model.encoder.base_channels=2", "views.groups.first.size=[16,16,16]")

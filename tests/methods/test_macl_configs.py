@@ -21,7 +21,7 @@ from medssl.models.segmenter import build_segmenter
 from medssl.prepare import run as prepare
 from medssl.pretrain import run
 from medssl.segmentation.initial_weights import find_initial, load_initial
-from medssl.segmentation.plan import other_reading
+from medssl.segmentation.reading_differences import other_reading
 from medssl.training.fit import check_trainer
 from medssl.training.optim import build_optimizer
 from medssl.weights import read_card

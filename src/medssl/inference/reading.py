@@ -1,5 +1,6 @@
 """The reading of images for a network: the part of a segmenter's card that inference needs."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,20 @@ def normalising(
     base: type[Augmentation] = Augmentation  # type: ignore[type-abstract]
     packages = (*AUGMENTATIONS, *allow_modules)
     return [dict(step) for step in steps if issubclass(named_class(step, packages, base=base), Normalisation)]
+
+
+def with_defaults(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe of one of our augmentations with the defaults of what it leaves out, and tuples as lists.
+
+    A class from elsewhere is not looked at: its recipe is returned as it is stated.
+    """
+    base: type[Augmentation] = Augmentation  # type: ignore[type-abstract]
+    found: dict[str, Any] = {}
+    if str(step["_target_"]).startswith(tuple(f"{package}." for package in AUGMENTATIONS)):
+        parameters = inspect.signature(named_class(step, AUGMENTATIONS, base=base)).parameters.values()
+        found = {one.name: one.default for one in parameters if one.default is not one.empty}
+    found |= step
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 def _three(values: Any, kind: type) -> tuple[Any, Any, Any]:

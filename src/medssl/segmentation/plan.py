@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from medssl.checks import choice, triple
 from medssl.data.splits import CaseSplit, LabelledSubset, few_labels, resolve_split
 from medssl.data.store import VolumeStore
-from medssl.inference.reading import normalising
 from medssl.run.settings import RunSettings
 from medssl.segmentation.initial_weights import Initial
+from medssl.segmentation.reading_differences import other_reading
 
 REPORTS = ("auto", "best", "last")
 
@@ -258,38 +258,6 @@ def unlearnable(store: VolumeStore, cases: Sequence[int], classes: Mapping[int, 
     """Return the names of the classes that no training label holds."""
     held = {value for case in cases for value in store.record(case).labels}
     return [name for value, name in classes.items() if value and value not in held]
-
-
-def other_reading(card: Mapping[str, Any] | None, reading: Mapping[str, Any]) -> list[str]:
-    """Return the differences between how this run and pre-training read their images, a line each.
-
-    If `reading` has one modality, the range that `ByModality` has for other modalities does not count.
-    """
-    stated = (card or {}).get("reading", {})
-    groups = stated.get("views", {}).get("groups", {})
-    modality = reading.get("modality")
-    idle = modality and ("percentiles" if modality == "ct" else "window_hu")
-
-    def counted(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{key: value for key, value in step.items() if key != idle} for step in steps]
-
-    lines = []
-    for key in ("spacing_mm", "outside", "normalise"):
-        here, before = counted(reading[key] or ()) if key == "normalise" else reading[key], []
-        for group in groups.values():
-            steps = normalising(group.get("augment", ()), stated)
-            default = {"spacing_mm": "native"}.get(key, "minimum")
-            before.append(counted(steps) if key == "normalise" else group.get(key, default))
-        if before and all(value != here for value in before):
-            lines.append(f"{key}: {_short(before[0])} in pre-training, {_short(here)} here")
-    return lines
-
-
-def _short(value: Any) -> str:
-    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
-        return str(value)
-    steps = [{"": str(step["_target_"]).rpartition(".")[2], **step} for step in value]
-    return "; ".join(" ".join(f"{k}={v}" if k else v for k, v in step.items() if k != "_target_") for step in steps)
 
 
 def check_resumed(earlier: Path, split: CaseSplit, subset_hash: str, classes: Mapping[int, str]) -> None:
