@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,3 +150,12 @@ def test_a_place_that_was_left_is_found_in_every_spelling():
         assert pattern.search(old), old
     for now in (f"medssl.{MODULES[room][file]}", f"medssl.{home}.{module}.Case", "configs/data/phantoms.yaml"):
         assert not pattern.search(now), now
+
+
+def test_no_class_name_stands_in_two_files():
+    homes = defaultdict(set)
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].add(file.relative_to(PACKAGE))
+    assert not {name: files for name, files in homes.items() if len(files) > 1}

@@ -80,6 +80,7 @@ NAMES: dict[tuple[str, str], dict[str, str]] = {  # (room, file that stayed): {n
 RENAMED = {
     "medssl.models.alice_backbones.build_backbone": "medssl.models.alice_backbones.Backbone",
     "medssl.models.partial_unet.build_partial_unet": "medssl.models.partial_unet.PartialUNet",
+    "medssl.tables.pairs.Pairs": "medssl.tables.pairs.PairTable",
 }
 
 
@@ -96,7 +97,8 @@ def new_path(path: str) -> str | None:
         return None
     room, file, *names = parts
     if file in MODULES.get(room, {}):
-        return ".".join(["medssl", MODULES[room][file], *names])
+        moved = ".".join(["medssl", MODULES[room][file], *names])
+        return RENAMED.get(moved, moved)
     home = NAMES.get((room, file), {}).get(names[0]) if names else None
     return ".".join(["medssl", home, *names]) if home else None
 

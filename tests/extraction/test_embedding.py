@@ -13,7 +13,7 @@ from medssl.data.augment import Window
 from medssl.data.reading import read_volume
 from medssl.data.volume import Volume
 from medssl.extraction.embedder import Embedder
-from medssl.extraction.embedding import Embedding, contains, match_points
+from medssl.extraction.embedding import VolumeEmbedding, contains, match_points
 from medssl.inference.reading import Reading
 from medssl.inference.record import record_of
 
@@ -45,7 +45,7 @@ def random_embedding(seed, *, fine=(7, 6, 9), coarse=(2, 1, 5), spacing_mm=2.0, 
     cell_to_mm[:3, 3] = spacing_mm / 2
     volume = np.diag([spacing_mm] * 3 + [1.0])
     shape = shape or tuple(2 * n for n in fine)
-    return Embedding(unit(dim, *fine, seed=seed), unit(dim, *coarse, seed=seed + 50), cell_to_mm, volume, shape)
+    return VolumeEmbedding(unit(dim, *fine, seed=seed), unit(dim, *coarse, seed=seed + 50), cell_to_mm, volume, shape)
 
 
 def test_the_search_gives_what_interpolating_and_comparing_cell_by_cell_gives(monkeypatch):
@@ -78,8 +78,8 @@ def test_points_and_scores_are_those_of_the_official_index_arithmetic():
     """
     query_spacing, key_spacing = (0.8, 0.8, 2.5), (0.7, 0.7, 1.25)
     query, key = random_embedding(2), random_embedding(3)
-    query = Embedding(query.fine, query.coarse, query.cell_to_mm, np.diag([*query_spacing, 1.0]), (35, 30, 14))
-    key = Embedding(key.fine, key.coarse, key.cell_to_mm, np.diag([*key_spacing, 1.0]), (40, 34, 29))
+    query = VolumeEmbedding(query.fine, query.coarse, query.cell_to_mm, np.diag([*query_spacing, 1.0]), (35, 30, 14))
+    key = VolumeEmbedding(key.fine, key.coarse, key.cell_to_mm, np.diag([*key_spacing, 1.0]), (40, 34, 29))
     compared = 0
     for point in itertools.product((0, 7, 16, 33), (3, 11, 28), (0, 5, 13)):
         point_mm = np.array(point) * query_spacing

@@ -20,7 +20,7 @@ from medssl.extraction.embedder import Embedder
 from medssl.extraction.embedding import match_points
 from medssl.tables import pairs as pairs_module
 from medssl.tables.derived import derive, table_of
-from medssl.tables.pairs import PairPoints, Pairs
+from medssl.tables.pairs import PairPoints, PairTable
 
 NUM_CASES = 4
 SHIFT_VOXEL = 4
@@ -44,7 +44,7 @@ def mining(monkeypatch, tmp_path):
 
     def made(*, num_points=12, num_candidates=24, low_hu=-300.0, margin_voxel=4, **settings):
         points = PairPoints(weights=str(file), num_candidates=num_candidates, low_hu=low_hu, margin_voxel=margin_voxel)
-        return Pairs(points=points, num_points=num_points, **settings)
+        return PairTable(points=points, num_points=num_points, **settings)
 
     made.embedder = network
     return made
@@ -156,9 +156,12 @@ def test_body_points_are_no_air_and_keep_away_from_the_faces(make_store):
         (lambda file: PairPoints(weights=None), "weights is missing"),
         (lambda file: PairPoints(weights="nowhere"), "there is no weight file nowhere"),
         (lambda file: PairPoints(weights=file, num_candidates=0), "num_candidates must be at least 1"),
-        (lambda file: Pairs(points=PairPoints(weights=file), score_threshold="median"), "must be auto or a number"),
-        (lambda file: Pairs(points=PairPoints(weights=file), num_points=300), "num_points=300 must lie between 1 and"),
-        (lambda file: Pairs(points=PairPoints(weights=file), cycle_mm=0), "cycle_mm must be positive or null"),
+        (lambda file: PairTable(points=PairPoints(weights=file), score_threshold="median"), "must be auto or a number"),
+        (
+            lambda file: PairTable(points=PairPoints(weights=file), num_points=300),
+            "num_points=300 must lie between 1 and",
+        ),
+        (lambda file: PairTable(points=PairPoints(weights=file), cycle_mm=0), "cycle_mm must be positive or null"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, build, message):

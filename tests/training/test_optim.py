@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medssl.config import user_message
-from medssl.training.optim import build_optimizer, restate, warmup_cosine
+from medssl.training.optim import build_optimizer, rescale, warmup_cosine
 
 
 def test_the_rate_rises_linearly_and_falls_as_half_a_cosine():
@@ -68,7 +68,7 @@ def test_a_restored_optimiser_goes_on_with_the_settings_of_now():
     after, schedule = build_optimizer(now, [{"params": [weight]}], total_steps=8)
     after.load_state_dict(before.state_dict())
     schedule.load_state_dict(old_schedule.state_dict())
-    restate(after, schedule, settings=build_optimizer(now, [{"params": [weight]}], total_steps=8)[0])
+    rescale(after, schedule, settings=build_optimizer(now, [{"params": [weight]}], total_steps=8)[0])
     (group,) = after.param_groups
     assert group["weight_decay"] == 0.25
     assert group["lr"] == 0.4 * warmup_cosine(2, total_steps=8)
@@ -133,7 +133,7 @@ def test_a_restored_run_goes_on_with_the_decay_of_its_settings(tmp_path):
         after, resumed = decaying(total_steps=length, **settings)
         after.load_state_dict(state["optimizer"])
         resumed.load_state_dict(state["schedule"])
-        restate(after, resumed, settings=decaying(total_steps=length, **settings)[0])
+        rescale(after, resumed, settings=decaying(total_steps=length, **settings)[0])
         found = decays_of(after, resumed, steps=2)
         end = settings.get("weight_decay_end", 0.4)
         expected = [end - 0.5 * (end - 0.04) * (1 + math.cos(math.pi * step / length)) for step in (2, 3)]

@@ -17,14 +17,14 @@ LEAKED = "†"
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class FinishedRun:
     """A finished run and the content of its metrics.json."""
 
     path: Path
     results: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path) -> "Run":
+    def read(cls, path: Path) -> "FinishedRun":
         """Return the run in the folder `path`.
 
         Raises:
@@ -76,7 +76,7 @@ class Group:
         classes: The classes that all runs of the comparison have.
     """
 
-    runs: list[Run]
+    runs: list[FinishedRun]
     label: str
     setting_label: str
     classes: list[str]
@@ -115,13 +115,13 @@ def read_groups(paths: Sequence[Path]) -> list[Group]:
     """
     if len(paths) < 2:
         raise ValueError(f"a comparison takes two runs or more, got {len(paths)}: python -m medssl.compare RUN RUN ...")
-    runs = [Run.read(path) for path in paths]
+    runs = [FinishedRun.read(path) for path in paths]
     for run in runs[1:]:
         _check_comparable(run, runs[0])
     classes = [name for name in runs[0].results["classes"] if all(name in run.results["classes"] for run in runs)]
     if not classes:
         raise ValueError("the runs have no class in common; compare runs that learnt the same classes")
-    members: dict[str, list[Run]] = {}
+    members: dict[str, list[FinishedRun]] = {}
     for run in runs:
         group = members.setdefault(json.dumps([run.results["setting"], run.count], sort_keys=True), [])
         if same := [other for other in group if other.results["seed"] == run.results["seed"]]:
@@ -142,7 +142,7 @@ def read_groups(paths: Sequence[Path]) -> list[Group]:
     return [groups[0], *sorted(groups[1:], key=lambda group: (order.index(group.setting_label), group.count or 0))]
 
 
-def _check_comparable(run: Run, first: Run) -> None:
+def _check_comparable(run: FinishedRun, first: FinishedRun) -> None:
     split, first_split = run.results["split"], first.results["split"]
     if split["hash"] != first_split["hash"]:
         named = [f"{one.path} is on {s['name']} [{s['hash']}]" for one, s in ((first, first_split), (run, split))]

@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from medssl.data.store import Record, VolumeStore
-from medssl.extraction.embedding import Embedding
+from medssl.extraction.embedding import VolumeEmbedding
 from medssl.inference.reading import Normalise, Reading, normalising
 from medssl.inference.record import fetch_from
 from medssl.inference.working_grid import Fetch, WorkingImage
@@ -70,7 +70,7 @@ class Embedder:
             raise ValueError(f"the layout {layout} does not say how images are read; {_WANTED}")
         return cls(network.to(device).eval(), reading, torch.device(device), tile_voxel)
 
-    def __call__(self, record: Record, fetch: Fetch) -> Embedding:
+    def __call__(self, record: Record, fetch: Fetch) -> VolumeEmbedding:
         """Return the embedding of a volume.
 
         Raises:
@@ -89,11 +89,11 @@ class Embedder:
             tile_voxel=self.tile_voxel,
         )
 
-    def of_case(self, store: VolumeStore, case: int) -> Embedding:
+    def of_case(self, store: VolumeStore, case: int) -> VolumeEmbedding:
         """Return the embedding of a case of a store."""
         return self(store.record(case), lambda lower, upper: store.read(case, 0, lower, upper).result())
 
-    def of_array(self, voxels: Shaped[np.ndarray, "c x y z"], record: Record) -> Embedding:
+    def of_array(self, voxels: Shaped[np.ndarray, "c x y z"], record: Record) -> VolumeEmbedding:
         """Return the embedding of a volume in memory; `record_of` makes its record."""
         return self(record, fetch_from(voxels))
 
@@ -107,7 +107,7 @@ def embed_volume(
     normalise: Normalise,
     device: torch.device,
     tile_voxel: int | None = None,
-) -> Embedding:
+) -> VolumeEmbedding:
     """Return the embedding of a volume by a fully convolutional network.
 
     The volume is drawn at the reading's spacing about its centre, on whole coarse cells: the margin is filled with the
@@ -142,7 +142,7 @@ def embed_volume(
     cell_to_voxel = np.diag([*fine_step, 1.0])
     cell_to_voxel[:3, 3] = (fine_step - 1) / 2
     cell_to_mm = record.volume_to_mm @ image.grid.frame.matrix @ cell_to_voxel
-    return Embedding(fine.clone(), coarse.clone(), cell_to_mm, record.volume_to_mm, record.shape)
+    return VolumeEmbedding(fine.clone(), coarse.clone(), cell_to_mm, record.volume_to_mm, record.shape)
 
 
 def reading_of(card: Mapping[str, Any], *, source: str, allow_modules: Sequence[str] = ()) -> Reading:

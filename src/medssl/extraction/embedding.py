@@ -18,7 +18,7 @@ SIMILARITIES = 2**23
 
 
 @dataclass(frozen=True, eq=False)
-class Embedding:
+class VolumeEmbedding:
     """The vectors of a volume: a fine map of small cells and a coarse one of their surroundings, axes x, y, z.
 
     Args:
@@ -35,9 +35,11 @@ class Embedding:
     volume_to_mm: Float64[np.ndarray, "4 4"]
     volume_shape: tuple[int, int, int]
 
-    def half(self) -> "Embedding":
+    def half(self) -> "VolumeEmbedding":
         """Return the embedding in half precision; scores change by about 0.001."""
-        return Embedding(self.fine.half(), self.coarse.half(), self.cell_to_mm, self.volume_to_mm, self.volume_shape)
+        return VolumeEmbedding(
+            self.fine.half(), self.coarse.half(), self.cell_to_mm, self.volume_to_mm, self.volume_shape
+        )
 
     def cells(self, points_mm: Float[np.ndarray, "n 3"]) -> Int64[np.ndarray, "n 3"]:
         """Return the cell whose middle is nearest to each point, among those with their middle in the volume."""
@@ -117,7 +119,7 @@ class Embedding:
 
 
 def match_points(
-    query: Embedding, points_mm: Float[np.ndarray, "n 3"], key: Embedding
+    query: VolumeEmbedding, points_mm: Float[np.ndarray, "n 3"], key: VolumeEmbedding
 ) -> tuple[Float64[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]:
     """Return the places of points of one volume in another (both RAS mm), and their similarity, in [-1, 1].
 

@@ -13,7 +13,7 @@ from medssl.data.matching import extent_text
 from medssl.data.store import Record
 from medssl.data.volume import find_body
 from medssl.extraction.embedder import Embedder
-from medssl.extraction.embedding import Embedding, contains, match_points
+from medssl.extraction.embedding import VolumeEmbedding, contains, match_points
 from medssl.extraction.settings import MatchSettings
 from medssl.inference.device import find_device
 from medssl.inference.files import ImageFile, read_image
@@ -30,12 +30,12 @@ GRID_SHARES = (0.3, 0.5, 0.7), (0.5,), (0.75, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
-class Scan:
+class MatchedScan:
     """A scan to match: the file as it was read, its record, its embedding."""
 
     file: ImageFile
     record: Record
-    embedding: Embedding
+    embedding: VolumeEmbedding
 
     def voxel_of_file(self, point_mm: Float[np.ndarray, "3"]) -> list[int]:
         """Return the nearest voxel to a point, as the file counts them."""
@@ -65,10 +65,10 @@ def match_scans(settings: MatchSettings) -> None:
         outside = _text(points_mm[~inside][0])
         raise ValueError(f"point_mm={outside} lies outside of {settings.query}, {extent_text(query_record)}")
     start = time.monotonic()
-    query = Scan(query_file, query_record, embedder.of_array(query_file.volume.array, query_record))
+    query = MatchedScan(query_file, query_record, embedder.of_array(query_file.volume.array, query_record))
     reference_file, reference_record = _read(settings.reference, settings, embedder)
     found = embedder.of_array(reference_file.volume.array, reference_record)
-    reference = Scan(reference_file, reference_record, found)
+    reference = MatchedScan(reference_file, reference_record, found)
     matches_mm, scores = match_points(query.embedding, points_mm, reference.embedding)
     seconds = time.monotonic() - start
     for point_mm, match_mm, score in zip(points_mm, matches_mm, scores, strict=True):
@@ -92,8 +92,8 @@ def grid_points(file: ImageFile, record: Record) -> Float64[np.ndarray, "n 3"]:
 
 
 def match_figure(
-    query: Scan,
-    reference: Scan,
+    query: MatchedScan,
+    reference: MatchedScan,
     points_mm: Float[np.ndarray, "n 3"],
     matches_mm: Float[np.ndarray, "n 3"],
     scores: Float[np.ndarray, " n"],
@@ -117,7 +117,7 @@ def match_figure(
     return figure
 
 
-def _draw_slice(panel: "Axes", scan: Scan, point_mm: Float[np.ndarray, "3"], axis: int) -> None:
+def _draw_slice(panel: "Axes", scan: MatchedScan, point_mm: Float[np.ndarray, "3"], axis: int) -> None:
     record = scan.record
     place = apply(record.mm_to_volume, point_mm)
     number = int(np.clip(np.rint(place[axis]), 0, record.shape[axis] - 1))

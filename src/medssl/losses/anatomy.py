@@ -116,7 +116,7 @@ class Rows(NamedTuple):
     matched: Int64[Tensor, " row"] | None
 
 
-class Contrast(NamedTuple):
+class ContrastTerms(NamedTuple):
     """A loss and, without gradient, the mean similarities of the positives and of each query's hardest negative."""
 
     loss: Float[Tensor, ""]
@@ -179,7 +179,7 @@ def mine_fine(
     return Rows(query, torch.cat(positives), negative, counted, matched)
 
 
-def fine_contrast(fine: Float[Tensor, "2 voxel dim"], rows: Rows, *, temperature: float) -> Contrast:
+def fine_contrast(fine: Float[Tensor, "2 voxel dim"], rows: Rows, *, temperature: float) -> ContrastTerms:
     """Return the cross-entropy of each query's positive against its negatives, by fine similarity alone.
 
     Mean over the queries of both views, in nats. Gradient flows to queries, positives and negatives.
@@ -199,7 +199,7 @@ def coarse_contrast(
     *,
     mining: CoarseMining,
     draws: CoarseDraws,
-) -> Contrast:
+) -> ContrastTerms:
     """Return the cross-entropy of each query's positive against negatives of its pair and of the other volumes.
 
     Where no voxel of the first view has a positive, every voxel of the pair is compared with itself and the most
@@ -223,17 +223,17 @@ def coarse_contrast(
         of_views = [vectors[rows.query[rows.query < num_voxels]], vectors[rows.query[rows.query >= num_voxels]]]
         beyond = torch.cat([query @ foreign[few].T for query, few in zip(of_views, chosen, strict=True)])
         terms.append(contrast(positive, torch.cat([negative, beyond], dim=1), temperature=mining.temperature))
-    return Contrast(*(torch.stack(values).mean() for values in zip(*terms, strict=True)))
+    return ContrastTerms(*(torch.stack(values).mean() for values in zip(*terms, strict=True)))
 
 
 def contrast(
     positive: Float[Tensor, " row"], negative: Float[Tensor, "row negative"], *, temperature: float
-) -> Contrast:
+) -> ContrastTerms:
     """Return the cross-entropy of the positives; negatives of minus infinity do not count. Mean over rows, in nats."""
     logits = torch.cat([positive[:, None], negative], dim=1) / temperature
     loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
     hardest = F.pad(negative.detach(), (0, 1), value=-1.0).amax(dim=1)  # -1 where a row has no negative
-    return Contrast(loss, positive.detach().mean(), hardest.clamp(min=-1).mean())
+    return ContrastTerms(loss, positive.detach().mean(), hardest.clamp(min=-1).mean())
 
 
 def common_voxels(position_mm: Float[Tensor, "2 voxel 3"], valid: Bool[Tensor, "2 voxel"]) -> Bool[Tensor, "2 voxel"]:

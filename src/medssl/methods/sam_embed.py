@@ -12,7 +12,7 @@ from medssl.data.views import View
 from medssl.losses.anatomy import (
     CoarseDraws,
     CoarseMining,
-    Contrast,
+    ContrastTerms,
     FineDraws,
     FineMining,
     Rows,
@@ -90,7 +90,7 @@ class SamEmbed(Method):
                 if rows.matched is not None:
                     place = voxels.fine_mm[number].flatten(0, 1)
                     errors.append((place[rows.query] - place[rows.matched]).norm(dim=1).median())
-            fine = Contrast(*(torch.stack(values).mean() for values in zip(*terms, strict=True)))
+            fine = ContrastTerms(*(torch.stack(values).mean() for values in zip(*terms, strict=True)))
             draws = self._coarse_draws(voxels, progress)
             coarse = coarse_contrast(voxels.coarse, voxels.coarse_mm, mining=self.coarse, draws=draws)
         error_mm = torch.stack(errors).mean() if errors else self.match_error_mm.clone()

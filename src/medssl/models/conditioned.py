@@ -26,8 +26,8 @@ MAP_AFTER = (0, 1, 4, 7, 11, 12)
 """Layers whose output is one of the maps."""
 
 
-class Places(NamedTuple):
-    """Places of the samples of a batch: the rows of `coordinate`, or every voxel of it."""
+class ConditionedPlaces(NamedTuple):
+    """ConditionedPlaces of the samples of a batch: the rows of `coordinate`, or every voxel of it."""
 
     coordinate: Tensor  # (place 3), or (batch 3 x y z)
     counts: tuple[int, ...] = ()  # samples of each place, in the order of the samples
@@ -68,7 +68,7 @@ class ConditionalConv(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
-        self, x: Float[Tensor, "batch channel x y z"], places: Places, *, gates: Tensor | None, impl: str
+        self, x: Float[Tensor, "batch channel x y z"], places: ConditionedPlaces, *, gates: Tensor | None, impl: str
     ) -> Float[Tensor, "batch width i j k"]:
         """Filter each sample with the kernel of its place (`gates`), or without gates with that of each voxel."""
         if gates is None:
@@ -202,13 +202,13 @@ class ConditionedEncoder(nn.Module):
         last = () if len(self.channels) == 6 else ("conv4.", "bn4.")
         return {key: tensor for key, tensor in fitted.items() if not key.startswith(last)}
 
-    def _places(self, image: Tensor, coordinate: Tensor | None, index: Tensor | None) -> Places:
+    def _places(self, image: Tensor, coordinate: Tensor | None, index: Tensor | None) -> ConditionedPlaces:
         """Check the places of a batch and return those that have samples."""
         batch = len(image)
         if image.shape[1] != self.in_channels:
             raise ValueError(f"the encoder reads {self.in_channels} channels, the image has {image.shape[1]}")
         if coordinate is None:
-            return Places(image.new_zeros(1, 3, dtype=torch.float32), (batch,))
+            return ConditionedPlaces(image.new_zeros(1, 3, dtype=torch.float32), (batch,))
         if not bool((coordinate.abs() <= LARGEST_COORDINATE).all()):
             raise ValueError(
                 f"coordinates must lie in [-1, 1], at most {LARGEST_COORDINATE} beside the body; got "
@@ -221,16 +221,16 @@ class ConditionedEncoder(nn.Module):
                     f"a map of locations needs the shape {(batch, 3, *image.shape[2:])} and no index; got "
                     f"{tuple(coordinate.shape)} {'and' if index is not None else 'without'} an index"
                 )
-            return Places(coordinate)
+            return ConditionedPlaces(coordinate)
         if coordinate.ndim != 2 or coordinate.shape[1] != 3 or (index is None and len(coordinate) not in (1, batch)):
             raise ValueError(
                 f"locations of {batch} samples are (u 3) with an index, ({batch} 3), (1 3) or a map (b 3 x y z); got "
                 f"{tuple(coordinate.shape)} {'with' if index is not None else 'without'} an index"
             )
         if len(coordinate) == 1:
-            return Places(coordinate, (batch,))
+            return ConditionedPlaces(coordinate, (batch,))
         if index is None:
-            return Places(coordinate, (1,) * batch)
+            return ConditionedPlaces(coordinate, (1,) * batch)
         rows = index.tolist()
         used = sorted(set(rows))
         if len(rows) != batch or used[0] < 0 or used[-1] >= len(coordinate):
@@ -238,9 +238,9 @@ class ConditionedEncoder(nn.Module):
                 f"index must name one of {len(coordinate)} locations for each of {batch} samples; got {rows}"
             )
         counts = tuple(rows.count(row) for row in used)
-        return Places(coordinate[used], counts, None if rows == sorted(rows) else index.argsort(stable=True))
+        return ConditionedPlaces(coordinate[used], counts, None if rows == sorted(rows) else index.argsort(stable=True))
 
-    def _maps(self, image: Tensor, places: Places) -> list[Tensor]:
+    def _maps(self, image: Tensor, places: ConditionedPlaces) -> list[Tensor]:
         """Return the maps in the order of the places."""
         x = image if places.order is None else image[places.order]
         layers = [
@@ -254,7 +254,7 @@ class ConditionedEncoder(nn.Module):
                 maps.append(x)
         return maps
 
-    def _gates(self, convs: Sequence[nn.Module], places: Places) -> Sequence[Tensor | None]:
+    def _gates(self, convs: Sequence[nn.Module], places: ConditionedPlaces) -> Sequence[Tensor | None]:
         """Return gates of the places for each layer, all routers at once; None where every voxel has its own."""
         if places.is_map:
             return [None] * len(convs)

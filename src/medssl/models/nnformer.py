@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medssl.checks import choice
 from medssl.models.alice_backbones import Backbone
-from medssl.models.nnformer_blocks import Block, SelfAttention, SkipAttention, SkipBlock, initialise
+from medssl.models.nnformer_blocks import SelfAttention, SkipAttention, SkipBlock, WindowBlock, initialise
 from medssl.models.stem import fit_stem
 from medssl.models.unet import blocks_to_run, run
 from medssl.models.vit import resize_positions, sincos_positions
@@ -80,7 +80,9 @@ class EncoderStage(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, window: Triple, rule: str, rates: Sequence[float], last: bool):
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(SelfAttention(dim, num_heads, window=window, rule=rule, shifted=number % 2 == 1), drop_path=rate)
+            WindowBlock(
+                SelfAttention(dim, num_heads, window=window, rule=rule, shifted=number % 2 == 1), drop_path=rate
+            )
             for number, rate in enumerate(rates)
         )
         self.downsample = None if last else Merging(dim)
@@ -94,7 +96,9 @@ class DecoderStage(nn.Module):
         self.upsample = Expanding(2 * dim)
         skip = SkipBlock(SkipAttention(dim, num_heads, window=window, rule=rule), drop_path=rates[0])
         others = (
-            Block(SelfAttention(dim, num_heads, window=window, rule=rule, shifted=number % 2 == 1), drop_path=rate)
+            WindowBlock(
+                SelfAttention(dim, num_heads, window=window, rule=rule, shifted=number % 2 == 1), drop_path=rate
+            )
             for number, rate in enumerate(rates[1:], start=1)
         )
         self.blocks = nn.ModuleList([skip, *others])

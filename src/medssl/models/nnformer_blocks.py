@@ -162,7 +162,7 @@ class SkipAttention(WindowAttention):
         return self.proj(_cropped(self.mix((*query.unbind(0), *entries.unbind(0)), grid=grid), size))
 
 
-class Block(nn.Module):
+class WindowBlock(nn.Module):
     """A pre-norm transformer block over windows; residual branches are dropped at the rate `drop_path`."""
 
     def __init__(self, attn: WindowAttention, *, drop_path: float, mlp_ratio: float = 4.0) -> None:
@@ -187,7 +187,7 @@ class Block(nn.Module):
         return branch * (branch.new_empty(len(branch), 1, 1, 1, 1).bernoulli_(keep) / keep)
 
 
-class SkipBlock(Block):
+class SkipBlock(WindowBlock):
     """A block whose attention goes from upsampled tokens to those of the skip, both normed by the same layer."""
 
     def forward(  # type: ignore[override]

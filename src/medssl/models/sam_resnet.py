@@ -54,7 +54,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.conv2(self.conv1(x)) + shortcut, inplace=True)
 
 
-class Backbone(nn.Module):
+class SamBackbone(nn.Module):
     """Stem and four stages of two blocks; along z only stage 1 (by pooling) and stage 4 (by stride) halve."""
 
     layer1: nn.Sequential
@@ -131,7 +131,7 @@ class SamResNet(nn.Module):
         self.in_channels, self.channels = in_channels, (emb_dim, emb_dim)
         self.strides = ((2, 2, 2), (4, 16, 16))
         widths = [factor * base_channels for factor, _, _ in STAGES]
-        self.backbone = Backbone(in_channels, base_channels)
+        self.backbone = SamBackbone(in_channels, base_channels)
         self.neck = Pyramid(widths[:3], emb_dim)
         self.read_out_head = Pyramid(widths[3:], emb_dim)
         for module in self.backbone.modules():

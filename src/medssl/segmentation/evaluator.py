@@ -20,7 +20,7 @@ from medssl.segmentation.segment import Averaged, segment_stored
 
 
 @dataclass
-class Found:
+class Evaluation:
     """The results of a pass over some cases, the same on every rank; `contents` are hashes of image and classes."""
 
     dice: dict[str, np.ndarray] = field(default_factory=dict)
@@ -63,10 +63,10 @@ class Evaluator:
         full: bool,
         title: str,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> Found | None:
+    ) -> Evaluation | None:
         """Return the Dice of each case and class and, with `full`, surface distances too; None if it was stopped."""
         rank, world = rank_and_world()
-        own, stopped = Found(), False
+        own, stopped = Evaluation(), False
         was_training = network.training
         network.eval()
         for case in self._with_bar(cases[rank::world], title, shown=rank == 0):
@@ -89,7 +89,7 @@ class Evaluator:
         parts = gather_objects((own, stopped))
         if any(part_stopped for _, part_stopped in parts):
             return None
-        found = Found()
+        found = Evaluation()
         for part, _ in parts:
             found.dice |= part.dice
             found.contents |= part.contents
@@ -109,7 +109,7 @@ class Evaluator:
             out[:] = np.where(values[place] == plane, place, 0)
         return classes
 
-    def _score(self, own: Found, case: int, prediction: np.ndarray, *, full: bool) -> None:
+    def _score(self, own: Evaluation, case: int, prediction: np.ndarray, *, full: bool) -> None:
         record, truth = self.store.record(case), self.truth(case)
         num_classes = len(self.label_values)
         if full:

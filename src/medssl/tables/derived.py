@@ -68,7 +68,7 @@ class DeriveSummary:
 
 
 @dataclass(frozen=True)
-class Job:
+class TableJob:
     """A table that is to be made."""
 
     root: Path
@@ -102,7 +102,7 @@ def derive(
     with alone_in(folder):
         clear_partial(folder)
         jobs = [
-            Job(opened.root, folder, derivation, number, origin)
+            TableJob(opened.root, folder, derivation, number, origin)
             for number, origin in enumerate(_origins(opened, derivation))
             if _origin_of(folder / f"{cases[number]}.npz") not in (origin, DAMAGED)
         ]
@@ -124,7 +124,7 @@ def derive(
     return DeriveSummary(folder, len(cases), len(jobs), means, report)
 
 
-def derive_case(job: Job) -> None:
+def derive_case(job: TableJob) -> None:
     """Make and write the table of one case; the file appears under its name only when it is whole."""
     store = _opened(job.root)
     case = store.record(job.case).case

@@ -14,7 +14,7 @@ from medssl.data.atomic import write_text
 from medssl.data.randomness import counter_generator
 from medssl.data.scene import Scene
 from medssl.data.store import VolumeStore
-from medssl.extraction.embedding import Embedding, match_points
+from medssl.extraction.embedding import VolumeEmbedding, match_points
 from medssl.tables.derived import Table, table_of
 from medssl.tables.pairs import PairPoints
 
@@ -137,8 +137,8 @@ def _threshold(folder: Path) -> float:
     return float(json.loads(file.read_text())["median_score"])
 
 
-def _load(file: Path) -> tuple[Embedding, np.ndarray]:
+def _load(file: Path) -> tuple[VolumeEmbedding, np.ndarray]:
     with np.load(file) as table:
         x, y, z = table["volume_shape"].tolist()
         fine, coarse = torch.from_numpy(table["fine"]), torch.from_numpy(table["coarse"])
-        return Embedding(fine, coarse, table["cell_to_mm"], table["volume_to_mm"], (x, y, z)), table["points_mm"]
+        return VolumeEmbedding(fine, coarse, table["cell_to_mm"], table["volume_to_mm"], (x, y, z)), table["points_mm"]

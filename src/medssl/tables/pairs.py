@@ -1,7 +1,7 @@
 """Pair mining: tables of corresponding points of a store's volumes, which an anatomical embedding finds.
 
 Three derivations follow each other. `PairPoints` embeds each volume and keeps the vectors of some of its body points,
-`PairMatches` embeds it again and looks up the points of its partners, `Pairs` keeps what scores well. A volume is
+`PairMatches` embeds it again and looks up the points of its partners, `PairTable` keeps what scores well. A volume is
 therefore embedded twice for any number of partners, and no embedding is ever stored.
 """
 
@@ -167,7 +167,7 @@ class PairMatches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs:
+class PairTable:
     """Pairs of points of each case, as the query, with its partners, for `TableMatcher` to draw from.
 
     Table: `partner` (p) names of cases, `first` (p + 1) the row where each begins, `query_mm`, `key_mm` (row, 3) RAS,

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from medssl.data.module import VALIDATION_SEED, Batch
 from medssl.methods.base import Method, Progress
-from medssl.training.optim import build_optimizer, restate
+from medssl.training.optim import build_optimizer, rescale
 from medssl.training.scalars import StepScalars
 
 
@@ -58,7 +58,7 @@ class MethodModule(L.LightningModule):
         """Continue with the rates and decays of the settings, which may differ from those of the checkpoint."""
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LambdaLR)
-        restate(schedule.optimizer, schedule, settings=self.new_optimizer()[0])
+        rescale(schedule.optimizer, schedule, settings=self.new_optimizer()[0])
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of one micro-batch.

@@ -130,7 +130,7 @@ def build_optimizer(
     return optimizer, RateAndDecay(optimizer, share, decay=decay, decayed=decayed)
 
 
-def restate(optimizer: Optimizer, schedule: LambdaLR, *, settings: Optimizer) -> None:
+def rescale(optimizer: Optimizer, schedule: LambdaLR, *, settings: Optimizer) -> None:
     """Give a restored optimiser and its schedule the settings of another optimiser over the same groups.
 
     The restored values are those of the run so far; new settings may change its `lr`, decay and length.
