@@ -94,5 +94,5 @@ def test_networks_without_keypoints_refuse_the_choice(tmp_path):
     save_weights(tmp_path / "unet.safetensors", {"encoder": network.encoder}, {"encoder": recipe})
     with pytest.raises(ValueError, match=r"unet.safetensors knows no keypoints; leave it out"):
         find_initial(compose("finetune", [f"weights.path={tmp_path / 'unet.safetensors'}", "model.keypoints=zero"]))
-    with pytest.raises(ValueError, match="give weights=FILE or model=kaf too"):
+    with pytest.raises(ValueError, match="give weights=FILE, or a model that has them, too"):
         find_initial(compose("finetune", ["model.keypoints=zero"]))

@@ -84,7 +84,9 @@ def find_initial(config: DictConfig) -> Initial:
         )
     elif model.get("encoder") is None:
         if model.get("keypoints") is not None:
-            raise ValueError("model.keypoints needs a network that has them; give weights=FILE or model=kaf too")
+            raise ValueError(
+                "model.keypoints needs a network that has them; give weights=FILE, or a model that has them, too"
+            )
         preset = OmegaConf.load(config_dir() / "model" / f"{PRESET}.yaml")
         model = OmegaConf.to_container(preset, resolve=False)  # type: ignore[assignment]
     return Initial(path, card, layout, branch, model, decoder)
