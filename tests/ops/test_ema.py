@@ -55,3 +55,15 @@ def test_the_ends_of_the_momentum_are_exact(momentum, source):
     expected["new"] = net[0].weight.clone()
     update_ema(teacher, net, momentum=momentum)
     assert torch.equal(teacher[0].weight, expected[source])
+
+
+def test_a_student_that_trains_nothing_is_copied():
+    frozen = student().requires_grad_(False)
+    teacher = frozen_copy(frozen)
+    with torch.no_grad():
+        for tensor in (*frozen.parameters(), frozen[1].running_mean):
+            tensor += 1.0
+    update_ema(teacher, frozen, momentum=0.75)
+    pairs = zip(teacher.state_dict().values(), frozen.state_dict().values(), strict=True)
+    assert all(torch.equal(old, new) for old, new in pairs)
+    update_ema(nn.Identity(), nn.Identity(), momentum=0.75)

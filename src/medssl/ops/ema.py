@@ -23,7 +23,8 @@ def update_ema(teacher: nn.Module, student: nn.Module, *, momentum: float, copy_
     """
     pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
     trained = [(old, new) for old, new in pairs if new.requires_grad]
-    torch._foreach_lerp_([old for old, _ in trained], [new for _, new in trained], 1 - momentum)
+    if trained:  # frozen networks and those without parameters are copied
+        torch._foreach_lerp_([old for old, _ in trained], [new for _, new in trained], 1 - momentum)
     copied: list[tuple[Tensor, Tensor]] = [(old, new) for old, new in pairs if not new.requires_grad]
     if copy_buffers:
         copied += zip(teacher.buffers(), student.buffers(), strict=True)
