@@ -35,6 +35,11 @@ def test_plans_and_losses_equal_loops_in_the_probability_domain():
         assert matching_loss(found, pairs, reduction=reduction).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_score_of_the_dustbin_may_be_a_number():
+    waves = scores(2, 3, 4)
+    assert torch.equal(log_transport(waves, 0.7), log_transport(waves, torch.tensor(0.7, dtype=torch.float64)))
+
+
 def test_padding_changes_neither_plan_nor_gradient_whatever_it_holds():
     own = scores(1, 3, 4).requires_grad_()
     dustbin = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)

@@ -17,7 +17,7 @@ LEAST_LOG = -100.0
 
 def log_transport(
     scores: Float[Tensor, "b m n"],
-    dustbin: Float[Tensor, ""],
+    dustbin: Float[Tensor, ""] | float,
     *,
     num_iterations: int = 50,
     row_valid: Bool[Tensor, "b m"] | None = None,
@@ -30,7 +30,7 @@ def log_transport(
 
     Args:
         scores: Score of each pair of points.
-        dustbin: Score of having no partner.
+        dustbin: Score of having no partner; a number is not learnt.
         num_iterations: Iterations of Sinkhorn's algorithm; 50 are within 1e-5 of its limit for scores of a few units.
         row_valid: Which rows are points of the first set; None for all.
         column_valid: Which columns are points of the second set; None for all.
@@ -45,7 +45,7 @@ def log_transport(
     couplings = torch.nn.functional.pad(scores, (0, 1, 0, 1))
     is_bin = torch.zeros_like(couplings, dtype=torch.bool)
     is_bin[:, -1], is_bin[:, :, -1] = True, True
-    couplings = torch.where(is_bin, dustbin.to(scores), couplings)
+    couplings = torch.where(is_bin, torch.as_tensor(dustbin, dtype=scores.dtype, device=scores.device), couplings)
     couplings = couplings.masked_fill(~(rows[:, :, None] & columns[:, None]), NEVER)
 
     num_rows, num_columns = (valid[:, :-1].sum(1, keepdim=True).to(scores) for valid in (rows, columns))
