@@ -6,7 +6,7 @@ import torch
 from oracles import alignment as oracle
 
 from medssl.losses.alignment import halved_mse, inter_volume_loss, intra_volume_loss
-from medssl.methods.alice import teacher_temperature_at
+from medssl.ops.schedules import teacher_temperature
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "alice.json").read_text())["losses"]
 TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.05}
@@ -25,7 +25,7 @@ def test_three_calls_with_centres_in_between_give_the_card_s_values():
     reconstruction = wave((2, 1, 4, 4, 4), 0.02)
     centre, token_centre = torch.zeros(1, 16, dtype=torch.float64), torch.zeros(1, 16, dtype=torch.float64)
     for call, epoch in enumerate((0, 1, 5)):
-        temperature = teacher_temperature_at(epoch, 3, start=0.04, end=0.07)
+        temperature = teacher_temperature(epoch, 3, start=0.04, end=0.07)
         options = {"student_temperature": 0.1, "teacher_temperature": temperature}
         found = inter_volume_loss(crops, anchors, centre, **options)
         assert found.item() == pytest.approx(GOLDEN["inter_volume"][call], abs=2e-6)
@@ -42,10 +42,10 @@ def test_three_calls_with_centres_in_between_give_the_card_s_values():
 @pytest.mark.parity
 def test_the_teacher_s_temperature_is_the_released_table_at_whole_epochs():
     table = torch.linspace(0.008, 0.01, 30, dtype=torch.float64).tolist()
-    found = [teacher_temperature_at(epoch, 30, start=0.008, end=0.01) for epoch in range(32)]
+    found = [teacher_temperature(epoch, 30, start=0.008, end=0.01) for epoch in range(32)]
     assert found == pytest.approx([*table, 0.01, 0.01], abs=1e-12)
-    assert teacher_temperature_at(0.5, 2, start=0.1, end=0.3) == pytest.approx(0.2)
-    assert [teacher_temperature_at(0, n, start=0.1, end=0.3) for n in (0, 1)] == [0.3, 0.3], "nothing to rise in"
+    assert teacher_temperature(0.5, 2, start=0.1, end=0.3) == pytest.approx(0.2)
+    assert [teacher_temperature(0, n, start=0.1, end=0.3) for n in (0, 1)] == [0.3, 0.3], "nothing to rise in"
 
 
 def test_the_losses_equal_loops_over_crops_tokens_and_voxels():

@@ -150,7 +150,7 @@ class Alice(Method):
             aligned_target = cafa(student.bottleneck.detach(), context).float()
 
         start, end, epochs = self.temperature_ramp
-        temperature = teacher_temperature_at(progress.epoch, epochs, start=start, end=end)
+        temperature = schedules.teacher_temperature(progress.epoch, epochs, start=start, end=end)
         temperatures = {"student_temperature": self.student_temperature, "teacher_temperature": temperature}
         crops, anchors = (logits.float().unflatten(0, (2, -1)) for logits in (student.pooled, target.pooled))
         terms = {
@@ -293,14 +293,6 @@ class Alice(Method):
             "feature_std": direction_spread(features),
             "accuracy": (anchors[0].argmax(1) == crops[1].argmax(1)).float().mean(),
         }
-
-
-def teacher_temperature_at(epoch: float, epochs: float, *, start: float, end: float) -> float:
-    """Return the teacher's temperature: `start` at epoch 0, `end` from epoch `epochs - 1` on, linear between.
-
-    Source: repository alibaba-damo-academy/alice, loss.py.
-    """
-    return schedules.linear_ramp(epoch, max(epochs - 1, 0), start=start, end=end)
 
 
 def _check_widths(backbone: Backbone, head: AliceHead, cafa: CAFA) -> None:

@@ -125,7 +125,8 @@ class GLMAE(Method):
 
         student = self.head(torch.cat(list(features.values())))
         rows = dict(zip(images, student.split([len(image) for image in images.values()]), strict=True))
-        temperature = self._teacher_temperature(progress)
+        start, end, epochs = self.temperature_ramp
+        temperature = schedules.teacher_temperature(progress.epoch, epochs, start=start, end=end)
         probabilities = self._teacher_probabilities(anchors, temperature).unflatten(0, (num_views["global"], -1))
         teacher = anchors.unflatten(0, (num_views["global"], -1)) if self.consistency == "cosine" else probabilities
         for name, logits in rows.items():
@@ -235,10 +236,6 @@ class GLMAE(Method):
             consistency = {"global": cross / max(cross + local, 1), "local": local / max(cross + local, 1)}
         weights = {f"reconstruction_{name}": weight for name, weight in self.weight_reconstruction.items()}
         return weights | {f"consistency_{name}": weight for name, weight in consistency.items()}
-
-    def _teacher_temperature(self, progress: Progress) -> float:
-        start, end, epochs = self.temperature_ramp
-        return schedules.linear_ramp(progress.epoch, epochs, start=start, end=end)
 
 
 def view_major(image: Float[Tensor, "batch view channel x y z"]) -> Float[Tensor, "row channel x y z"]:
