@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medssl.models.heads import ProjectionHead
@@ -163,6 +163,18 @@ def test_nothing_is_loaded_unless_everything_matches(own):
         load_parts(own, {"encoder": network(2), "decoder": nn.Linear(1, 1)})
 
 
+def test_parts_are_loaded_from_a_mapping_as_from_its_file(own):
+    tensors, from_file, from_mapping = load_file(own), network(2), network(2)
+    assert str(load_parts(own, {"encoder": from_file})[0]) == str(load_parts(tensors, {"encoder": from_mapping})[0])
+    assert equal(from_mapping, from_file)
+    with pytest.raises(ValueError, match="the mapping holds no part `decoder`; it holds encoder, teacher_encoder"):
+        load_parts(tensors, {"decoder": nn.Linear(1, 1)})
+    untouched = network(2, depth=3)
+    with pytest.raises(ValueError, match=r"the mapping does not fit; nothing was loaded. encoder: .*12 missing"):
+        load_parts(tensors, {"encoder": untouched})
+    assert equal(untouched, network(2, depth=3))
+
+
 def test_partial_loading_is_asked_for_and_reported(own):
     target = network(2, depth=3)
     (report,) = load_parts(own, {"encoder": target}, partial=True)
@@ -235,6 +247,11 @@ def test_a_published_encoder_loads_whole_and_its_architecture_is_read_off_it(che
     assert equal(encoder, student["encoder"])
     assert (encoder.grid, encoder.patch_voxel, encoder.feature_depths) == ((3, 3, 3), (4, 4, 4), (1, 1, 2, 2))
     assert equal(load_encoder(path, layout="glmae", branch="teacher"), teacher["encoder"])
+    untrained = load_encoder(path, layout="glmae", branch="teacher")
+    held = {"student": torch.load(path, weights_only=False)["student"]}
+    (report,) = load_parts(held, {"encoder": untrained}, layout="glmae")
+    assert report.fits
+    assert equal(untrained, student["encoder"])
 
 
 @pytest.mark.parity

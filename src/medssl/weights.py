@@ -187,7 +187,7 @@ def load_segmenter(path: str | Path, *, allow_modules: Sequence[str] = ()) -> tu
 
 
 def load_parts(
-    path: str | Path,
+    source: str | Path | Mapping[str, Any],
     parts: Mapping[str, nn.Module],
     *,
     layout: str | None = None,
@@ -196,6 +196,9 @@ def load_parts(
 ) -> list[LoadReport]:
     """Load the named parts of a file into modules of the same names, all tensors or none, and return the reports.
 
+    `source` is a path, or what such a file holds: tensors named `part.tensor` as in ours, or with `layout` what
+    `torch.load` gives for a published file.
+
     Modules with an `adapt` method may resize tensors that they know how to resize (position tables, input channels) and
     leave out tensors that they do not use (a CLS token). The reports list these. A part is loaded into the network
     inside a `Reoriented`. With `partial=True`, missing, unexpected and ill-shaped tensors are reported, not refused.
@@ -203,23 +206,24 @@ def load_parts(
     Raises:
         ValueError: The file is wrong, does not hold a part, or its tensors do not match.
     """
+    where = "the mapping" if isinstance(source, Mapping) else str(source)
     prefix = f"{branch}_" if layout is None and branch != "student" else ""
     wanted = [f"{prefix}{part}" for part in parts]
-    tensors = _own(path, wanted) if layout is None else _published(path, layout, branch)
+    tensors = _own(source, wanted) if layout is None else _published(source, layout, branch)
     reports, accepted = [], []
     for name, (part, wrapped) in zip(wanted, parts.items(), strict=True):
         module = _bare(wrapped)
         stored = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
         if not stored:
-            held = _parts_of(path) if layout is None else sorted({key.partition(".")[0] for key in tensors})
-            raise ValueError(f"{path} holds no part `{name}`; it holds {', '.join(held)}")
+            held = _parts_of(source if layout is None else tensors)
+            raise ValueError(f"{where} holds no part `{name}`; it holds {', '.join(held)}")
         report, fitting = _compare(part, module, stored)
         reports.append(report)
         accepted.append((module, fitting))
-        log.info("%s: %s", path, report)
+        log.info("%s: %s", where, report)
     wrong = [str(report) for report in reports if not report.fits]
     if wrong and not partial:
-        raise ValueError(f"{path} does not fit; nothing was loaded. {'; '.join(wrong)}")
+        raise ValueError(f"{where} does not fit; nothing was loaded. {'; '.join(wrong)}")
     for module, fitting in accepted:
         module.load_state_dict(fitting, strict=not partial)
     return reports
@@ -261,25 +265,33 @@ def _compare(part: str, module: nn.Module, stored: dict[str, Tensor]) -> tuple[L
     return report, fitting
 
 
-def _own(path: str | Path, parts: Sequence[str]) -> dict[str, Tensor]:
-    """Return the tensors of some parts of a file of ours; other parts are not read."""
-    read_card(path)
+def _own(source: str | Path | Mapping[str, Any], parts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors of some parts of a file of ours, or of a mapping like it; other parts are not read."""
+    if isinstance(source, Mapping):
+        return {key: tensor for key, tensor in source.items() if key.partition(".")[0] in parts}
+    read_card(source)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(source, framework="pt") as file:
             keys = [key for key in file.keys() if key.partition(".")[0] in parts]  # noqa: SIM118  (no mapping)
             return {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
-        raise ValueError(_wrong_kind(Path(path), error)) from None
+        raise ValueError(_wrong_kind(Path(source), error)) from None
 
 
-def _parts_of(path: str | Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
+def _parts_of(source: str | Path | Mapping[str, Any]) -> list[str]:
+    """Return the parts that a file of ours, or a mapping of its tensors, holds."""
+    if isinstance(source, Mapping):
+        return sorted({key.partition(".")[0] for key in source})
+    with safe_open(source, framework="pt") as file:
         return sorted({key.partition(".")[0] for key in file.keys()})  # noqa: SIM118  (no mapping)
 
 
-def _published(path: str | Path, layout: str, branch: str) -> dict[str, Tensor]:
-    source = _existing(path)
+def _published(path: str | Path | Mapping[str, Any], layout: str, branch: str) -> dict[str, Tensor]:
+    """Return the tensors of a published file, or of what it holds, under our names."""
     read = catalogue.get(layout).read
+    if isinstance(path, Mapping):
+        return read(path, source="the mapping", branch=branch)
+    source = _existing(path)
     try:
         with torch.serialization.safe_globals(catalogue.SAFE_GLOBALS):
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
