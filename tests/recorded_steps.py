@@ -5,7 +5,7 @@ Each `methods/test_*_configs.py` states its `TEN_STEPS`. Tests compare them; `py
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class TenSteps:
         batch: the views that a step sees.
         optimizer: settings that differ from those of the run.
         clip_norm: largest norm of all gradients; None does not clip.
+        float64: compute in 64 bits, for losses that amplify the rounding of 32 bits, as hard negatives do.
         rel, abs: how far a test lets a loss be from the recorded one.
     """
 
@@ -39,6 +40,7 @@ class TenSteps:
     batch: Callable[[int], Mapping[str, View]]
     optimizer: Mapping[str, Any] | None = None
     clip_norm: float | None = None
+    float64: bool = False
     rel: float = 5e-3
     abs: float | None = None
 
@@ -62,6 +64,15 @@ def assert_recorded(steps: TenSteps) -> None:
 
 def take(steps: TenSteps, terms: list[str]) -> list[list[float]]:
     """Train for ten steps and return the losses of `terms`, a row a step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if steps.float64 else before)
+    try:
+        return _take(steps, terms)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _take(steps: TenSteps, terms: list[str]) -> list[list[float]]:
     values = steps.values()
     torch.manual_seed(0)
     method = build(values["method"], base=Method)
@@ -71,7 +82,10 @@ def take(steps: TenSteps, terms: list[str]) -> list[list[float]]:
     for step in range(NUM_STEPS):
         progress = Progress(step, NUM_STEPS, step / 2, 5.0, 0)
         torch.manual_seed(step)
-        output = method(steps.batch(step), progress)
+        views = steps.batch(step)
+        if steps.float64:
+            views = {name: replace(view, image=view.image.double()) for name, view in views.items()}
+        output = method(views, progress)
         losses.append([output.logs[term].item() for term in terms])
         output.loss.backward()
         method.after_backward(progress)
