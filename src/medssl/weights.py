@@ -259,7 +259,9 @@ def _compare(part: str, module: nn.Module, stored: dict[str, Tensor]) -> tuple[L
         missing=tuple(sorted(expected.keys() - adapted.keys())),
         unexpected=tuple(sorted(adapted.keys() - expected.keys())),
         ill_shaped=tuple(ill_shaped),
-        reshaped=tuple(sorted(key for key in fitting if stored[key].shape != fitting[key].shape)),
+        reshaped=tuple(
+            sorted(key for key in fitting.keys() & stored.keys() if stored[key].shape != fitting[key].shape)
+        ),
         left_out=tuple(sorted(stored.keys() - adapted.keys())),
     )
     return report, fitting

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from oracles.kaf import Oracle, fill, published_shapes
+from torch import nn
 
 from medssl.layouts import kaf as layout
 from medssl.models.kaf_heads import KAFHeads
@@ -103,12 +104,15 @@ def test_names_and_shapes_are_the_published_ones():
     assert sum(name.startswith("encoder.") for name in pretraining) == 1324
     with torch.device("meta"):
         encoder = KAFEncoder(spatial_dims=2, base_channels=32, num_layers=8)
-        heads = KAFHeads(bottleneck_channels=1024, token_channels=1024)
+        heads = KAFHeads(bottleneck_channels=1024, token_channels=1024, local=True)
         decoder = KAFDecoder(in_channels=1, encoder_channels=encoder.channels, encoder_strides=encoder.strides)
         networks = {"encoder": encoder, "heads": heads, "matcher": KeypointMatcher(spatial_dims=2)}
         for published, parts in (
             (pretraining, networks),
-            (published_shapes(base=32, pairs=8, classes=8), {"encoder": encoder, "decoder": decoder}),
+            (
+                published_shapes(base=32, pairs=8, classes=8),
+                {"encoder": encoder, "decoder": decoder, "head": nn.Sequential(nn.Conv2d(64, 8, 1, bias=False))},
+            ),
         ):
             state = {"net": {name: torch.empty(shape) for name, shape in published.items()}}
             mapped = layout.kaf(state, source="made up", branch="student")

@@ -1,5 +1,6 @@
 """The layout of files of KAF's code."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -29,19 +30,22 @@ HEADS = {
     "head.2.": "heads.bottleneck.0.",
     "head.4.": "heads.bottleneck.2.",
     "graph_head.": "heads.keypoint.",
+    "graph_local_head.": "heads.local.",
     "graph_feature_mlp.": "heads.fusion.",
     "superglue.final_proj.": "matcher.final.",
     "superglue.bin_score": "matcher.dustbin",
     "superglue.": "matcher.",
+    "decoder.head.": "head.",
 }
-UNUSED = (r"^encoder\.graph_\d\.superglue\.(final_proj\.|bin_score)", r"^graph_local_head\.", r"^decoder\.head\.")
+UNUSED = r"^encoder\.graph_\d\.superglue\.(final_proj\.|bin_score)"
+log = logging.getLogger(__name__)
 
 
 def kaf(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
-    """Return encoder and heads, matcher or decoder of a file of KAF; its state dict lies under `net`.
+    """Return the parts of a file of KAF, whose state dict lies under `net`.
 
-    Three kinds of tensors are left out: those that its keypoint layers never use, the head of the optional local
-    contrast, and the output layer of a segmentation.
+    They are encoder, heads (also that of the optional local contrast) and matcher, or encoder, decoder and the output
+    layer `head` of a segmentation. Tensors that its keypoint layers never use are left out and logged.
 
     Raises:
         ValueError: There is no such branch or no encoder.
@@ -53,11 +57,13 @@ def kaf(checkpoint: Any, *, source: str, branch: str) -> dict[str, Tensor]:
     parts = {
         _kaf_name(key): tensor.squeeze(2) if tensor.ndim == 3 else tensor
         for key, tensor in tensors.items()
-        if not any(re.match(unused, key) for unused in UNUSED)
+        if not re.match(UNUSED, key)
     }
     if "encoder.kaf.0.embed.weight" not in parts or "encoder.center.2.weight" not in parts:
         shown = ", ".join(list(tensors)[:4]) or type(checkpoint).__name__
         raise ValueError(f"{source} holds no encoder of the layout `kaf`; its first entries are {shown}")
+    if left_out := [key for key in tensors if re.match(UNUSED, key)]:
+        log.info("%s: left out %s", source, ", ".join(left_out))
     return parts
 
 

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medssl.models.conv_blocks import CONVOLUTIONS, initialise, norm_layer
-from medssl.models.macl_unet import fit_axes
 from medssl.models.skip_decoder import SkipDecoder
 
 
@@ -79,7 +78,3 @@ class AttentionUNetDecoder(SkipDecoder):
     ) -> Float[Tensor, "batch channel *spatial"]:
         """Return the encoder's map after the gate of that level."""
         return self.gates[level](up, encoded)
-
-    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the same weights, those of slices fitted to volumes as in `MACLUNetDecoder`."""
-        return fit_axes(tensors, self)

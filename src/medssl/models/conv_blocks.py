@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -107,3 +108,17 @@ def check_image(image: Float[Tensor, "batch channel *spatial"], stride: Sequence
     size = tuple(image.shape[2:])
     if len(size) != len(stride) or any(side % step for side, step in zip(size, stride, strict=True)):
         raise ValueError(f"an image of {size} voxels does not fit; sides must be multiples of {tuple(stride)}")
+
+
+def fit_axes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Return the weights with kernels of two axes extended to the three of `network`: its planes act as slices did.
+
+    Kernels go to the middle plane. A transposed convolution without overlap gets a copy for each of its planes.
+    """
+    fitted = dict(tensors)
+    for name, module in network.named_modules():
+        kernel = fitted.get(key := f"{name}.weight")
+        if isinstance(module, _ConvNd) and kernel is not None and kernel.ndim == module.weight.ndim - 1:
+            spread = module.transposed
+            fitted[key] = torch.stack([kernel] * module.weight.shape[-1], -1) if spread else inflated(kernel)
+    return fitted

@@ -73,3 +73,9 @@ class KAFHeads(nn.Module):
             points = embedded.new_zeros(*tokens.shape[:2], embedded.shape[1])
             points = points.index_put((output.valid,), self.local(tokens[output.valid]))
         return KAFEmbeddings(image, keypoints, tokens.mT, has_keypoints, points)
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights without the head of single keypoints, where this network has none."""
+        return {
+            key: tensor for key, tensor in tensors.items() if self.local is not None or not key.startswith("local.")
+        }

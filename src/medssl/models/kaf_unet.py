@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from medssl.models.conv_blocks import (
     with_axes,
 )
 from medssl.models.kaf_layer import KAFLayer, Keypoints, find_tokens
+from medssl.models.keypoint_attention import fit_code
 from medssl.models.keypoints import Detector, DifferenceOfGaussians, detect
 from medssl.models.skip_decoder import SkipDecoder
 from medssl.models.stem import fit_stem
@@ -225,10 +225,7 @@ class KAFEncoder(nn.Module):
             if not key.startswith("kaf.") or key.split(".")[1] in self.kaf
         }
         for level in self.kaf:
-            key = f"kaf.{level}.position.mlp.0.weight"
-            weight = fitted.get(key)
-            if weight is not None and weight.shape[1] == 2 and self.spatial_dims == 3:
-                fitted[key] = F.pad(weight, (0, 1))
+            fitted = fit_code(fitted, f"kaf.{level}.position", self.spatial_dims)
         return fit_stem(fitted, "stages.0.0.conv.weight", self.in_channels)
 
     def _joined(self, x: Tensor, level: int, keypoints: Keypoints) -> tuple[Tensor, list[Tensor]]:

@@ -1,7 +1,7 @@
 """Attention among keypoints: packed tokens, their norm, a code of their places, and a layer of message passing."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -138,6 +138,14 @@ class PositionCode(nn.Module):
         dtype: torch.dtype = self.mlp[0].weight.dtype  # type: ignore[assignment]
         with torch.autocast(voxel.device.type, enabled=False):
             return self.mlp(normalised(voxel, size_voxel, axis_swap=self.axis_swap, dtype=dtype))
+
+
+def fit_code(tensors: Mapping[str, Tensor], name: str, spatial_dims: int) -> dict[str, Tensor]:
+    """Return the weights, with a weight of zero for the third axis where the `PositionCode` `name` is of slices."""
+    key, fitted = f"{name}.mlp.0.weight", dict(tensors)
+    if key in fitted and fitted[key].shape[1] == 2 and spatial_dims == 3:
+        fitted[key] = F.pad(fitted[key], (0, 1))
+    return fitted
 
 
 class MessageLayer(nn.Module):

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from medssl.models.kaf_layer import find_tokens
-from medssl.models.keypoint_attention import MessageLayer, PositionCode
+from medssl.models.keypoint_attention import MessageLayer, PositionCode, fit_code
 
 LAYERS = ("self", "cross")
 
@@ -44,7 +44,7 @@ class KeypointMatcher(nn.Module):
         super().__init__()
         if wrong := sorted(set(layers) - set(LAYERS)):
             raise ValueError(f"matcher layers are {', '.join(LAYERS)}; got {', '.join(wrong)}")
-        self.kinds = tuple(layers)
+        self.kinds, self.spatial_dims = tuple(layers), spatial_dims
         self.position = PositionCode(spatial_dims, dim, widths=position_widths, norm=token_norm, axis_swap=axis_swap)
         self.attention = nn.ModuleList(MessageLayer(dim, num_heads=num_heads, norm=token_norm) for _ in layers)
         self.final = nn.Linear(dim, dim)
@@ -85,3 +85,7 @@ class KeypointMatcher(nn.Module):
             dtype = self.final.weight.dtype
             a, b = (packing.pad(self.final(own.to(dtype))) for packing, own in zip(packings, tokens, strict=True))
             return a @ b.mT / a.shape[-1] ** 0.5
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights, those of slices fitted to volumes: the last coordinate has a weight of zero."""
+        return fit_code(tensors, "position", self.spatial_dims)

@@ -4,17 +4,15 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from medssl.checks import choice
 from medssl.models.conv_blocks import (
     CONVOLUTIONS,
     check_image,
     conv_block,
-    inflated,
+    fit_axes,
     initialise,
     pooled,
     steps_of,
@@ -116,24 +114,3 @@ class MACLUNetDecoder(SkipDecoder):
 
     Source: arXiv:2309.11876; repository stevezs315/MACL, network/unet2d.py.
     """
-
-    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights, those of slices fitted to volumes.
-
-        Kernels of slices stand in the middle plane of the last axis; those of transposed convolutions in all planes.
-        """
-        return fit_axes(tensors, self)
-
-
-def fit_axes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights with kernels of two axes extended to the three of `network`: its planes act as slices did.
-
-    Kernels go to the middle plane. A transposed convolution without overlap gets a copy for each of its planes.
-    """
-    fitted = dict(tensors)
-    for name, module in network.named_modules():
-        kernel = fitted.get(key := f"{name}.weight")
-        if isinstance(module, _ConvNd) and kernel is not None and kernel.ndim == module.weight.ndim - 1:
-            spread = module.transposed
-            fitted[key] = torch.stack([kernel] * module.weight.shape[-1], -1) if spread else inflated(kernel)
-    return fitted

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from medssl.building import NETWORKS, build, build_network, named_class, takes
-from medssl.models.conv_blocks import CONVOLUTIONS, UPSAMPLINGS
+from medssl.models.conv_blocks import CONVOLUTIONS, UPSAMPLINGS, fit_axes
 from medssl.models.reoriented import Reoriented
 from medssl.ops.patches import axes_of
 
@@ -35,7 +36,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"deep_supervision is {deep_supervision}, this decoder allows 0 to {len(widths) - 1}")
         self.encoder, self.decoder, self.num_classes = encoder, decoder, num_classes
         supervised = widths[: 1 + deep_supervision]
-        self.head = nn.ModuleList(output_layer(width, num_classes, step=strides[0]) for width in supervised)
+        self.head = OutputLayers(output_layer(width, num_classes, step=strides[0]) for width in supervised)
         self.takes_coordinate = bool(getattr(encoder, "takes_coordinate", False))
         self.multiple_voxel = tuple(math.lcm(*steps) for steps in zip(*levels(encoder)[1], strict=True))
 
@@ -79,6 +80,18 @@ class Segmenter(nn.Module):
         if expected not in (None, image.shape[1]):
             raise ValueError(f"the network reads {expected} channels, the image has {image.shape[1]}")
         return self.decoder(image, self.encoder(image, coordinate) if self.takes_coordinate else self.encoder(image))
+
+
+class OutputLayers(nn.ModuleList):
+    """The layers to full resolution, one for each supervised resolution."""
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights, those of slices fitted to volumes, and biases of zero for layers that have none there."""
+        fitted = fit_axes(tensors, self)
+        for name, own in self.state_dict().items():
+            if name.endswith(".bias") and name.replace(".bias", ".weight") in fitted:
+                fitted.setdefault(name, torch.zeros_like(own))
+        return fitted
 
 
 def build_segmenter(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medssl.models.conv_blocks import UPSAMPLINGS, conv_block, initialise
+from medssl.models.conv_blocks import UPSAMPLINGS, conv_block, fit_axes, initialise
 from medssl.models.unet import blocks_to_run, run
 from medssl.ops.patches import axes_of
 
@@ -84,3 +84,10 @@ class SkipDecoder(nn.Module):
     ) -> Float[Tensor, "batch channel *spatial"]:
         """Return the map that is joined to the up-sampled map at `level`: the encoder's map as it is."""
         return encoded
+
+    def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights, those of slices fitted to volumes.
+
+        Kernels of slices stand in the middle plane of the last axis; those of transposed convolutions in all planes.
+        """
+        return fit_axes(tensors, self)
