@@ -66,6 +66,13 @@ def at(step, **options):
     return Progress(step, 100, float(step), 100.0, 0, **options)
 
 
+def with_two_coordinates(views):
+    """The last row of the anchor lies elsewhere than the others of its location."""
+    coordinate = views["anchor"].coordinate.clone()
+    coordinate[-1, -1] = torch.tensor([0.25, 0.5, 0.75])
+    return {**views, "anchor": replace(views["anchor"], coordinate=coordinate)}
+
+
 def step(method, views, number=0):
     """One optimiser step without an optimiser: weights stay, queue and key encoder move."""
     output = method(views, at(number))
@@ -308,6 +315,10 @@ def test_all_weights_have_one_group_and_pictures_show_the_location():
         (lambda: make(num_splits=0), "num_splits must be at least 1"),
         (lambda: make()(batch(b=1), at(0)), "at least 2 samples .* raise batch_size"),
         (lambda: make()({}, at(0)), "a view group `anchor` with two views"),
+        (
+            lambda: make()(with_two_coordinates(batch()), at(0)),
+            r"location 1 has the coordinates .*\[0.25, 0.5, 0.75\].* in one batch",
+        ),
         (lambda: make()({"anchor": replace(batch()["anchor"], coordinate=None)}, at(0)), "use placement GridCrop"),
         (
             lambda: DrasCLR(

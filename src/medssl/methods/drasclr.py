@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("sum", "mean")
 KEY_NORMS = ("shuffle", "split", "plain")
+SAME_COORDINATE = 1e-4
+"""Coordinates that differ by no more than this are the same but for rounding."""
 
 
 class Keys(NamedTuple):
@@ -256,9 +258,23 @@ class DrasCLR(Method):
 
 
 def _locations(view: View) -> tuple[Int64[Tensor, "b v"], Float[Tensor, "b v 3"], Bool[Tensor, "b v"]]:
-    """Return numbers and coordinates of the views' locations, and whether their subjects show them."""
+    """Return numbers and coordinates of the views' locations, and whether their subjects show them.
+
+    Raises:
+        ValueError: The views have no locations, or views of one location have different coordinates.
+    """
     if view.location_index is None or view.coordinate is None or view.location_valid is None:
         raise ValueError("DrasCLR needs crops at locations; use placement GridCrop and sampler SameLocation")
+    location, coordinate = view.location_index.flatten(), view.coordinate.flatten(0, 1)
+    places, index = _routes(location, coordinate)
+    differs = ((coordinate - places[index]).abs() > SAME_COORDINATE).any(1)
+    if differs.any():
+        row = int(differs.nonzero()[0])
+        one, other = ([round(x, 4) for x in place[row].tolist()] for place in (places[index], coordinate))
+        raise ValueError(
+            f"location {int(location[row])} has the coordinates {one} and {other} in one batch, but a location has the "
+            "same coordinate in all cases; number other coordinates as other locations"
+        )
     return view.location_index, view.coordinate, view.location_valid
 
 
