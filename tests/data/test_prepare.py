@@ -271,7 +271,7 @@ def test_the_command_answers_mistakes_in_one_line(tmp_path):
         (["data=folder"], "error: data=folder needs data.root=PATH"),
         (["data=folder", f"data.root={tmp_path}"], "error: no image below"),
         (["data=store", f"store={tmp_path}"], "error: data=store is a finished store"),
-        (["num_workers=-1"], "error: num_workers takes null"),
+        (["num_workers=-1"], "error: num_workers must be a whole number from 0 up, or null for one a core; got -1"),
         (["data.channels=first"], "error: channels takes all, null or the number of a channel (from 0), got 'first'"),
     ):
         done = subprocess.run(
