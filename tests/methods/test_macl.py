@@ -95,9 +95,9 @@ def test_its_maps_and_embeddings_have_the_recorded_shapes_means_and_deviations(g
     method = deepcopy(golden[0])  # whose norms may count further calls
     full, small, moved, moved_small = (image[..., None] for image in golden_images())
     with torch.no_grad():
-        auxiliary, dominant, decoded = method._branches(full, small)
+        auxiliary, dominant, decoded = method._branches(full, method._small(small))
         places = method.heads.places(auxiliary, decoded)
-        images = method.heads.images(*method._branches(moved, moved_small))
+        images = method.heads.images(*method._branches(moved, method._small(moved_small)))
     recorded = [
         (auxiliary, (4, 64, 8, 8), 0.107365, 0.151868),
         (places[0], (4, 16, 8, 8), 0.370002, 0.603442),
