@@ -55,6 +55,28 @@ def test_keypoints_of_the_image_are_used_where_none_are_given(brightest):
     assert not torch.allclose(maps[-1], without[-1])
 
 
+def test_a_segmenter_passes_given_keypoints_to_its_encoder(brightest):
+    network, _ = segmenter()
+    network.eval()
+    image = torch.randn(2, 2, 16, 16, 16)
+    found = brightest.detect(image, max_points=6, detector=None)
+    brightest.calls.clear()
+    given = {"points": found.points, "valid": found.valid}
+    logits, outputs = network(image, **given), network.outputs(image, **given)
+    assert brightest.calls == [], "nothing is looked for where keypoints are given"
+    assert torch.equal(logits, network(image))
+    assert torch.equal(outputs[0], logits)
+    without = network(image, points=found.points, valid=torch.zeros_like(found.valid))
+    assert not torch.allclose(logits, without)
+
+
+def test_keypoints_for_an_encoder_without_any_are_refused():
+    encoder = {"_target_": "medssl.models.unet.UNetEncoder", "widths": [4, 8], "strides": [1, 2]}
+    network, _ = build_segmenter(encoder, None, num_classes=3, in_channels=2)
+    with pytest.raises(ValueError, match="UNetEncoder takes no keypoints; leave points out"):
+        network(torch.randn(1, 2, 16, 16, 16), points=torch.zeros(1, 1, 3))
+
+
 @pytest.mark.parametrize("name", ["DifferenceOfGaussians", "Foerstner"])
 def test_recipes_name_the_detector(name):
     network, recipes = segmenter(detector={"_target_": f"medssl.models.keypoints.{name}"})

@@ -74,6 +74,8 @@ class KAFEncoder(nn.Module):
     Source: arXiv:2310.01680; repository zshyang/kaf, network/dynamic_graph_unet2d.py.
     """
 
+    takes_points = True
+
     def __init__(
         self,
         *,

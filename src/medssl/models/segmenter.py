@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from medssl.building import NETWORKS, build, build_network, named_class, takes
@@ -38,37 +38,48 @@ class Segmenter(nn.Module):
         supervised = widths[: 1 + deep_supervision]
         self.head = OutputLayers(output_layer(width, num_classes, step=strides[0]) for width in supervised)
         self.takes_coordinate = bool(getattr(encoder, "takes_coordinate", False))
+        self.takes_points = bool(getattr(encoder, "takes_points", False))
         self.multiple_voxel = tuple(math.lcm(*steps) for steps in zip(*levels(encoder)[1], strict=True))
 
     def forward(
         self,
         image: Float[Tensor, "batch channel *spatial"],
         coordinate: Float[Tensor, "batch 3 *spatial"] | None = None,
+        *,
+        points: Float[Tensor, "batch n axis"] | None = None,
+        valid: Bool[Tensor, "batch n"] | None = None,
     ) -> Float[Tensor, "batch class *spatial"]:
         """Return logits at full resolution.
 
         Where `takes_coordinate` is set, `coordinate` says where every voxel lies: -1 to 1 from face to face of the
-        body box. Outside the box it is that of the nearest face.
+        body box. Outside the box it is that of the nearest face. Where `takes_points` is set, `points` are keypoints in
+        voxels of the image, of which the `valid` ones count; without them the encoder finds its own.
 
         Raises:
-            ValueError: A side is no multiple of `multiple_voxel`, or the image has another number of channels.
+            ValueError: A side is no multiple of `multiple_voxel`, the image has another number of channels, or points
+                are given to an encoder that takes none.
         """
-        return self.head[0](self._decoded(image, coordinate)[0])
+        return self.head[0](self._decoded(image, coordinate, points, valid)[0])
 
     def outputs(
         self,
         image: Float[Tensor, "batch channel *spatial"],
         coordinate: Float[Tensor, "batch 3 *spatial"] | None = None,
+        *,
+        points: Float[Tensor, "batch n axis"] | None = None,
+        valid: Bool[Tensor, "batch n"] | None = None,
     ) -> list[Float[Tensor, "batch class *coarse"]]:
-        """Return logits of every supervised resolution, full resolution first."""
-        supervised = self._decoded(image, coordinate)[: len(self.head)]
+        """Return logits of every supervised resolution, full resolution first; see `forward`."""
+        supervised = self._decoded(image, coordinate, points, valid)[: len(self.head)]
         return [head(level) for head, level in zip(self.head, supervised, strict=True)]
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the networks that a file holds, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
 
-    def _decoded(self, image: Tensor, coordinate: Tensor | None) -> list[Tensor]:
+    def _decoded(
+        self, image: Tensor, coordinate: Tensor | None, points: Tensor | None, valid: Tensor | None
+    ) -> list[Tensor]:
         size = tuple(image.shape[2:])
         if any(side % step for side, step in zip(size, self.multiple_voxel, strict=True)):
             fitting = tuple(-(-side // step) * step for side, step in zip(size, self.multiple_voxel, strict=True))
@@ -79,7 +90,11 @@ class Segmenter(nn.Module):
         expected = getattr(self.encoder, "in_channels", None)
         if expected not in (None, image.shape[1]):
             raise ValueError(f"the network reads {expected} channels, the image has {image.shape[1]}")
-        return self.decoder(image, self.encoder(image, coordinate) if self.takes_coordinate else self.encoder(image))
+        if points is not None and not self.takes_points:
+            raise ValueError(f"{type(self.encoder).__name__} takes no keypoints; leave points out")
+        where = (coordinate,) if self.takes_coordinate else ()
+        keypoints = {} if points is None else {"points": points, "valid": valid}
+        return self.decoder(image, self.encoder(image, *where, **keypoints))
 
 
 class OutputLayers(nn.ModuleList):
