@@ -69,7 +69,8 @@ def test_the_dense_term_by_positions_of_places_is_that_of_a_plain_loop():
     views = {**batch(), "still": view}
     views = {name: replace(group, image=group.image.double()) for name, group in views.items()}
     found = method(views, NOW).logs["dense"].item()
-    auxiliary, _, decoded = method._branches(*[views["still"].image[:, 0]] * 2)
+    image = views["still"].image[:, 0]
+    auxiliary, _, decoded = method._branches(image, method._small(image))
     maps = method.heads.places(auxiliary, decoded)
     near = by_hand(view, 0.02)
     rows = [row.tolist() for part in maps for row in rows_of(part.detach(), torch.arange(8))]
