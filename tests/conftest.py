@@ -20,6 +20,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.append(str(Path(__file__).parent))  # makes the slow oracles importable
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deal the tests out by files, for `-n 2 --dist loadgroup`: what a file computes once is computed once.
 
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = "ddp" if item.get_closest_marker("ddp") else item.nodeid.partition("::")[0]
             item.add_marker(pytest.mark.xdist_group(name))
     items.sort(key=lambda item: item.path.parent != config.rootpath / "tests")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Stop where pytest-xdist does not see the groups: files would be torn apart, and their fixtures computed twice."""
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("this pytest-xdist does not see the groups of tests; install constraints.txt")
 
 
 @pytest.fixture(scope="session")
