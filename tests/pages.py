@@ -6,11 +6,15 @@ holds commands; a block of Python without a file name above it is run as a progr
 
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^(?:`(?P<file>[\w./-]+)`\n\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -39,21 +43,47 @@ def steps(page: str) -> Iterator[Step]:
             yield Step("program", text)
 
 
-def follow(page: str, folder: Path) -> list[str]:
-    """Do all steps of a page in an empty folder, and return what each command and program printed."""
+def follow(page: str, folder: Path) -> int:
+    """Do all steps of a page in an empty folder, each command and program in its own process; return their number."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    printed = []
-    for step in steps(page):
-        if step.kind == "file":
-            target = folder / step.file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(step.text)
-            continue
+    done = [step for step in steps(page) if not _written(step, folder)]
+    for step in done:
         call = ["bash", "-c", step.text] if step.kind == "command" else [sys.executable, "-c", step.text]
-        done = subprocess.run(
+        ended = subprocess.run(
             call, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
-        assert done.returncode == 0, f"{page}: {step.text}\n{done.stdout}\n{done.stderr}"
-        printed.append(done.stdout)
-    return printed
+        assert ended.returncode == 0, f"{page}: {step.text}\n{ended.stdout}\n{ended.stderr}"
+    return len(done)
+
+
+def follow_here(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Do all steps of a page in an empty folder, commands and programs in this process; return their number."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    known = set(sys.modules)
+    done = [step for step in steps(page) if not _written(step, folder)]
+    try:
+        for step in done:
+            if step.kind == "program":
+                exec(compile(step.text, page, "exec"), {"__name__": "__main__"})
+                continue
+            python, _, module, *words = shlex.split(step.text)
+            assert python == "python"
+            monkeypatch.setattr(sys, "argv", [module, *words])
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        for name in set(sys.modules) - known:
+            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+    return len(done)
+
+
+def _written(step: Step, folder: Path) -> bool:
+    """Write the file of a step; return whether it has one."""
+    if not step.file:
+        return False
+    target = folder / step.file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(step.text)
+    return True
