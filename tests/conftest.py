@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Stop where pytest-xdist does not see the groups: files would be torn apart, and their fixtures computed twice."""
     if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("this pytest-xdist does not see the groups of tests; install constraints.txt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_processes() -> Iterator[None]:
+    """Lets work case by case stay in this process where a test does not say how many: starting two takes seconds."""
+    from medssl.data import prepare, workers
+    from medssl.tables import derived
+
+    def run_all(function, items, *, num_workers=None, **options):
+        return workers.run_all(function, items, num_workers=num_workers or 0, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "run_all", run_all)
+        patch.setattr(derived, "run_all", run_all)
+        yield
 
 
 @pytest.fixture(scope="session")
