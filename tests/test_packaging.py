@@ -40,7 +40,7 @@ def test_a_wheel_pre_trains_outside_of_the_checkout(tmp_path):
     assert "encoder.safetensors" in output
     assert len((work / "out" / "metrics.csv").read_text().splitlines()) == 3
     assert list((work / "stores").glob("phantoms-*/index.jsonl"))
-    splits = "from medssl.data.splits import REGISTRY; print(*sorted(file.stem for file in REGISTRY.iterdir()))"
+    splits = "from medssl.data.split_names import REGISTRY; print(*sorted(file.stem for file in REGISTRY.iterdir()))"
     found = call(sys.executable, "-c", splits, folder=work, PYTHONPATH=site)
     assert found.split() == ["btcv_18_12", "btcv_24_6", "btcv_5fold"]
     loaded = "import medssl; print(medssl.load_encoder('out/encoder.safetensors').strides[0])"

@@ -11,7 +11,8 @@ from medssl.data.datasets import Amos, Btcv
 from medssl.data.prepare import prepare_store
 from medssl.data.recipes import locate_store
 from medssl.data.sources import SourceMissingError
-from medssl.data.splits import REGISTRY, read_split, resolve_split
+from medssl.data.split_names import REGISTRY
+from medssl.data.splits import read_split, resolve_split
 from medssl.data.store import VolumeStore
 
 

@@ -6,9 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from medssl.data.split_names import REGISTRY
 from medssl.data.splits import (
     PARTS,
-    REGISTRY,
     few_labels,
     folds_of,
     pretraining_cases,

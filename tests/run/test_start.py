@@ -75,8 +75,18 @@ def test_a_file_that_does_not_exist_is_named_before_torch_is_imported(tmp_path):
     (tmp_path / "there.safetensors").write_bytes(b"")
     (tmp_path / "there.nii.gz").write_bytes(b"")
     calls = {
-        "pretrain": [["data=folder", "data.root=none"], ["resume=none"], ["data=store", "store=none"]],
-        "finetune": [["weights=none.safetensors"], ["model.like=none"], ["data=btcv", "data.root=none"]],
+        "pretrain": [
+            ["data=folder", "data.root=none"],
+            ["resume=none"],
+            ["data=store", "store=none"],
+            ["data.split=none.json"],
+        ],
+        "finetune": [
+            ["weights=none.safetensors"],
+            ["model.like=none"],
+            ["data=btcv", "data.root=none"],
+            ["data.split=none"],
+        ],
         "predict": [["weights=none.safetensors", "input=."], ["weights=there.safetensors", "input=none"]],
         "features": [["weights=none.safetensors"], ["weights=there.safetensors", "data=folder", "data.root=none"]],
         "match": [
@@ -89,6 +99,8 @@ def test_a_file_that_does_not_exist_is_named_before_torch_is_imported(tmp_path):
         "derive": [["store=none"], ["store=.", "what=pairs", "weights=none"]],
         "prepare": [["data=folder", "data.root=none"]],
     }
+    for command in ("pretrain", "finetune"):
+        calls[command] += [["data.split=none.json"], ["data.split=none"]]
     program = textwrap.dedent(
         """
         import importlib, sys

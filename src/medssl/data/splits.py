@@ -15,10 +15,9 @@ import numpy as np
 
 from medssl.data.atomic import write_text
 from medssl.data.randomness import counter_generator
+from medssl.data.split_names import split_file
 from medssl.data.store import VolumeStore
 
-REGISTRY = Path(__file__).with_name("split_files")
-RULES = ("auto", "source", "5fold")
 PARTS = ("train", "validation", "test")
 NUM_FOLDS = 5
 FOLD_SEED = 12345
@@ -88,7 +87,7 @@ def resolve_split(store: VolumeStore, *, split: str = "auto", fold: int = 0, lab
     elif split == "5fold":
         name, lists = f"5fold-{fold}", _fold_lists(store, fold, labelled=labelled)
     else:
-        path = _split_file(split)
+        path = split_file(split)
         name, lists = read_split(path, fold=fold)
         _check_names(store, path, lists, labelled=labelled)
     if split == "source" and fold:
@@ -231,17 +230,6 @@ def _lists(path: Path, content: Mapping[str, Any]) -> dict[str, list[str]]:
             f'data.split={path} is no split; expected is {{"train": [case names], "validation": [...], "test": [...]}}'
         )
     return lists
-
-
-def _split_file(split: str) -> Path:
-    if split.endswith(".json"):
-        return Path(split).expanduser()
-    known = sorted(file.stem for file in REGISTRY.glob("*.json"))
-    if split not in known:
-        raise ValueError(
-            f"data.split={split} is not known; there are {', '.join((*RULES, *known))}, or the path of a .json file"
-        )
-    return REGISTRY / f"{split}.json"
 
 
 def _source_lists(store: VolumeStore, *, labelled: bool) -> dict[str, list[str]]:

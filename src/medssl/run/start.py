@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from medssl.checks import existing_setting
 from medssl.config import freeze, with_values
+from medssl.data.split_names import check_split
 from medssl.launcher import process_rank, was_restarted
 from medssl.run.folder import RunFolder, checkpoint_to_resume, run_of
 from medssl.run.settings import check_settings
@@ -53,6 +54,7 @@ def start(config: DictConfig, *, command: str, files: Mapping[str, str] | None =
     for name, what in (files or {}).items():
         existing_setting(config, name, what=what)
     checkpoint = None if config.resume is None else checkpoint_to_resume(Path(config.resume).expanduser())
+    check_split(config.data.get("split"))
     check_source(config)
     if config.output_dir is None:
         earlier = f"runs/{command}" if checkpoint is None else str(run_of(checkpoint))
