@@ -144,7 +144,7 @@ def test_of_a_published_decoder_the_two_trained_blocks_can_be_taken_alone(publis
     network, _ = build_segmenter(model.encoder, model.decoder, num_classes=3, in_channels=1)
     fresh = {name: tensor.clone() for name, tensor in network.decoder.state_dict().items()}
     said = load_initial(initial, network)
-    assert said[-1] == "of the decoder the first 2 blocks; 32 tensors of the others start anew"
+    assert said[-1] == "of the decoder the first 2 blocks; 32 other tensors start from scratch"
     for level, number in ((0, 1), (1, 2), (2, 3), (3, 4)):
         found, name = network.decoder.stages[level][0].conv.weight, f"stages.{level}.0.conv.weight"
         wanted = state[f"online_decoder.expand_{number}_1.0.weight"]

@@ -205,7 +205,7 @@ def test_fine_tuning_takes_all_of_the_decoder_or_its_trained_blocks_or_none(fini
         assert taken == coarsest - alike
         assert len(taken) > 10
         assert said.endswith(
-            f"of the decoder the first 1 blocks; {len(names - coarsest)} tensors of the others start anew"
+            f"of the decoder the first 1 blocks; {len(names - coarsest)} other tensors start from scratch"
         )
     else:
         assert taken == set()

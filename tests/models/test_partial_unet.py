@@ -3,7 +3,8 @@ import torch
 
 from medssl.building import build_network
 from medssl.models.macl_unet import MACLUNetDecoder, MACLUNetEncoder
-from medssl.models.partial_unet import PartialUNet, ScaleLaw, names_of_blocks
+from medssl.models.partial_unet import PartialUNet, ScaleLaw
+from medssl.models.segmenter import names_of_blocks
 from medssl.models.swin import SwinEncoder
 from medssl.models.unet import UNetDecoder, UNetEncoder
 

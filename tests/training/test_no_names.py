@@ -41,3 +41,10 @@ def test_no_method_and_no_network_is_named(room):
         found += [f"{file.name}: {word}" for word in words if word in networks]
         found += [f"{file.name}: {word}" for word in words if re.sub("[_-]", "", word).lower() in methods]
     assert not found
+
+
+@pytest.mark.parametrize("room", ["training", "segmentation"])
+def test_of_the_networks_only_what_all_have_in_common_is_imported(room):
+    texts = [file.read_text() for file in (SOURCE / room).glob("*.py")]
+    imported = {name for text in texts for name in re.findall(r"medssl\.models(?:\.| import )(\w+)", text)}
+    assert imported <= {"segmenter"}

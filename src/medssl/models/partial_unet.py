@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from medssl.models.segmenter import build_usual_decoder, channels_read, complete_recipe, levels
+from medssl.models.segmenter import build_usual_decoder, channels_read, complete_recipe, levels, names_of_blocks
 
 DEPTHS = range(2, 7)
 """Numbers of levels that an error proposes."""
@@ -142,25 +142,3 @@ class PartialUNet(nn.Module):
 def _with_slices(sides: Sequence[int]) -> list[int]:
     """Return the sides as in the settings, x, y, z: slices are one voxel thick."""
     return [int(side) for side in (*sides, 1)[:3]]
-
-
-def names_of_blocks(decoder: nn.Module, num_blocks: int) -> set[str]:
-    """Return the names in the decoder's state that belong to its first `num_blocks` blocks, from the coarsest.
-
-    A block is the entries at one place of the decoder's lists, whose last entries are for the coarsest map. A module in
-    no list serves the finest maps: it belongs to the last block or, if its `channels` say for how many maps it is (a
-    stem), to the blocks of those maps.
-    """
-    num_maps = len(decoder.channels)  # type: ignore[arg-type]
-    first = num_maps - num_blocks  # the finest map that is decoded
-    names = set()
-    for name in decoder.state_dict():
-        child, _, rest = name.partition(".")
-        module = getattr(decoder, child)
-        if isinstance(module, nn.ModuleList):
-            belongs = int(rest.partition(".")[0]) + num_maps - len(module) >= first
-        else:
-            belongs = first < len(getattr(module, "channels", [0]))
-        if belongs:
-            names.add(name)
-    return names

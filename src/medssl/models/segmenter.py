@@ -256,3 +256,25 @@ def levels(network: nn.Module) -> tuple[list[int], list[tuple[int, ...]]]:
             "with one entry for each of its maps"
         )
     return [int(width) for width in channels], [axes_of(stride) for stride in strides]
+
+
+def names_of_blocks(decoder: nn.Module, num_blocks: int) -> set[str]:
+    """Return the names in the decoder's state that belong to its first `num_blocks` blocks, from the coarsest.
+
+    A block is the entries at one place of the decoder's lists, whose last entries are for the coarsest map. A module in
+    no list serves the finest maps: it belongs to the last block or, if its `channels` say for how many maps it is (a
+    stem), to the blocks of those maps.
+    """
+    num_maps = len(decoder.channels)  # type: ignore[arg-type]
+    first = num_maps - num_blocks  # the finest map that is decoded
+    names = set()
+    for name in decoder.state_dict():
+        child, _, rest = name.partition(".")
+        module = getattr(decoder, child)
+        if isinstance(module, nn.ModuleList):
+            belongs = int(rest.partition(".")[0]) + num_maps - len(module) >= first
+        else:
+            belongs = first < len(getattr(module, "channels", [0]))
+        if belongs:
+            names.add(name)
+    return names

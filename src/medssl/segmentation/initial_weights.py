@@ -10,8 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from medssl.building import NETWORKS
 from medssl.checks import choice
 from medssl.config import config_dir, with_values
-from medssl.models.partial_unet import names_of_blocks
-from medssl.models.segmenter import Segmenter, segmentation_recipe
+from medssl.models.segmenter import Segmenter, names_of_blocks, segmentation_recipe
 from medssl.weights import card_of, describe_loading, encoder_recipe, load_parts
 
 BRANCHES = ("student", "teacher")
@@ -137,5 +136,7 @@ def load_initial(initial: Initial, segmenter: Segmenter) -> list[str]:
         num_blocks = initial.card["decoder_blocks"]
         idle = fresh.keys() - names_of_blocks(segmenter.decoder, num_blocks)
         segmenter.decoder.load_state_dict(segmenter.decoder.state_dict() | {name: fresh[name] for name in idle})
-        lines.append(f"of the decoder the first {num_blocks} blocks; {len(idle)} tensors of the others start anew")
+        lines.append(
+            f"of the decoder the first {num_blocks} blocks; {len(idle)} tensors of the others start from scratch"
+        )
     return lines
