@@ -73,13 +73,20 @@ MODULES: dict[str, dict[str, str]] = {  # room: {file that left it: its place no
         "waiting": "run.ranks",
     },
 }
-NAMES: dict[tuple[str, str], dict[str, str]] = {  # (room, file that stayed): {name that left it: its place now}
+NAMES: dict[tuple[str, str], dict[str, str]] = {  # (room, file): {name that went elsewhere than its file: its place}
+    ("inference", "predicting"): {"find_device": "inference.device"},
+    ("inference", "segmenting"): {"fetch_from": "inference.record", "record_of": "inference.record"},
+    ("training", "running"): dict.fromkeys(("open_store", "is_prepared", "update_store"), "run.store"),
     ("data", "cases"): {"PhantomCase": "phantoms.source"},
     ("data", "sources"): {"Phantoms": "phantoms.source"},
 }
 RENAMED = {
+    "medssl.extraction.match.Scan": "medssl.extraction.match.MatchedScan",
     "medssl.models.alice_backbones.build_backbone": "medssl.models.alice_backbones.Backbone",
     "medssl.models.partial_unet.build_partial_unet": "medssl.models.partial_unet.PartialUNet",
+    "medssl.run.start.Start": "medssl.run.start.Run",
+    "medssl.segmentation.evaluator.Found": "medssl.segmentation.evaluator.Evaluation",
+    "medssl.segmentation.predict.Settings": "medssl.segmentation.settings.PredictSettings",
     "medssl.tables.pairs.Pairs": "medssl.tables.pairs.PairTable",
 }
 
@@ -96,11 +103,13 @@ def new_path(path: str) -> str | None:
     if len(parts) < 2:
         return None
     room, file, *names = parts
+    home = NAMES.get((room, file), {}).get(names[0]) if names else None
+    if home:
+        return ".".join(["medssl", home, *names])
     if file in MODULES.get(room, {}):
         moved = ".".join(["medssl", MODULES[room][file], *names])
         return RENAMED.get(moved, moved)
-    home = NAMES.get((room, file), {}).get(names[0]) if names else None
-    return ".".join(["medssl", home, *names]) if home else None
+    return None
 
 
 def refuse_moved(values: Any, *, source: str) -> None:
