@@ -138,25 +138,27 @@ class Alice(Method):
         """Return the weighted sum of the three losses."""
         image, seen = self._rows(batch)
         with torch.no_grad():
-            whole = self.teacher_backbone(image)
+            whole = self.teacher_backbone(image)  # the teacher sees the intact crops
             target = self.teacher_head(whole.pooled, whole.bottleneck, whole.decoded)
         mask = self._mask(seen, progress)
-        hidden = self.backbone(seen, mask)
+        hidden = self.backbone(seen, mask)  # the student sees them masked
         student = self.head(hidden.pooled, hidden.bottleneck, hidden.decoded)
-        aligned = self.cafa(student.bottleneck, student.decoded).float()
+        aligned = self.cafa(student.bottleneck, student.decoded).float()  # CAFA: S = f(E_s, D_s)
         with torch.no_grad():  # the queries are the student's on this side too
             context = target.decoded if self.teacher_tokens == "decoder" else target.bottleneck
             cafa = self.cafa if self.teacher_cafa is None else self.teacher_cafa
-            aligned_target = cafa(student.bottleneck.detach(), context).float()
+            aligned_target = cafa(student.bottleneck.detach(), context).float()  # T = f(E_s, D_t)
 
         start, end, epochs = self.temperature_ramp
         temperature = schedules.teacher_temperature(progress.epoch, epochs, start=start, end=end)
         temperatures = {"student_temperature": self.student_temperature, "teacher_temperature": temperature}
         crops, anchors = (logits.float().unflatten(0, (2, -1)) for logits in (student.pooled, target.pooled))
         terms = {
+            # loss.py, class term: query and key of two patients
             "inter_volume": inter_volume_loss(crops, anchors, self.centre, **temperatures),
+            # loss.py, patch term: tokens within a crop
             "intra_volume": intra_volume_loss(aligned, aligned_target, self.token_centre, **temperatures),
-            "reconstruction": halved_mse(hidden.reconstruction, image),
+            "reconstruction": halved_mse(hidden.reconstruction, image),  # of the whole crop, masked or not
         }
         if self.training:
             self.logit_sum += anchors.sum((0, 1))
@@ -192,7 +194,7 @@ class Alice(Method):
             self.teacher_cafa.query.load_state_dict(self.cafa.query.state_dict())
         num_rows = sum_over_ranks(self.num_rows).clamp(min=1)
         for centre, total in ((self.centre, self.logit_sum), (self.token_centre, self.token_sum)):
-            centre.lerp_(sum_over_ranks(total) / num_rows, 1 - self.centre_momentum)
+            centre.lerp_(sum_over_ranks(total) / num_rows, 1 - self.centre_momentum)  # arXiv:2104.14294, eq. 4
             total.zero_()
         self.num_rows.zero_()
 

@@ -112,12 +112,12 @@ class GLMAE(Method):
             raise ValueError(f"GL-MAE needs a view group called `global`; the batch has {sorted(batch)}")
         images = {name: view_major(batch[name].image) for name in ("global", "local") if name in batch}
         num_views = {name: batch[name].image.shape[1] for name in images}
-        anchors = self._teacher_logits(images["global"])
+        anchors = self._teacher_logits(images["global"])  # the teacher sees intact global views alone
         terms, features = {}, {}
         extras: dict[str, Tensor] = {}
         for name, image in images.items():
             mask = self._mask(name, image, progress)
-            prediction, features[name] = self.reconstruct(image, mask)
+            prediction, features[name] = self.reconstruct(image, mask)  # arXiv:2111.06377: visible patches alone
             target = patchify(image, self.encoder.patch_voxel)
             terms[f"reconstruction_{name}"] = masked_mse(prediction, target, mask.masked, norm_pix=self.norm_pix)
             if progress.with_extras:
@@ -132,7 +132,7 @@ class GLMAE(Method):
         for name, logits in rows.items():
             pairs = "all" if name == "local" else "cross" if self.reduction == "dino" else self.pairs
             by_view = logits.unflatten(0, (num_views[name], -1))
-            terms[f"consistency_{name}"] = self._consistency(by_view, teacher, pairs)
+            terms[f"consistency_{name}"] = self._consistency(by_view, teacher, pairs)  # arXiv:2104.14294, eq. 3
         if self.training:
             self.logit_sum += anchors.sum(0, keepdim=True)
             self.logit_rows += len(anchors)
@@ -168,7 +168,7 @@ class GLMAE(Method):
         update_ema(self.teacher_encoder, self.encoder, momentum=momentum)
         update_ema(self.teacher_head, self.head, momentum=momentum)
         mean = sum_over_ranks(self.logit_sum) / sum_over_ranks(self.logit_rows).clamp(min=1)
-        self.centre.lerp_(mean, 1 - self.centre_momentum)
+        self.centre.lerp_(mean, 1 - self.centre_momentum)  # arXiv:2104.14294, eq. 4
         self.logit_sum.zero_()
         self.logit_rows.zero_()
 
