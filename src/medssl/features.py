@@ -27,7 +27,7 @@ def run(config: DictConfig) -> None:
 
     settings = FeatureSettings.of(config)
     check_source(config)
-    with stoppable(lambda: "finished features are kept, the same command goes on"):
+    with stoppable(lambda: "finished features are kept, the same command continues"):
         from medssl.extraction.features import Extraction, extract_all  # torch and all that takes seconds
 
         extraction = Extraction.of(settings)  # before the store: a mistake must not cost an hour of preparing

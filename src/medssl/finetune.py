@@ -51,7 +51,7 @@ def scratch_twin(config: DictConfig) -> DictConfig:
     """
     if config.resume is not None:
         raise ValueError(
-            "resume goes on with one run: leave scratch_twin out, and resume its twin by itself if need be"
+            "resume continues one run: leave scratch_twin out, and resume its twin in a second command if needed"
         )
     if config.weights.path is None:
         raise ValueError("scratch_twin=true repeats a run without its weights; give weights=FILE")

@@ -23,7 +23,7 @@ def run(config: DictConfig) -> None:
     from medssl.segmentation.settings import PredictSettings
 
     settings = PredictSettings.of(config)
-    with stoppable(lambda: "finished results are kept, the same command goes on"):
+    with stoppable(lambda: "finished results are kept, the same command continues"):
         from medssl.segmentation.predict import predict_all  # torch and all that takes seconds
 
         num_failed = predict_all(settings)

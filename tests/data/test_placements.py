@@ -278,7 +278,7 @@ def test_a_matcher_is_asked_again_until_the_score_or_the_tries_are_reached(noise
         (lambda: Nearby(size=[4] * 3), "needs a request with an anchor; use sampler Anchored"),
         (lambda: Nearby(size=[4] * 3, of="a"), "no group 'a' is stated before"),
         (lambda: Matched(size=[4] * 3), "use sampler Pairs"),
-        (lambda: RandomCrop(size=[4] * 3, slot=1), "wants case 2 of its request, which holds 1"),
+        (lambda: RandomCrop(size=[4] * 3, slot=1), "takes case 2 of its request, which holds 1"),
     ],
 )
 def test_what_a_placement_cannot_do_is_said(noise_store, spec, message):

@@ -32,7 +32,7 @@ def test_a_stop_leaves_finished_results_and_no_half_ones(tmp_path, save, scan, m
     monkeypatch.setattr(predicting, "write_nifti", interrupted)
     assert predict(weights=save(), input=tmp_path / "scans", output_dir=tmp_path / "o") == 130
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["a.nii.gz"]
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_an_image_too_large_for_the_memory_is_reported_and_the_rest_is_done(tmp_path, save, scan, monkeypatch, capsys):

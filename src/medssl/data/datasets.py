@@ -151,7 +151,7 @@ BTCV_LAYOUT = (
     "or imagesTr/img0001.nii.gz with labelsTr/label0001.nii.gz"
 )
 AMOS_LAYOUT = (
-    "imagesTr/amos_0001.nii.gz with labelsTr/amos_0001.nii.gz, and imagesVa, labelsVa, imagesTs likewise "
+    "imagesTr/amos_0001.nii.gz with labelsTr/amos_0001.nii.gz, and the same in imagesVa, labelsVa and imagesTs "
     f"(numbers up to {LAST_CT} are CT, the others MR)"
 )
 

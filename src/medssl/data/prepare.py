@@ -359,7 +359,7 @@ def _check_share(root: Path, rejected: list[dict[str, str]], total: int, max_rej
     if len(rejected) > max_rejected_fraction * total:
         write_lines(root / "rejected.jsonl", rejected)
         share = f"{len(rejected)} of {total} cases are rejected, more than max_rejected_fraction"
-        ways = "mend the files, or raise max_rejected_fraction (finished cases are kept)"
+        ways = "repair the files, or raise max_rejected_fraction (finished cases are kept)"
         heading, where = f"{share}={max_rejected_fraction:g}", f"see {root / 'rejected.jsonl'}; {ways}"
         raise PrepareError("\n".join([heading, *_listed(rejected), where]))
 

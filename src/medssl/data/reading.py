@@ -217,7 +217,7 @@ def _check_voxels(path: Path, array: Shaped[np.ndarray, "c x y z"]) -> None:
     if array.dtype.kind == "f" and not all(np.isfinite(plane).all() for channel in array for plane in channel):
         for name, count in (("NaN", int(np.isnan(array).sum())), ("infinite", int(np.isinf(array).sum()))):
             if count:
-                raise ReadError(path, f"{count:,} of {array.size:,} voxels are {name}; mend or drop the image")
+                raise ReadError(path, f"{count:,} of {array.size:,} voxels are {name}; repair or drop the image")
     for channel, voxels in enumerate(array):
         if voxels.min() == voxels.max():
             which = f" of channel {channel}" if len(array) > 1 else ""

@@ -35,7 +35,7 @@ class Scene:
         """
         if slot >= len(self.records):
             raise ValueError(
-                f"a view wants case {slot + 1} of its request, which holds {len(self.records)}; use a sampler of pairs"
+                f"a view takes case {slot + 1} of its request, which holds {len(self.records)}; use a sampler of pairs"
             )
         return self.records[slot]
 

@@ -247,7 +247,7 @@ class KAF(Method):
         """Warn once if few views share a batch norm."""
         if self.wants_views and num_views < FEWEST_VIEWS:
             self.wants_views = False
-            why = f"{num_views} crops of a device share a batch norm, which wants {FEWEST_VIEWS}; raise batch_size, or "
+            why = f"{num_views} crops of a device share a batch norm, which needs {FEWEST_VIEWS}; raise batch_size, or "
             progress.warn(why + "take model.encoder.norm=instance model.encoder.token_norm=layer")
 
 

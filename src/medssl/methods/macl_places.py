@@ -103,7 +103,7 @@ def segments_of(view: View, spatial_dims: int) -> Int64[Tensor, " b *spatial"]:
     """
     if view.regions is None:
         raise ValueError(
-            "weight_supervoxel wants supervoxels: python -m medssl.derive what=supervoxels, then "
+            "weight_supervoxel needs supervoxels: python -m medssl.derive what=supervoxels, then "
             "+views.groups.still.regions=supervoxels"
         )
     regions = view.regions[:, 0, 0]

@@ -100,7 +100,7 @@ def predict_one(image: Input, ensemble: Ensemble, settings: PredictSettings) -> 
         return "failed"
     wanted = outputs if settings.overwrite else [path for path in outputs if not path.exists()]
     if not wanted:
-        print(f"{image.name}: skipped, {target} is there already (overwrite=true makes it anew)", flush=True)
+        print(f"{image.name}: skipped, {target} is there already (overwrite=true replaces it)", flush=True)
         return "skipped"
     try:
         line = _predict(image, wanted, ensemble, settings)
@@ -114,7 +114,7 @@ def predict_one(image: Input, ensemble: Ensemble, settings: PredictSettings) -> 
         _complain(image.path, f"{reason} a lower optimizer.lr")
     except OSError as error:
         if error.errno in DISK_FULL:
-            room = "finished results are kept; make room, and the same command goes on"
+            room = "finished results are kept; make room, and start the same command again"
             raise OSError(f"{settings.output_dir}: the disk is full at {image.name}; {room}") from error
         where = f": {error.filename}" if error.filename else ""
         _complain(image.path, f"the file system refuses its result, {error.strerror or error}{where}")
