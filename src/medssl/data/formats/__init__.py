@@ -1,0 +1,33 @@
+"""Image file formats: the header as the file states it, and a function that loads voxels in the file's order."""
+
+from medssl.data.formats.base import (
+    IMAGE_SUFFIXES,
+    NIFTI_SUFFIXES,
+    Header,
+    Load,
+    ReadError,
+    has_image_suffix,
+    size_text,
+    stem,
+)
+from medssl.data.formats.claims import MAX_VOXELS
+from medssl.data.formats.dicom import dicom_class, is_dicom, is_image_class
+from medssl.data.formats.image import open_image
+from medssl.data.formats.reasons import reasons_for
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_VOXELS",
+    "NIFTI_SUFFIXES",
+    "Header",
+    "Load",
+    "ReadError",
+    "dicom_class",
+    "has_image_suffix",
+    "is_dicom",
+    "is_image_class",
+    "open_image",
+    "reasons_for",
+    "size_text",
+    "stem",
+]
