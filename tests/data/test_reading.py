@@ -205,7 +205,7 @@ def test_a_dicom_folder_without_extensions_becomes_the_volume_of_its_slices(real
     (gap / by_place[9].name).unlink()
     assert reason(gap) == "the slices are not evenly spaced (2 to 4 mm apart): some are missing"
     (cut / files[3].name).write_bytes(files[3].read_bytes()[:2000])
-    assert reason(cut) == "1 DICOM files of the folder are damaged and cannot be read"
+    assert reason(cut) == f"{files[3].name}: the file is cut: it ends before its voxels"
     assert reason(tmp_path) == "the folder holds no DICOM series; each series needs a folder of its own"
     assert is_dicom(files[0])
     assert not is_dicom(gap / "readme.txt")
@@ -283,7 +283,7 @@ def test_objects_that_are_no_images_may_lie_beside_a_series_and_damaged_slices_m
         assert not is_image_class(kind)
     assert np.array_equal(read_volume(tmp_path / "s").array, alone.array)
     (tmp_path / "s" / "cut.dcm").write_bytes(first[:400])
-    assert reason(tmp_path / "s") == "1 DICOM files of the folder are damaged and cannot be read"
+    assert reason(tmp_path / "s") == "cut.dcm: the file is cut: it ends before its voxels"
     assert capfd.readouterr() == ("", "")
 
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -195,4 +195,4 @@ def _stack(first: Volume, others: Iterable[Volume]) -> Volume:
         if other.shape != first.shape or not np.allclose(other.affine, first.affine, atol=1e-2):
             raise ReadError(Path(other.source), f"the channel lies on another grid than {first.source}")
         arrays.append(other.array)
-    return Volume(np.concatenate(arrays), first.affine, first.source)
+    return replace(first, array=np.concatenate(arrays))

@@ -192,7 +192,7 @@ def prepare_case(job: Job) -> Outcome:
             check_sides(case.image, volume.shape, job.min_side_voxel)
     except ReadError as error:
         kind = "skipped" if isinstance(error, LabelMapError) else "rejected"
-        lasting = "" if error.reason == NO_MEMORY else job.fingerprint
+        lasting = job.fingerprint if error.lasting else ""
         return Outcome(case.case, kind, str(error.path), error.reason, lasting)
     except MemoryError:
         return Outcome(case.case, "rejected", str(case.image), NO_MEMORY)

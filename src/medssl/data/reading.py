@@ -55,7 +55,7 @@ def read_volume(
         if skip_label_maps:
             _refuse_label_map(path, array)
         _check_voxels(path, array)
-    return Volume(array, affine, str(path))
+    return Volume(array, affine, str(path), header.modality, header.left_out)
 
 
 def read_label(path: str | Path, volume: Volume) -> Int[np.ndarray, "x y z"]:

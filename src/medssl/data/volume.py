@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int32, Shaped
@@ -22,12 +22,15 @@ SAME_SPACING = 1e-4
 class Volume:
     """Voxels in RAS index order, (channel, x, y, z), contiguous, in the type of the file.
 
-    `affine` turns a voxel index into RAS millimetres; `source` says where the voxels came from.
+    `affine` turns a voxel index into RAS millimetres; `source` says where the voxels came from, `stated_modality` what
+    the header calls them ("ct", "mr" or "pet"), and `left_out` which files beside them were not read, and why.
     """
 
     array: Shaped[np.ndarray, "channel x y z"]
     affine: Float64[np.ndarray, "4 4"]
     source: str
+    stated_modality: str | None = None
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -258,7 +261,7 @@ def resample_volume(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
                 out = resample_axis(out, axis, positions=positions, ratio=ratio[axis])
         out = np.clip(out, channel.min(), channel.max())  # a windowed sinc overshoots at edges: no new intensities
         channels.append((np.rint(out) if channel.dtype.kind in "iu" else out).astype(channel.dtype))
-    return Volume(np.stack(channels), affine, volume.source)
+    return replace(volume, array=np.stack(channels), affine=affine)
 
 
 def resample_label(

@@ -10,31 +10,50 @@ from jaxtyping import Float, Shaped
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd")
+NO_SPACING = "the header states no spacing; data.assume_spacing_mm=[x,y,z] lets it in"
 
 
 class ReadError(ValueError):
-    """An image cannot be used: `path` names it, and `reason` says why."""
+    """An image cannot be used: `path` names it, and `reason` says why.
 
-    def __init__(self, path: Path, reason: str) -> None:
+    `lasting` is False where the same file may be read at another time: memory was short, or a permission is missing.
+    """
+
+    def __init__(self, path: Path, reason: str, lasting: bool = True) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
+        self.lasting = lasting
 
-    def __reduce__(self) -> tuple[type["ReadError"], tuple[Path, str]]:
-        return type(self), (self.path, self.reason)
+    def __reduce__(self) -> tuple[type["ReadError"], tuple[Path, str, bool]]:
+        return type(self), (self.path, self.reason, self.lasting)
 
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """The header of a file: sides as stored, map from voxel index to RAS mm, and whether voxels are whole numbers."""
+    """The header of a file.
+
+    Args:
+        shape: Sides as stored.
+        num_channels: Values of a voxel.
+        affine: Map from voxel index to RAS mm.
+        voxel_bytes: Bytes of a value.
+        integer: Whether all values are whole numbers.
+        modality: "ct", "mr" or "pet" where the header says so.
+        left_out: Files beside the image that are not read, and why.
+    """
 
     shape: tuple[int, ...]
     num_channels: int
     affine: Float[np.ndarray, "4 4"]
     voxel_bytes: int
     integer: bool
+    modality: str | None = None
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
+Spacing = Sequence[float]
+"""Millimetres along the three axes of a file."""
 Load = Callable[[int | None], Shaped[np.ndarray, "x y z c"]]
 """A function that reads one channel, or all for None, in the order of the file."""
 
@@ -65,6 +84,20 @@ def sides_and_channels(path: Path, shape: Sequence[int]) -> tuple[tuple[int, int
     if len(channels) > 1:
         raise ReadError(path, f"the image is {size_text(shape)}: three sides and channels can be read, no more")
     return three_sides(shape), math.prod(channels)
+
+
+def stated_or_assumed(
+    path: Path, stated: Sequence[float | None], assumed: Spacing | None
+) -> tuple[float, float, float]:
+    """Return the spacing that a header states, with the assumed one along axes where it states none.
+
+    Raises:
+        ReadError: An axis has no spacing, and none is assumed.
+    """
+    x, y, z = (a if s is None else s for s, a in zip(stated, assumed or (None, None, None), strict=True))
+    if x is None or y is None or z is None:
+        raise ReadError(path, NO_SPACING)
+    return float(x), float(y), float(z)
 
 
 def size_text(shape: Sequence[int]) -> str:

@@ -1,103 +1,120 @@
-"""DICOM series."""
+"""DICOM series: the files of a folder that belong together, and their volume."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Shaped
 
-from medssl.data.formats.base import Header, Load, ReadError, size_text, three_sides
-from medssl.data.formats.claims import check_claim
-from medssl.data.formats.itk import affine_from_lps, itk_loader, itk_reader, itk_type, silenced
+from medssl.data.formats.base import Header, Load, ReadError, Spacing
+from medssl.data.formats.claims import check_claim, irregularity
+from medssl.data.formats.dicom_files import (
+    DicomFile,
+    dicom_class,
+    has_dicom_suffix,
+    is_image_class,
+    read_dicom,
+)
+from medssl.data.formats.dicom_frames import DicomSlice, frames_of, modality_of, num_frames_of, series_of
+from medssl.data.formats.dicom_grid import affine_of, sorted_frames
+from medssl.data.formats.dicom_voxels import grey_type, grey_values
 
 MAX_SCOUT_SLICES = 7
 """A series this short beside a longer one in its folder is a scout view or a report, not a second scan."""
-IMAGE_CLASSES = re.compile(
-    r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(([1-35-7]|12|13|14|20|77|128|130)(\.|$)|4($|\.[134]($|\.))|481\.1$)"
-)
-"""Storage classes of images: radiography, CT, US, MR (no spectra), NM, secondary capture, PET, RT images and others.
-
-Source: DICOM PS3.4, table B.5-1.
-"""
+NO_IMAGE = "a DICOM object that is no image (structures, a plan, a report, ...)"
 
 
-def open_series(folder: Path) -> tuple[Header, Load]:
-    """Return the header of the DICOM series in a folder, and the function that loads its voxels."""
-    import SimpleITK as sitk
+def open_dicom(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, Load]:
+    """Return the header of the DICOM series in a folder, or of one file, and the function that loads its voxels.
 
-    with silenced():
-        listed = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-        series = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in listed]
-    found = {Path(file).name for files in series for file in files}
-    unlisted = (dicom_class(file) for file in folder.iterdir() if file.name not in found)
-    damaged = sum(kind is not None and is_image_class(kind) for kind in unlisted)
-    if damaged:
-        raise ReadError(folder, f"{damaged} DICOM files of the folder are damaged and cannot be read")
-    whole = series if len(series) == 1 else [files for files in series if len(files) > MAX_SCOUT_SLICES]
-    if len(whole) != 1:
-        counts = ", ".join(str(len(files)) for files in whole)
-        held = f"{len(whole)} DICOM series of {counts} slices" if whole else "no DICOM series"
-        raise ReadError(folder, f"the folder holds {held}; each series needs a folder of its own")
-    slices = [itk_reader(Path(file)) for file in whole[0]]
-    if len(sizes := {s.GetSize() for s in slices}) > 1:
-        raise ReadError(folder, f"the slices differ in size: {', '.join(sorted(size_text(s[:2]) for s in sizes))}")
-    first = reader = slices[0]
-    shape = three_sides(first.GetSize())
-    affine = affine_from_lps(first.GetDirection(), first.GetSpacing(), first.GetOrigin())
-    if len(slices) > 1:
-        shape = (*shape[:2], len(slices))
-        affine[:3, 2] = _slice_step(folder, slices)
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames(whole[0])
-    header = Header(shape, first.GetNumberOfComponents(), affine, *itk_type(folder, first.GetPixelID()))
-    check_claim(folder, header)
-    return header, itk_loader(reader, shape)
-
-
-def _slice_step(folder: Path, slices: Sequence[Any]) -> Float[np.ndarray, "3"]:
-    """Return the step from slice to slice in RAS mm, after a check that all steps are alike."""
-    origins = np.array([s.GetOrigin()[:3] for s in slices]) * [-1, -1, 1]
-    steps = np.diff(origins, axis=0)
-    lengths = np.linalg.norm(steps, axis=1)
-    if lengths.min() < 1e-3:
-        at = int(lengths.argmin()) + 1
-        raise ReadError(folder, f"slices {at} and {at + 1} lie at the same place: two scans in one series")
-    if np.linalg.norm(steps - np.median(steps, axis=0), axis=1).max() > 0.1 * np.median(lengths):
-        gaps = f"{lengths.min():.3g} to {lengths.max():.3g} mm apart"
-        raise ReadError(folder, f"the slices are not evenly spaced ({gaps}): some are missing")
-    return (origins[-1] - origins[0]) / len(steps)
-
-
-def is_dicom(file: Path) -> bool:
-    """Return whether the file begins as DICOM files do (the letters DICM at byte 128)."""
-    return dicom_class(file) is not None
-
-
-def dicom_class(file: Path) -> str | None:
-    """Return the class of a DICOM object (media storage SOP class UID), "" if it is missing; None for other files.
-
-    Source: DICOM PS3.10, 7.1 (the meta information is in explicit VR, little endian).
+    Raises:
+        ReadError: The folder holds no series or several, a file of the series cannot be read, or its slices do not
+            make a volume; the reason names the file.
     """
+    left_out: list[tuple[str, str]] = []
+    with _named(path):
+        files = _series_in(path, left_out) if path.is_dir() else [read_dicom(path)]
+        frames = [frame for file in files for frame in frames_of(file)]
+        _check_kinds(path, files, frames)
+        frames = sorted_frames(path, frames)
+        affine = affine_of(path, frames, assumed=assumed)
+        modality = modality_of(files[0])
+    kind, pixels = grey_type(frames), frames[0].pixels
+    shape = (pixels.columns, pixels.rows, len(frames))
+    header = Header(shape, 1, affine, kind.itemsize, kind.kind in "iu", modality, tuple(sorted(left_out)))
+    check_claim(path, header, held_in=None)  # the length of each file's voxels was looked at
+
+    def load(channel: int | None) -> Shaped[np.ndarray, "x y z 1"]:
+        with _named(path):
+            return grey_values(frames)[..., None]
+
+    return header, load
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn the fault of a file into one of its folder, which is the image."""
     try:
-        with file.open("rb") as stream:
-            head = stream.read(2048)
-    except OSError:
-        return None
-    if head[128:132] != b"DICM":
-        return None
-    at = 132
-    while head[at : at + 2] == b"\x02\x00":  # group 0002
-        long = head[at + 4 : at + 6] in (b"OB", b"OW", b"UN", b"UT", b"SQ")
-        start = at + (12 if long else 8)
-        length = int.from_bytes(head[start - (4 if long else 2) : start], "little")
-        if head[at + 2 : at + 4] == b"\x02\x00":
-            return head[start : start + length].rstrip(b"\0 ").decode("ascii", "replace")
-        at = start + length
-    return ""
+        yield
+    except ReadError as error:
+        if error.path == path:
+            raise
+        raise ReadError(path, f"{error.path.name}: {error.reason}", lasting=error.lasting) from error
 
 
-def is_image_class(kind: str) -> bool:
-    """Return whether objects of the class may be images: not structures, plans, reports, signals, directories."""
-    return not kind or IMAGE_CLASSES.match(kind) is not None
+def _series_in(folder: Path, left_out: list[tuple[str, str]]) -> list[DicomFile]:
+    """Return the files of the one series of a folder."""
+    images, others = [], []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        kind = None if irregularity(path) else dicom_class(path)
+        if kind is None:
+            others.append(path)
+        elif is_image_class(kind):
+            images.append(path)
+        else:
+            left_out.append((str(path), NO_IMAGE))
+    patterns = {_pattern(path) for path in images}
+    images += [path for path in others if has_dicom_suffix(path) or _pattern(path) in patterns]
+    series: dict[str, list[DicomFile]] = defaultdict(list)
+    for path in sorted(images):
+        file = read_dicom(path)
+        series[series_of(file)].append(file)
+    return _chosen(folder, list(series.values()), left_out)
+
+
+def _pattern(path: Path) -> str:
+    """Return a name that all slices of a series share: with one sign for each number."""
+    return re.sub(r"\d+", "#", path.name)
+
+
+def _chosen(folder: Path, series: Sequence[list[DicomFile]], left_out: list[tuple[str, str]]) -> list[DicomFile]:
+    """Return the series that is a scan; shorter ones beside it are noted."""
+    lengths = [sum(map(num_frames_of, files)) for files in series]
+    scans = [i for i, length in enumerate(lengths) if length > MAX_SCOUT_SLICES or len(series) == 1]
+    if len(scans) != 1:
+        counts = ", ".join(str(lengths[i]) for i in scans)
+        held = f"{len(scans)} DICOM series of {counts} slices" if scans else "no DICOM series"
+        raise ReadError(folder, f"the folder holds {held}; each series needs a folder of its own")
+    for i, files in enumerate(series):
+        if i != scans[0]:
+            why = f"of a series of {lengths[i]} slices beside one of {lengths[scans[0]]}: a scout view"
+            left_out += [(str(file.path), why) for file in files]
+    return series[scans[0]]
+
+
+def _check_kinds(path: Path, files: Sequence[DicomFile], frames: Sequence[DicomSlice]) -> None:
+    """Check that the files of a series go together, as far as places do not matter."""
+    if len(files) > 1 and len(frames) > len(files):
+        raise ReadError(path, f"{len(files)} files of several frames each in one series; give each a folder of its own")
+    kinds = {modality_of(file) for file in files}
+    if len(kinds) > 1:
+        raise ReadError(path, f"files of several modalities ({', '.join(map(str, kinds))}) in one series")
+    without = [frame.name for frame in frames if not frame.scaled]
+    if 0 < len(without) < len(frames):
+        share = f"{len(without)} of {len(frames)} slices, such as {without[0]}"
+        raise ReadError(path, f"no RescaleSlope in {share}: their grey values are not those of the others")

@@ -2,22 +2,34 @@
 
 from pathlib import Path
 
-from medssl.data.formats.base import NIFTI_SUFFIXES, Header, Load, ReadError
-from medssl.data.formats.dicom import open_series
+from medssl.data.formats.base import IMAGE_SUFFIXES, NIFTI_SUFFIXES, Header, Load, ReadError, Spacing
+from medssl.data.formats.claims import check_readable
+from medssl.data.formats.dicom import open_dicom
+from medssl.data.formats.dicom_files import has_dicom_suffix, is_dicom
 from medssl.data.formats.itk import open_itk
 from medssl.data.formats.nifti import open_nifti
 
 
-def open_image(path: Path) -> tuple[Header, Load]:
+def open_image(path: Path, *, assume_spacing_mm: Spacing | None = None) -> tuple[Header, Load]:
     """Return the header of an image file or of the DICOM series in a folder, and the function that loads its voxels.
 
+    Args:
+        path: Image file, or folder of a DICOM series.
+        assume_spacing_mm: Spacing along the axes of the file where its header states none.
+
     Raises:
-        ReadError: The file is not an image, its voxel type is not supported, or its header claims what it cannot hold.
+        ReadError: The file is not an image, its voxel type is not supported, its header states no spacing, or it
+            claims what the file or the memory cannot hold.
     """
+    check_readable(path)
+    name = path.name.lower()
     if path.is_dir():
-        return open_series(path)
-    if not path.exists():
-        raise ReadError(path, "the file does not exist")
-    if path.stat().st_size == 0:
-        raise ReadError(path, "the file is empty (0 bytes)")
-    return (open_nifti if path.name.lower().endswith(NIFTI_SUFFIXES) else open_itk)(path)
+        return open_dicom(path, assumed=assume_spacing_mm)
+    if name.endswith(NIFTI_SUFFIXES):
+        return open_nifti(path)
+    if name.endswith(IMAGE_SUFFIXES):
+        return open_itk(path)
+    if has_dicom_suffix(path) or is_dicom(path):
+        return open_dicom(path, assumed=assume_spacing_mm)
+    kinds = f"{' '.join(IMAGE_SUFFIXES)} and DICOM can be read"
+    raise ReadError(path, f"files that end in {path.suffix or 'nothing'} are not read; {kinds}")

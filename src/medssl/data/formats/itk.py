@@ -1,10 +1,7 @@
 """Images by SimpleITK: NRRD and MetaImage files."""
 
-import contextlib
-import os
 import re
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,7 @@ from jaxtyping import Float, Shaped
 
 from medssl.data.formats.base import Header, Load, ReadError, sides_and_channels
 from medssl.data.formats.claims import check_claim
-
-_SILENCE = threading.Lock()
+from medssl.data.formats.silence import silenced
 
 
 def open_itk(path: Path) -> tuple[Header, Load]:
@@ -24,7 +20,8 @@ def open_itk(path: Path) -> tuple[Header, Load]:
     shape, num_channels = sides_and_channels(path, (*size, reader.GetNumberOfComponents()))
     affine = affine_from_lps(reader.GetDirection(), reader.GetSpacing(), reader.GetOrigin())
     header = Header(shape, num_channels, affine, *itk_type(path, reader.GetPixelID()))
-    check_claim(path, header)
+    detached = path.name.lower().endswith((".nhdr", ".mhd"))
+    check_claim(path, header, held_in=None if detached else path.stat().st_size)
     return header, itk_loader(reader, shape)
 
 
@@ -77,20 +74,3 @@ def affine_from_lps(
     affine[:side, 3] = origin[:side]
     affine[:2] *= -1
     return affine
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Suppress all that ITK and its libraries write to the console from C++."""
-    import SimpleITK as sitk
-
-    sitk.ProcessObject.GlobalWarningDisplayOff()
-    with _SILENCE:
-        saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(sink, 2)
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            os.close(sink)

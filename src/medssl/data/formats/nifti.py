@@ -30,7 +30,7 @@ def open_nifti(path: Path) -> tuple[Header, Load]:
     whole = dtype.kind in "iu" and float(proxy.slope).is_integer() and float(proxy.inter).is_integer()
     shape, num_channels = sides_and_channels(path, image.shape)
     header = Header(shape, num_channels, image.affine.astype(np.float64), dtype.itemsize, whole)
-    check_claim(path, header)
+    check_claim(path, header, held_in=path.stat().st_size)
     needed, found = math.prod(image.shape) * dtype.itemsize + proxy.offset, path.stat().st_size
     if not path.name.lower().endswith(".gz") and needed > found:
         raise ReadError(path, f"the file is truncated: its voxels need {needed:,} bytes, it has {found:,}")
