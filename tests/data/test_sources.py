@@ -304,7 +304,7 @@ def test_names_of_labels_are_read_in_both_directions_of_dataset_json(tmp_path):
     assert NnUnet(root=tmp_path).label_names() == {}
     for labels, expected in (
         ({"0": "background", "1": "Anterior", "20": "Posterior"}, {1: "Anterior", 20: "Posterior"}),
-        ({"background": 0, "whole": [1, 2], "liver": 1, "tumour": 2}, {1: "liver", 2: "tumour"}),
+        ({"background": 0, "liver": 1, "tumour": [2], "ignore": 3}, {1: "liver", 2: "tumour"}),
         (["liver"], {}),
     ):
         (tmp_path / "dataset.json").write_text(json.dumps({**listed, "labels": labels}))

@@ -139,7 +139,11 @@ class Scan:
 
 @runtime_checkable
 class Source(Protocol):
-    """A source of cases for `prepare_store`; one that knows the names of label values has `label_names()` too."""
+    """A source of cases for `prepare_store`.
+
+    One that knows the names of label values has `label_names()` too, and one with a label that is no class, but stands
+    for voxels of unknown class, has `ignored_label()`.
+    """
 
     def scan(self) -> Scan:
         """Return the cases, the skipped files and the problems."""

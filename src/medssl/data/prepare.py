@@ -15,7 +15,7 @@ from medssl.data.cases import Case, Scan, Source
 from medssl.data.formats import ReadError
 from medssl.data.reading import LabelMapError, check_channels, check_sides
 from medssl.data.recipes import check_recipe, store_recipe, three_spacings
-from medssl.data.store import FORMAT, Record, read_case_record
+from medssl.data.store import FORMAT, LABELS, Record, read_case_record
 from medssl.data.store_writer import write_case, write_index
 from medssl.data.volume import (
     BODY_RECIPE,
@@ -313,11 +313,13 @@ def _finish(
 
 
 def _write_label_names(root: Path, source: Source) -> None:
-    """Write the names of label values, in the order of the values; no file where the source does not know them."""
+    """Write the names of label values and the ignored value; no file where the source knows neither."""
     names: dict[int, str] = getattr(source, "label_names", dict)()
-    path = root / "labels.json"
-    if names:
-        write_text(path, json.dumps({str(value): names[value] for value in sorted(names)}, indent=1) + "\n")
+    ignored: int | None = getattr(source, "ignored_label", lambda: None)()
+    path = root / LABELS
+    if names or ignored is not None:
+        known = {"names": {str(value): names[value] for value in sorted(names)}, "ignore": ignored}
+        write_text(path, json.dumps(known, indent=1) + "\n")
     elif path.exists():
         path.unlink()
 

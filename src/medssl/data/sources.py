@@ -2,16 +2,15 @@
 
 import csv
 import difflib
-import json
 import os
-import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from medssl.data.cases import Case, Scan, case_names, file_name
+from medssl.data.channel_files import by_case, in_order
+from medssl.data.dataset_json import FILE, DatasetJson
 from medssl.data.formats import dicom_class, has_image_suffix, is_image_class, stem
 
 SPLITS = {
@@ -22,6 +21,8 @@ SPLITS = {
     "validation": "validation",
     "test": "test",
 }
+NNUNET_IMAGES = {"imagesTr": "train", "imagesTs": "test"}
+NNUNET_LABELS = {"labelsTr": "train", "labelsTs": "test"}
 CSV_COLUMNS = ("case", "image", "label", "group", "split", "modality")
 LABEL_ENDINGS = ("_seg", "_label", "_organs", "_vertebrae")
 NEVER_DICOM = {
@@ -84,28 +85,33 @@ class Decathlon:
 
     def label_names(self) -> dict[int, str]:
         """Return the names that `labels` of the list gives."""
-        return _listed_names(existing_root(self.root) / "dataset.json")
+        return DatasetJson.read(existing_root(self.root)).label_names()
+
+    def ignored_label(self) -> int | None:
+        """Return the value of the label `ignore` of the list, which is no class."""
+        return DatasetJson.read(existing_root(self.root)).ignored_label()
 
     def scan(self) -> Scan:
-        """Return the listed images, with labels where the list has them."""
-        root = existing_root(self.root)
-        listed = _read_json(root / "dataset.json")
-        scan = Scan()
-        entries = [(key, entry) for key in ("training", "validation", "test") for entry in listed.get(key) or []]
+        """Return the listed images, with labels where the list has them.
+
+        Raises:
+            ValueError: The list cannot be read, an entry is not understood, or its labels are regions.
+        """
+        root, scan = existing_root(self.root), Scan()
+        listed = DatasetJson.read(root)
+        listed.label_names()  # what cannot be learnt is refused before an hour of preparing
+        entries = [(key, entry) for key in ("training", "validation", "test") for entry in listed.cases(key)]
         if not entries:
-            raise ValueError(f"{root / 'dataset.json'} lists no image; it needs the key training, validation or test")
-        group = str(listed.get("name", root.name))
+            raise ValueError(f"{listed.path} lists no image; it needs the key training, validation or test")
+        group = str(listed.content.get("name", root.name))
         for key, entry in entries:
-            entry = {"image": entry} if isinstance(entry, str) else entry
-            image, label = entry.get("image"), entry.get("label")
-            files = [image] if isinstance(image, str) else list(image or [])
-            if not files:
-                what = "a label" if label else "an entry"
-                scan.reject(root / (label or "dataset.json"), "", f"{key}: {what} without an image")
+            if not entry.images:
+                what = "a label" if entry.label else "an entry"
+                scan.reject(root / (entry.label or FILE), "", f"{key}: {what} without an image")
                 continue
-            first, *more = (root / f for f in files)
-            name, path = file_name(stem(first)), root / label if label else None
-            scan.cases.append(Case(name, first, path, group, SPLITS[key], more_channels=tuple(more)))
+            first, *more = (root / file for file in entry.images)
+            name, label = file_name(stem(first)), root / entry.label if entry.label else None
+            scan.cases.append(Case(name, first, label, group, SPLITS[key], more_channels=tuple(more)))
         return scan
 
 
@@ -120,42 +126,56 @@ class NnUnet:
         return {"kind": "nnunet", "root": str(resolved_root(self.root))}
 
     def label_names(self) -> dict[int, str]:
-        """Return the names of `labels` in dataset.json, where there is one; regions of several values are left out."""
-        path = existing_root(self.root) / "dataset.json"
-        return _listed_names(path) if path.is_file() else {}
+        """Return the names of `labels` in dataset.json, where there is one."""
+        listed = DatasetJson.find(existing_root(self.root))
+        return {} if listed is None else listed.label_names()
+
+    def ignored_label(self) -> int | None:
+        """Return the value of the label `ignore` in dataset.json, which is no class; None where there is none."""
+        listed = DatasetJson.find(existing_root(self.root))
+        return None if listed is None else listed.ignored_label()
 
     def scan(self) -> Scan:
-        """Return cases of imagesTr (train) and imagesTs (test); a lone label or a missing channel is a problem."""
-        root = existing_root(self.root)
-        scan = Scan()
-        folders = (("labelsTr", "train"), ("labelsTs", "test"))
-        labels = {(stem(f), split): f for folder, split in folders for f in image_files(root / folder)}
-        found: dict[tuple[str, str], dict[int, Path]] = defaultdict(dict)
-        for folder, split in (("imagesTr", "train"), ("imagesTs", "test")):
-            for file in image_files(root / folder):
-                match = re.fullmatch(r"(.+)_(\d{4})", stem(file))
-                if match is None:
-                    scan.reject(file, file_name(stem(file)), "the name does not end in a channel number such as _0000")
-                else:
-                    found[match[1], split][int(match[2])] = file
-        if not found and not scan.problems:
+        """Return cases of imagesTr (train) and imagesTs (test); a lone label or a missing channel is a problem.
+
+        How many channels a case has stands in dataset.json; where that is missing, in the files of all cases.
+
+        Raises:
+            ValueError: There is no such folder, or dataset.json cannot be used, such as for labels that are regions.
+        """
+        root, scan = existing_root(self.root), Scan()
+        listed = DatasetJson.find(root)
+        stated = () if listed is None else listed.channel_names()
+        if listed is not None:
+            listed.label_names()  # what cannot be learnt is refused before an hour of preparing
+        labels = {split: self._labels(root / folder, scan) for folder, split in NNUNET_LABELS.items()}
+        found = {split: by_case(image_files(root / folder), scan) for folder, split in NNUNET_IMAGES.items()}
+        if not any(found.values()) and not scan.problems:
             raise ValueError(
                 f"{root} has no imagesTr/CASE_0000.nii.gz; is it the folder DatasetXXX_NAME of nnUNet_raw?"
             )
-        channels = set().union(*found.values()) if found else set()
-        for (name, split), files in found.items():
-            twin = split == "test" and (name, "train") in found
-            case = file_name(f"{name}-test" if twin else name)
-            if missing := sorted(channels - set(files)):
-                scan.reject(next(iter(files.values())), case, f"channel {missing[0]:04d} is missing")
-            else:
-                first, *more = (files[c] for c in sorted(files))
-                label = labels.get((name, split))
-                scan.cases.append(Case(case, first, label, root.name, split, more_channels=tuple(more)))
-        for key, file in labels.items():
-            if key not in found:
-                scan.reject(file, file_name(key[0]), "a label without an image")
+        channels = set(range(len(stated))) or {n for cases in found.values() for files in cases.values() for n in files}
+        for split, cases in found.items():
+            for name, files in cases.items():
+                twin = split == "test" and name in found["train"]
+                case = file_name(f"{name}-test" if twin else name)
+                ordered = in_order(files, scan, case=case, channels=channels, stated=f"{FILE} states")
+                if ordered:
+                    first, *more = ordered
+                    label = labels[split].get(name)
+                    scan.cases.append(Case(case, first, label, root.name, split, more_channels=tuple(more)))
+            for name in sorted(labels[split].keys() - cases.keys()):
+                scan.reject(labels[split][name], file_name(name), "a label without an image")
         return scan
+
+    @staticmethod
+    def _labels(folder: Path, scan: Scan) -> dict[str, Path]:
+        """Return the label map of each case in a folder; a second one is a problem."""
+        found: dict[str, Path] = {}
+        for file in image_files(folder):
+            if (first := found.setdefault(stem(file), file)) is not file:
+                scan.reject(file, file_name(stem(file)), f"{first.name} is a label map of the same case; drop one")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,26 +272,6 @@ def read_table(table: Path) -> list[dict[str, str]]:
         raise ValueError(f"{table}, line {line}: not UTF-8; save the table with the encoding UTF-8") from error
     except csv.Error as error:
         raise ValueError(f"{table} is no table ({error})") from error
-
-
-def _listed_names(path: Path) -> dict[int, str]:
-    """Return values and names of labels in a dataset.json, whichever of the two is the key, without the background."""
-    labels = _read_json(path).get("labels")
-    names: dict[int, str] = {}
-    for key, entry in labels.items() if isinstance(labels, dict) else ():
-        value, name = (key, entry) if str(key).isdecimal() else (entry, key)
-        if str(value).isdecimal() and int(value) > 0:
-            names[int(value)] = str(name)
-    return names
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); is data.root the right folder?") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def image_files(folder: Path) -> list[Path]:

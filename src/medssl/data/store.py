@@ -21,6 +21,8 @@ from medssl.data.volume import Box
 Corner = Sequence[int] | np.ndarray
 
 FORMAT = 1
+LABELS = "labels.json"
+"""Names of the label values, and the value that is ignored."""
 NEEDS = {
     "pairs": " weights=FILE",
     "embeddings": " weights=FILE",
@@ -168,10 +170,18 @@ class VolumeStore:
 
     @cached_property
     def label_names(self) -> dict[int, str]:
-        """Names of the label values, as far as the source knows them; none in a store of an earlier version."""
-        path = self.root / "labels.json"
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        return {int(value): name for value, name in found.items()}
+        """Names of the label values, as far as the source knows them, without that of the ignored one."""
+        return {int(value): name for value, name in self._labels.get("names", {}).items()}
+
+    @property
+    def ignored_label(self) -> int | None:
+        """The label value whose voxels are of unknown class: they count neither in a loss nor in a score."""
+        return self._labels.get("ignore")
+
+    @cached_property
+    def _labels(self) -> dict[str, Any]:
+        path = self.root / LABELS
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def has_label(self, case: int) -> bool:
         """Return whether the case has a label map (which may be empty)."""
