@@ -10,7 +10,8 @@ CONVENTION = (
     "Computed on the image's own grid, in mm. Dice: overlap of the voxels, 0 to 1. HD95: the larger of the two "
     "directed 95th percentiles of the distances between the surfaces, in mm. NSD: share of both surfaces that lies "
     "within tolerance_mm of the other, 0 to 1. A surface is made of the voxels of a class with a face outside of it; a "
-    "face at the border of the image counts. The background is not scored. A class that is absent in both prediction "
+    "face at the border of the image counts. Voxels with the ignored label, where the data have one, count as lying "
+    "beyond the image in both maps. The background is not scored. A class that is absent in both prediction "
     "and truth is missing (null, or an empty cell) and does not enter; one that is absent in only one of them counts "
     "as Dice 0, NSD 0 and HD95 the diagonal of the image (of its sides in mm: number of voxels * spacing). "
     "per_class: mean over the cases in which the class is not missing. "
@@ -38,8 +39,11 @@ def score_case(
     num_classes: int,
     spacing_mm: Sequence[float],
     tolerance_mm: float = 1.0,
+    ignored: Bool[np.ndarray, "_ _ _"] | None = None,
 ) -> CaseScores:
     """Return the scores of the classes 1 to `num_classes` - 1; background is class 0. `CONVENTION` defines them.
+
+    Voxels that are `ignored` belong to no class in either map.
 
     Raises:
         ValueError: The maps differ in shape, hold another class index, or spacing or tolerance is no length.
@@ -47,6 +51,8 @@ def score_case(
     _check(prediction, truth, num_classes=num_classes, spacing_mm=spacing_mm, tolerance_mm=tolerance_mm)
     from scipy.ndimage import find_objects
 
+    if ignored is not None:
+        prediction, truth = (np.where(ignored, classes.dtype.type(0), classes) for classes in (prediction, truth))
     spacing = np.asarray(spacing_mm, dtype=np.float64)
     diagonal_mm = float(np.linalg.norm(spacing * truth.shape))
     boxes = zip(find_objects(prediction, num_classes - 1), find_objects(truth, num_classes - 1), strict=True)
@@ -135,15 +141,20 @@ def _check(
 
 
 def dice_by_class(
-    prediction: Integer[np.ndarray, "x y z"], truth: Integer[np.ndarray, "x y z"], *, num_classes: int
+    prediction: Integer[np.ndarray, "x y z"],
+    truth: Integer[np.ndarray, "x y z"],
+    *,
+    num_classes: int,
+    ignored: Bool[np.ndarray, "x y z"] | None = None,
 ) -> Float64[np.ndarray, " foreground"]:
     """Return the Dice of the classes 1 to `num_classes` - 1; NaN where a class is in neither map, 0 where it is in one.
 
-    `score_case` gives the same numbers among others.
+    Voxels that are `ignored` do not count. `score_case` gives the same numbers among others.
     """
     pairs = np.zeros(num_classes**2, dtype=np.int64)
-    for ours, theirs in zip(prediction, truth, strict=True):  # plane by plane: no wide copy of the volume
-        codes = ours.astype(np.int64).ravel() * num_classes + theirs.ravel()
+    for x, (ours, theirs) in enumerate(zip(prediction, truth, strict=True)):  # by plane: no wide copy of the volume
+        codes = ours.astype(np.int64) * num_classes + theirs
+        codes = codes.ravel() if ignored is None else codes[~ignored[x]]
         pairs += np.bincount(codes, minlength=num_classes**2)
     counts = pairs.reshape(num_classes, num_classes)  # (predicted, true)
     both = counts.sum(axis=1)[1:] + counts.sum(axis=0)[1:]

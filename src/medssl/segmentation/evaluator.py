@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 from torch import nn
 from tqdm import tqdm
 
@@ -42,6 +42,7 @@ class Evaluator:
         store: The store of the cases.
         reading: How images are drawn for the network.
         label_values: The label value of each class.
+        ignored_label: The label value of voxels that are not scored; None for none.
         overlap: Share that neighbouring windows have in common.
         window_batch: Windows predicted at once.
         tolerance_mm: Tolerance of the normalised surface Dice.
@@ -53,6 +54,7 @@ class Evaluator:
     overlap: float
     window_batch: int
     tolerance_mm: float
+    ignored_label: int | None = None
 
     def run(
         self,
@@ -98,8 +100,11 @@ class Evaluator:
         found.pictures = _worst_and_best(found.pictures)
         return found
 
-    def truth(self, case: int) -> Integer[np.ndarray, "x y z"]:
-        """Return the classes of a case on its own grid."""
+    def truth(self, case: int) -> tuple[Integer[np.ndarray, "x y z"], Bool[np.ndarray, "x y z"] | None]:
+        """Return the classes of a case on its own grid, and which voxels are not scored, background among the classes.
+
+        The second is None where the data have no ignored label.
+        """
         record = self.store.record(case)
         label = self.store.read_label(case, (0, 0, 0), record.shape).result()[0]
         values = np.array(self.label_values)
@@ -107,10 +112,10 @@ class Evaluator:
         for plane, out in zip(label, classes, strict=True):  # plane by plane: no wide copy of the volume
             place = np.searchsorted(values, plane).clip(max=len(values) - 1)
             out[:] = np.where(values[place] == plane, place, 0)
-        return classes
+        return classes, None if self.ignored_label is None else label == self.ignored_label
 
     def _score(self, own: Evaluation, case: int, prediction: np.ndarray, *, full: bool) -> None:
-        record, truth = self.store.record(case), self.truth(case)
+        record, (truth, ignored) = self.store.record(case), self.truth(case)
         num_classes = len(self.label_values)
         if full:
             scores = score_case(
@@ -119,13 +124,15 @@ class Evaluator:
                 num_classes=num_classes,
                 spacing_mm=record.spacing_mm,
                 tolerance_mm=self.tolerance_mm,
+                ignored=ignored,
             )
             own.scores[record.case] = scores
-            classes = hashlib.sha256(truth.tobytes()).hexdigest()
+            scored = truth.tobytes() if ignored is None else truth.tobytes() + np.packbits(ignored).tobytes()
+            classes = hashlib.sha256(scored).hexdigest()
             own.contents[record.case] = hashlib.sha256(f"{record.voxel_hash}/{classes}".encode()).hexdigest()
             own.dice[record.case] = scores.dice
         else:
-            own.dice[record.case] = dice_by_class(prediction, truth, num_classes=num_classes)
+            own.dice[record.case] = dice_by_class(prediction, truth, num_classes=num_classes, ignored=ignored)
         dice = own.dice[record.case]
         mean = 0.0 if np.isnan(dice).all() else float(np.nanmean(dice))
         own.pictures = _worst_and_best([*own.pictures, picture_case(self.store, case, prediction, truth, dice=mean)])

@@ -57,6 +57,7 @@ def finetune(run: Run) -> None:
         store=store,
         reading=Reading.from_card(plan.reading),
         label_values=list(plan.classes),
+        ignored_label=plan.ignored_label,
         overlap=config.overlap,
         window_batch=config.window_batch,
         tolerance_mm=config.tolerance_mm,
@@ -129,6 +130,7 @@ def build_method(plan: Plan, segmenter: Segmenter) -> Segmentation:
     return Segmentation(
         segmenter=segmenter,
         label_values=list(plan.classes),
+        ignored_label=plan.ignored_label,
         loss=instantiate(values["loss"]),
         freeze=values["freeze"],
         layer_decay=values["layer_decay"],

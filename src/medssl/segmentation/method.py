@@ -1,11 +1,11 @@
 """Supervised segmentation as a method, for fine-tuning and training from scratch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from medssl.data.views import View
@@ -13,6 +13,8 @@ from medssl.methods.base import Method, Progress, StepOutput
 from medssl.models.segmenter import Segmenter
 
 FREEZE = ("none", "encoder", "all_but_head")
+IGNORED = -1
+"""The class number of voxels whose class is unknown."""
 
 
 class Segmentation(Method):
@@ -23,6 +25,7 @@ class Segmentation(Method):
         label_values: The label value of each class, 0 for the background first; other values count as background.
         loss: The loss of logits (b k x y z) and class numbers (b 1 x y z).
         freeze: `none`, `encoder`, or `all_but_head`. Frozen parts stay in evaluation mode and keep their weights.
+        ignored_label: The label value of voxels whose class is unknown, which the loss does not see; None for none.
         layer_decay: Learning rate of a transformer block over that of the next deeper one, 1 for none
             (arXiv:2106.08254, appendix).
         decoder_lr_scale: Learning rate of decoder and head over that of the encoder.
@@ -41,6 +44,7 @@ class Segmentation(Method):
         segmenter: Segmenter,
         label_values: Sequence[int],
         loss: nn.Module,
+        ignored_label: int | None = None,
         freeze: str = "none",
         layer_decay: float = 1.0,
         decoder_lr_scale: float = 1.0,
@@ -50,8 +54,11 @@ class Segmentation(Method):
             raise ValueError(f"freeze={freeze!r} is not known; choose one of {', '.join(FREEZE)}")
         self.segmenter, self.loss, self.freeze = segmenter, loss, freeze
         self.layer_decay, self.decoder_lr_scale = layer_decay, decoder_lr_scale
-        lookup = torch.zeros(max(label_values) + 1, dtype=torch.int64)
+        self.ignores = ignored_label is not None
+        lookup = torch.zeros(max(*label_values, ignored_label or 0) + 1, dtype=torch.int64)
         lookup[list(label_values)] = torch.arange(len(label_values))
+        if ignored_label is not None:
+            lookup[ignored_label] = IGNORED
         self.register_buffer("lookup", lookup, persistent=False)
         # how validation has gone so far: in the state, so that a resumed run keeps its best
         self.register_buffer("best", torch.tensor(-1.0, dtype=torch.float64))
@@ -79,7 +86,7 @@ class Segmentation(Method):
         return self
 
     def classes_of(self, label: Int[Tensor, "*size"]) -> Int64[Tensor, "*size"]:
-        """Return the class numbers of label values."""
+        """Return the class numbers of label values, `IGNORED` for the ignored one."""
         known = label < len(self.lookup)
         return torch.where(known, self.lookup[torch.where(known, label, 0)], 0)
 
@@ -97,9 +104,14 @@ class Segmentation(Method):
         outputs = self.segmenter.outputs(view.image.flatten(0, 1), coordinate)
         weights = [0.5**level for level in range(len(outputs))]
         with torch.autocast(target.device.type, enabled=False):
-            losses = [self.loss(output.float(), _coarser(target, output)) for output in outputs]
+            losses = [self._loss(output.float(), _coarser(target, output)) for output in outputs]
         loss = sum(weight * term for weight, term in zip(weights, losses, strict=True)) / sum(weights)
-        return StepOutput(loss, {"foreground_share": (target > 0).float().mean()})
+        known = target[target != IGNORED] if self.ignores else target
+        share = (known > 0).float().mean() if len(known) else torch.zeros((), device=known.device)
+        return StepOutput(loss, {"foreground_share": share})
+
+    def _loss(self, logits: Float[Tensor, "n k x y z"], target: Int64[Tensor, "n 1 x y z"]) -> Float[Tensor, ""]:
+        return loss_of_known(self.loss, logits, target) if self.ignores else self.loss(logits, target)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return groups by share of the learning rate; norms and biases have no weight decay."""
@@ -127,6 +139,22 @@ class Segmentation(Method):
     def parts(self) -> dict[str, nn.Module]:
         """Return encoder, decoder and head."""
         return {"encoder": self.segmenter.encoder, "decoder": self.segmenter.decoder, "head": self.segmenter.head}
+
+
+def loss_of_known(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Float[Tensor, "n k x y z"], target: Int64[Tensor, "n 1 x y z"]
+) -> Float[Tensor, ""]:
+    """Return the mean over samples of the loss on those of their voxels whose class is known.
+
+    The known voxels of a sample are given to `loss` as one row (1 k voxels 1 1), so that the others enter neither a
+    sum, nor a mean, nor a gradient. Samples without any are left out; without any sample the loss is 0.
+    """
+    losses = []
+    for sample, classes in zip(logits, target, strict=True):
+        known = classes[0] != IGNORED
+        if known.any():
+            losses.append(loss(sample[:, known][None, :, :, None, None], classes[:, known][None, :, :, None, None]))
+    return torch.stack(losses).mean() if losses else 0 * logits.sum()
 
 
 def _layer_numbers(encoder: nn.Module) -> dict[str, int]:

@@ -33,6 +33,7 @@ class Plan:
         split: The split of the cases.
         subset: The training cases whose labels are used.
         classes: Label values and their names, the background first.
+        ignored_label: The label value of voxels whose class is unknown; None for none.
         spacing_mm: Spacing of the grid that crops are drawn on; `native` for each image's own.
         crop_voxel: Sides of a crop, and of a window of predictions.
         modality: The modality of all training cases; None if they differ.
@@ -47,6 +48,7 @@ class Plan:
     split: CaseSplit
     subset: LabelledSubset
     classes: Mapping[int, str]
+    ignored_label: int | None
     spacing_mm: str | list[float]
     crop_voxel: list[int]
     modality: str | None
@@ -87,6 +89,7 @@ class Plan:
             split=split,
             subset=subset,
             classes=classes,
+            ignored_label=store.ignored_label,
             spacing_mm=spacing_mm,
             crop_voxel=crop_voxel,
             modality=modality(store, subset.cases),
@@ -180,6 +183,8 @@ def format_plan(plan: Plan, store: VolumeStore, *, model: str) -> list[str]:
         + (spacing if isinstance(spacing, str) else f"{' x '.join(f'{s:g}' for s in spacing)} mm"),
         f"model: {model}",
     ]
+    if plan.ignored_label is not None:
+        lines.append(f"ignored: label value {plan.ignored_label}; its voxels enter neither the loss nor the scores")
     lines += [f"reading: {line}" for line in plan.other_reading]
     if plan.unlearnable:
         lines.append(f"classes: {', '.join(plan.unlearnable)}: in no label that is trained on, cannot be learnt")
@@ -199,20 +204,24 @@ def _plain(value: Any) -> Any:
 def find_classes(store: VolumeStore, split: CaseSplit, *, wanted: Any) -> dict[int, str]:
     """Return label values and their names, the background first: all in the labelled cases of the split, or `wanted`.
 
+    The ignored label of the data is no class.
+
     Raises:
-        ValueError: A value of `wanted` is in no case, or there is no value at all.
+        ValueError: A value of `wanted` is in no case or ignored, or there is no value at all.
     """
     cases = (*split.training, *split.validation, *split.test)
-    found = sorted({value for case in cases for value in store.record(case).labels})
+    ignored = store.ignored_label
+    found = sorted({value for case in cases for value in store.record(case).labels} - {ignored})
     if not found:
         raise ValueError(f"the labels of {store.root} hold nothing but background; nothing can be learnt from them")
     if wanted is not None and (isinstance(wanted, str) or not isinstance(wanted, Sequence)):
         raise ValueError(f"data.classes={wanted}: give a list of label values, for instance [1,2]")
     values = found if wanted is None else sorted(set(wanted) - {0})
+    held = f"the labels hold {', '.join(map(str, found))}"
+    if ignored is not None and ignored in values:
+        raise ValueError(f"data.classes: value {ignored} is the ignored label of the data, which is no class; {held}")
     if missing := sorted(set(values) - set(found)) or ([] if values else [0]):
-        raise ValueError(
-            f"data.classes: value {missing[0]} is in no label; the labels hold {', '.join(map(str, found))}"
-        )
+        raise ValueError(f"data.classes: value {missing[0]} is in no label; {held}")
     names = store.label_names
     return {0: "background", **{value: names.get(value, f"label {value}") for value in values}}
 

@@ -87,6 +87,7 @@ def report_run(
         },
         "leakage": dict(plan.leakage),
         "classes_without_training_label": list(plan.unlearnable),
+        "ignored_label": plan.ignored_label,
         "reading_differs": list(plan.other_reading),
         "report": plan.choice,
         "selected_on_evaluation": plan.choice == "best" and where == "validation",
