@@ -128,7 +128,7 @@ def test_a_run_leaves_numbers_a_network_and_pictures(straight):
         "content": results["split"]["content"],
     }
     assert results["labelled"]["count"] == 3 == len(results["labelled"]["cases"])
-    assert results["leakage"] == {"checked": True, "overlap": 0, "allowed": False}
+    assert results["leakage"] == {"checked": True, "overlap": 0, "allowed": False, "same_voxels": []}
     assert results["setting"]["weights"] == "scratch"
     assert (results["report"], results["selected_on_evaluation"], results["seed"]) == ("last", False, 0)
     means = [np.nanmean([v for v in case["dice"]["per_class"].values() if v is not None]) for case in results["cases"]]

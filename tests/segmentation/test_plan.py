@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medssl.data.splits import resolve_split
-from medssl.segmentation.plan import find_classes, find_crop, find_overlap, find_spacing
+from medssl.segmentation.plan import find_classes, find_copies, find_crop, find_overlap, find_spacing
 
 SPLITS = ("train", "train", "validation", "test")
 
@@ -71,3 +71,37 @@ def test_a_file_without_a_fingerprint_cannot_be_checked(store, tmp_path):
     split = resolve_split(store, split="source")
     assert find_overlap({"method": "glmae"}, store, split, path=tmp_path, allowed=False)["checked"] is False
     assert find_overlap(None, store, split, path=None, allowed=False)["checked"] is True
+
+
+@pytest.mark.parametrize(
+    ("parts", "copies"),
+    [
+        ("tttv", []),  # two training cases may be equal
+        ("tvtt", ["case_001 (validation) and case_000 (training) hold the same voxels"]),
+        ("ttte", []),
+        ("tett", ["case_001 (test) and case_000 (training) hold the same voxels"]),
+        ("vett", ["case_001 (test) and case_000 (validation) hold the same voxels"]),
+        ("evtt", ["case_000 (test) and case_001 (validation) hold the same voxels"]),
+    ],
+)
+def test_a_held_out_case_with_the_voxels_of_a_training_case_stops_the_run_or_marks_it(make_store, parts, copies):
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-1000, 1000, (1, 16, 16, 16)).astype(np.int16) for _ in range(3)]
+    arrays.insert(1, arrays[0].astype(np.float32))  # of another type, which the hash does not see
+    splits = tuple({"t": "train", "v": "validation", "e": "test"}[part] for part in parts)
+    store = make_store(*arrays, labels=[(a[0] > 0).astype(np.int16) for a in arrays], splits=splits)
+    split = resolve_split(store, split="source")
+    assert find_copies(store, split, split.training, allowed=True) == copies
+    if copies:
+        with pytest.raises(ValueError, match=r"hold the same voxels: .*allow_leakage=true") as refusal:
+            find_copies(store, split, split.training, allowed=False)
+        assert str(refusal.value).startswith(copies[0])
+    else:
+        assert find_copies(store, split, split.training, allowed=False) == []
+
+
+def test_a_copy_of_a_training_case_whose_label_is_not_used_is_no_leakage(make_store):
+    array = np.random.default_rng(0).integers(-1000, 1000, (1, 16, 16, 16)).astype(np.int16)
+    store = make_store(array, array + 1, array, labels=[(array[0] > 0) * 1] * 3, splits=("train", "train", "test"))
+    split = resolve_split(store, split="source")
+    assert find_copies(store, split, [1], allowed=False) == []

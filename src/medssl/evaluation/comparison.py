@@ -117,7 +117,7 @@ def _notes(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     notes = []
     if leaked := [f"{run.path} ({run.leaked})" for run in runs if run.leaked]:
         notes.append(
-            f"{LEAKED} Leakage: evaluation cases were seen in pre-training and allowed: {', '.join(leaked)} of "
+            f"{LEAKED} Leakage: evaluation cases were seen in (pre-)training and allowed: {', '.join(leaked)} of "
             f"{len(runs[0].cases)} cases. These numbers flatter."
         )
     if unchecked := [str(run.path) for run in runs if not run.leakage.get("checked", True)]:

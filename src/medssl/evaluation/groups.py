@@ -13,7 +13,7 @@ from jaxtyping import Float
 from medssl.evaluation.results import mean_present, read_results
 
 LEAKED = "†"
-"""The mark of runs that saw evaluation cases in pre-training."""
+"""The mark of runs that saw evaluation cases in pre-training or training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +46,13 @@ class FinishedRun:
 
     @property
     def leakage(self) -> dict[str, Any]:
-        """The statement of the results on evaluation cases in pre-training; empty where there is none."""
+        """The statement of the results on evaluation cases in (pre-)training; empty where there is none."""
         return self.results.get("leakage") or {}
 
     @property
     def leaked(self) -> int:
-        """The number of evaluation cases that were seen in pre-training."""
-        return self.leakage.get("overlap") or 0
+        """The number of evaluation cases that were seen in pre-training, or as copies of other cases in training."""
+        return (self.leakage.get("overlap") or 0) + len(self.leakage.get("same_voxels") or ())
 
     @cached_property
     def cases(self) -> list[str]:
@@ -93,7 +93,7 @@ class Group:
 
     @property
     def leaked(self) -> bool:
-        """Whether one of the runs saw evaluation cases in pre-training."""
+        """Whether one of the runs saw evaluation cases in pre-training or training."""
         return any(run.leaked for run in self.runs)
 
     def class_scores(self, metric: str) -> Float[np.ndarray, "seeds cases classes"]:

@@ -37,7 +37,7 @@ class Plan:
         spacing_mm: Spacing of the grid that crops are drawn on; `native` for each image's own.
         crop_voxel: Sides of a crop, and of a window of predictions.
         modality: The modality of all training cases; None if they differ.
-        leakage: The comparison of the evaluation cases with those of pre-training.
+        leakage: The comparison of the evaluation cases with those of pre-training and of training.
         choice: The weights that are evaluated, `best` or `last`.
         unlearnable: Classes that no training label holds.
         other_reading: Differences in how images were read in pre-training, a line each.
@@ -67,7 +67,10 @@ class Plan:
         check_grid(store)
         split = resolve_split(store, split=config.data.split, fold=config.data.fold)
         subset = few_labels(store, split.training, labelled=config.data.labelled, seed=config.data.labelled_seed)
-        leakage = find_overlap(initial.card, store, split, path=initial.path, allowed=config.allow_leakage)
+        leakage = {
+            **find_overlap(initial.card, store, split, path=initial.path, allowed=config.allow_leakage),
+            "same_voxels": find_copies(store, split, subset.cases, allowed=config.allow_leakage),
+        }
         classes = find_classes(store, split, wanted=_plain(config.data.classes))
         if earlier is not None:
             check_resumed(earlier, split, subset.hash, classes)
@@ -192,6 +195,7 @@ def format_plan(plan: Plan, store: VolumeStore, *, model: str) -> list[str]:
         lines.append("leakage: the file does not say which volumes it was trained on; overlap cannot be checked")
     if plan.leakage["overlap"]:
         lines.append(f"leakage: {plan.leakage['overlap']} of the {where} cases were seen in pre-training (allowed)")
+    lines += [f"leakage: {copies} (allowed)" for copies in plan.leakage["same_voxels"]]
     if plan.settings.values["freeze"] == "all_but_head" and plan.initial.path is not None:
         lines.append("freeze: decoder layers that no file filled stay as they were drawn")
     return lines
@@ -325,3 +329,32 @@ def find_overlap(
             " go on with allow_leakage=true, which marks every result"
         )
     return {"checked": True, "overlap": len(seen), "allowed": allowed}
+
+
+def find_copies(store: VolumeStore, split: CaseSplit, training: Sequence[int], *, allowed: bool) -> list[str]:
+    """Return which cases that are held out hold the very voxels of a training case, or validation those of a test case.
+
+    Args:
+        store: The store of the cases.
+        split: The split of the cases.
+        training: The training cases that are used.
+        allowed: Whether a run goes on with such cases.
+
+    Raises:
+        ValueError: There are some, and that is not allowed.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    copies = []
+    for part, cases in (("training", training), ("validation", split.validation), ("test", split.test)):
+        for record in map(store.record, cases):
+            name, where = first.setdefault(record.voxel_hash, (record.case, part))
+            if where != part:
+                copies.append(f"{record.case} ({part}) and {name} ({where}) hold the same voxels")
+    if copies and not allowed:
+        more = f", as {len(copies) - 1} other pairs do" if copies[1:] else ""
+        raise ValueError(
+            f"{copies[0]}{more}: results would be those of images that the network was trained on or selected by; drop"
+            " one of the two from the data or from the split, or go on with allow_leakage=true, which marks every"
+            " result"
+        )
+    return copies

@@ -141,6 +141,7 @@ def format_results(
     marks = []
     if results["leakage"]["overlap"]:
         marks.append(f"LEAKAGE: {results['leakage']['overlap']} of these cases were seen in pre-training")
+    marks += [f"LEAKAGE: {copies}" for copies in results["leakage"]["same_voxels"]]
     if results["selected_on_evaluation"]:
         marks.append("the weights were selected on the very cases they are evaluated on: the numbers flatter")
     if "phantom" in results["data"]["name"]:
