@@ -105,7 +105,7 @@ class Segmentation(Method):
         weights = [0.5**level for level in range(len(outputs))]
         with torch.autocast(target.device.type, enabled=False):
             losses = [self._loss(output.float(), _coarser(target, output)) for output in outputs]
-        loss = sum(weight * term for weight, term in zip(weights, losses, strict=True)) / sum(weights)
+        loss: Tensor = sum(weight * term for weight, term in zip(weights, losses, strict=True)) / sum(weights)  # type: ignore[assignment]
         known = target[target != IGNORED] if self.ignores else target
         share = (known > 0).float().mean() if len(known) else torch.zeros((), device=known.device)
         return StepOutput(loss, {"foreground_share": share})
