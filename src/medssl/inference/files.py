@@ -3,7 +3,7 @@
 import contextlib
 import gzip
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from medssl.data.atomic import whole_file
-from medssl.data.cases import Scan, case_names, file_name
-from medssl.data.formats import NIFTI_SUFFIXES, has_image_suffix, is_dicom, open_image, reasons_for, stem
-from medssl.data.reading import read_volume
+from medssl.data.cases import Case, Scan, case_names, file_name
+from medssl.data.channel_files import by_case, channel_of, in_order
+from medssl.data.dataset_json import FILE, DatasetJson
+from medssl.data.formats import NIFTI_SUFFIXES, ReadError, has_image_suffix, is_dicom, open_image, reasons_for, stem
 from medssl.data.sources import Folder
 from medssl.data.volume import Volume
 
@@ -57,15 +58,22 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Input:
-    """An image to predict: the name of its results, and its path."""
+    """An image to predict: the name of its results, its path, and the files of its channels after the first."""
 
     name: str
     path: Path
     skip_label_maps: bool = False
+    more_channels: tuple[Path, ...] = ()
 
 
-def read_image(path: Path, *, channels: str | int | None = None, skip_label_maps: bool = False) -> ImageFile:
-    """Return the image in a file or in the DICOM series of a folder.
+def read_image(
+    path: Path,
+    *,
+    channels: str | int | None = None,
+    skip_label_maps: bool = False,
+    more_channels: Sequence[Path] = (),
+) -> ImageFile:
+    """Return the image in a file or in the DICOM series of a folder, or in a file for each channel.
 
     Raises:
         LabelMapError: The image looks like a label map.
@@ -73,11 +81,14 @@ def read_image(path: Path, *, channels: str | int | None = None, skip_label_maps
     """
     import nibabel
 
-    volume = read_volume(path, channels=channels, min_side_voxel=MIN_SIDE_VOXEL, skip_label_maps=skip_label_maps)
-    with reasons_for(path):
-        found = open_image(path)[0]
-        if path.name.lower().endswith(NIFTI_SUFFIXES) and path.is_file():
-            header = nibabel.load(path).header.copy()
+    case = Case("", path, more_channels=tuple(more_channels), skip_label_maps=skip_label_maps)
+    volume = case.read(channels=channels, min_side_voxel=MIN_SIDE_VOXEL)[0]
+    first = Path(volume.source)  # the file of the chosen channel, where each has its own
+    header: Any
+    with reasons_for(first):
+        found = open_image(first)[0]
+        if first.name.lower().endswith(NIFTI_SUFFIXES) and first.is_file():
+            header = nibabel.load(first).header.copy()
         else:
             header = nibabel.Nifti1Header()
             header.set_data_shape(found.shape)
@@ -87,10 +98,20 @@ def read_image(path: Path, *, channels: str | int | None = None, skip_label_maps
     return ImageFile(path, volume, found.affine, header)
 
 
-def find_inputs(path: Path, output_dir: Path, *, include_labels: bool = False) -> tuple[list[Input], Scan]:
+def find_inputs(
+    path: Path, output_dir: Path, *, include_labels: bool = False, num_channels: int = 1
+) -> tuple[list[Input], Scan]:
     """Return the images that `input=PATH` means, and the scan that found them: what was skipped, what cannot be read.
 
+    In a folder, files CASE_0000, CASE_0001, ... are the channels of one image called CASE: if the network reads
+    several channels, if a `dataset.json` beside the folder states several, or if all its files end in _0000.
     If `output_dir` lies below the folder, nothing in it is an input.
+
+    Args:
+        path: An image file, a folder of images, or the folder of a DICOM series.
+        output_dir: Folder of the results.
+        include_labels: Whether files that are label maps by their name are inputs.
+        num_channels: Number of channels that the network reads.
 
     Raises:
         ValueError: There is nothing to predict, or results would lie among the inputs.
@@ -111,10 +132,57 @@ def find_inputs(path: Path, output_dir: Path, *, include_labels: bool = False) -
     def is_result(file: Path) -> bool:
         return root in results.parents and results in (file, *file.parents)
 
-    images = [case for case in scan.cases if not is_result(case.image)]
-    names = case_names([case.image.relative_to(root) for case in images], root.name)
-    inputs = [Input(name, c.image, c.skip_label_maps) for name, c in zip(names, images, strict=True)]
-    return inputs, Scan([], [row for row in scan.skipped if not is_result(Path(row["file"]))], scan.problems)
+    found = Scan([], [row for row in scan.skipped if not is_result(Path(row["file"]))], scan.problems)
+    by_folder: dict[Path, list[Case]] = {}
+    for case in scan.cases:
+        if not is_result(case.image):
+            by_folder.setdefault(case.image.parent, []).append(case)
+    images = [image for cases in by_folder.values() for image in _images_in(cases, found, num_channels)]
+    names = case_names([place.relative_to(root) for place, _ in images], root.name)
+    inputs = [
+        Input(name, case.image, case.skip_label_maps, case.more_channels)
+        for name, (_, case) in zip(names, images, strict=True)
+    ]
+    return inputs, found
+
+
+def _images_in(cases: Sequence[Case], scan: Scan, num_channels: int) -> list[tuple[Path, Case]]:
+    """Return the images among the files of one folder, each with the path that it is named by.
+
+    That is its own or, where it has a file for each channel, the folder with the name of the case.
+    """
+    files = [case.image for case in cases if case.image.is_file()]
+    named = [file for file in files if channel_of(file) is not None]
+    stated, who = num_channels, "the network reads"
+    if num_channels > 1:
+        named = [file for file in named if not _holds_channels(file)]
+    else:
+        stated, who = _stated_channels(cases[0].image.parent), f"{FILE} states"
+        if len(named) < len(files) or (stated == 1 and not all(stem(file).endswith("_0000") for file in named)):
+            named = []
+    images = [(case.image, case) for case in cases if case.image not in named]
+    for name, channels in by_case(named, scan).items():
+        ordered = in_order(channels, scan, case=file_name(name), channels=range(stated), stated=who)
+        if ordered:
+            case = replace(cases[0], image=ordered[0], more_channels=ordered[1:])
+            images.append((ordered[0].parent / name, case))
+    return images
+
+
+def _stated_channels(folder: Path) -> int:
+    """Return how many channels a `dataset.json` in or beside the folder states; 1 where there is none."""
+    for place in (folder, folder.parent):
+        with contextlib.suppress(ValueError):  # it may be of something else
+            if (listed := DatasetJson.find(place)) is not None:
+                return max(1, len(listed.channel_names()))
+    return 1
+
+
+def _holds_channels(file: Path) -> bool:
+    """Return whether a file holds several channels; a file that cannot be read does not."""
+    with contextlib.suppress(ReadError), reasons_for(file):
+        return open_image(file)[0].num_channels > 1
+    return False
 
 
 def write_nifti(

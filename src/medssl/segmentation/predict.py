@@ -36,15 +36,17 @@ def predict_all(settings: PredictSettings) -> int:
     Raises:
         ValueError: There is nothing to predict, or the networks do not go together.
     """
-    source = drawn_phantom(settings.input, settings.output_dir)
-    inputs, scan = find_inputs(source, settings.output_dir, include_labels=settings.include_labels)
-    if not inputs and not scan.problems:
-        raise ValueError(f"input={settings.input}: none of its files is an image to predict")
-    check_outputs(inputs, settings)
     device = find_device(settings.device)
     ensemble = Ensemble.load(
         settings.weights, flips=settings.flips, device=device, allow_modules=settings.allow_modules
     )
+    source = drawn_phantom(settings.input, settings.output_dir)
+    inputs, scan = find_inputs(
+        source, settings.output_dir, include_labels=settings.include_labels, num_channels=ensemble.num_channels
+    )
+    if not inputs and not scan.problems:
+        raise ValueError(f"input={settings.input}: none of its files is an image to predict")
+    check_outputs(inputs, settings)
     number = f"{len(inputs)} image{'s' * (len(inputs) != 1)}"
     print(f"{ensemble}, on {device.type}; {number} -> {settings.output_dir}", flush=True)
     for row in scan.skipped:
@@ -90,7 +92,8 @@ def predict_one(image: Input, ensemble: Ensemble, settings: PredictSettings) -> 
     """
     outputs = outputs_of(image.name, settings)
     target = outputs[0]
-    if target.exists() and image.path.is_file() and target.samefile(image.path):
+    files = [path for path in (image.path, *image.more_channels) if path.is_file()]
+    if target.exists() and any(target.samefile(file) for file in files):
         _complain(image.path, "the result would replace the image; give another output_dir")
         return "failed"
     if folder := next((path for path in outputs if path.is_dir()), None):
@@ -144,9 +147,9 @@ def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings:
             found[plane] = True
             yield values[plane]
 
+    written = str(target)
     if target in wanted:
         write_nifti(target, planes(), like=file, shape=file.shape, dtype=values.dtype)
-        written = str(target)
     else:
         for plane in slices_of(classes):
             found[plane] = True
@@ -168,10 +171,13 @@ def _modality(file: ImageFile, ensemble: Ensemble, settings: PredictSettings) ->
 
 def _read(image: Input, ensemble: Ensemble, settings: PredictSettings) -> ImageFile:
     chosen = ensemble.channels if settings.channels is None else settings.channels
-    file = read_image(image.path, channels=chosen, skip_label_maps=image.skip_label_maps)
+    file = read_image(
+        image.path, channels=chosen, skip_label_maps=image.skip_label_maps, more_channels=image.more_channels
+    )
     if file.volume.num_channels != ensemble.num_channels:
         held = f"the image has {file.volume.num_channels} channels, the network reads {ensemble.num_channels}"
-        way = "data.channels=N picks one" if ensemble.num_channels == 1 else "give 4-D files that hold all of a case"
+        files = "give 4-D files that hold all of a case, or the folder of files CASE_0000, CASE_0001, ..."
+        way = "data.channels=N picks one" if ensemble.num_channels == 1 else files
         raise ReadError(image.path, f"{held}; {way}")
     return file
 
