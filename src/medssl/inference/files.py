@@ -15,6 +15,7 @@ from medssl.data.cases import Case, Scan, case_names, file_name
 from medssl.data.channel_files import by_case, channel_of, in_order
 from medssl.data.dataset_json import FILE, DatasetJson
 from medssl.data.formats import NIFTI_SUFFIXES, ReadError, has_image_suffix, is_dicom, open_image, reasons_for, stem
+from medssl.data.geometry import apply
 from medssl.data.sources import Folder
 from medssl.data.volume import Volume
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 MIN_SIDE_VOXEL = 2
 """Thin slabs are predicted; a single slice is no volume."""
 COMPRESSION = 4
+MOST_SHEAR_MM = 0.05
+"""How far a corner may lie from where a grid with right angles puts it; beyond, the grid is sheared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,7 @@ class ImageFile:
         path: File, or folder of a DICOM series.
         volume: The voxels of the image in canonical RAS.
         affine: The map from voxel index of the file to RAS mm.
-        header: NIfTI header with the geometry of the file.
+        header: NIfTI header with the geometry of the file; without a qform where the image is sheared.
     """
 
     path: Path
@@ -47,6 +50,11 @@ class ImageFile:
         """The sides as the file states them, without the axis of channels."""
         shape = tuple(int(n) for n in self.header.get_data_shape())
         return shape if all(n == 1 for n in shape[3:]) else shape[:3]
+
+    @property
+    def is_sheared(self) -> bool:
+        """Whether the axes of the image are not at right angles, as those of a CT with a tilted gantry."""
+        return _shear_mm(self.affine, self.shape[:3]) > MOST_SHEAR_MM
 
     def in_file_order(self, array: Shaped[np.ndarray, "x y z"]) -> Shaped[np.ndarray, "x2 y2 z2"]:
         """Return an array of the volume's grid with its axes flipped and permuted to those of the file; no copy."""
@@ -95,7 +103,19 @@ def read_image(
             header.set_qform(found.affine, code=1, strip_shears=True)
             header.set_sform(found.affine, code=1)
             header.set_xyzt_units("mm")
+    if _shear_mm(found.affine, found.shape) > MOST_SHEAR_MM:
+        header.set_qform(None, code=0)  # it knows no shear: readers that prefer it would see another place
     return ImageFile(path, volume, found.affine, header)
+
+
+def _shear_mm(affine: Float[np.ndarray, "4 4"], shape: Sequence[int]) -> float:
+    """Return how far the corners of a grid lie from where the nearest grid with right angles puts them."""
+    import nibabel
+
+    header = nibabel.Nifti1Header()
+    header.set_qform(affine, strip_shears=True)
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+    return float(np.linalg.norm(apply(affine, corners) - apply(header.get_qform(), corners), axis=1).max())
 
 
 def find_inputs(
@@ -210,6 +230,38 @@ def write_nifti(
         file.write(header.binaryblock + bytes(4))
         for plane in planes:
             file.write(plane.astype(stored, copy=False).tobytes(order="F"))
+
+
+def write_nrrd(
+    path: Path,
+    planes: Iterable[Shaped[np.ndarray, "x y"]],
+    *,
+    like: ImageFile,
+    dtype: np.dtype[Any],
+) -> None:
+    """Write planes, x running fastest, as an NRRD file with the geometry of `like`, shear included, all or nothing.
+
+    Source: https://teem.sourceforge.net/nrrd/format.html (NRRD0004; space directions in RAS millimetres).
+    """
+    vectors = [f"({','.join(repr(float(v)) for v in column)})" for column in like.affine[:3].T]
+    header = [
+        "NRRD0004",
+        f"type: {np.dtype(dtype).name}",
+        "dimension: 3",
+        "space: right-anterior-superior",
+        f"sizes: {' '.join(map(str, like.shape[:3]))}",
+        f"space directions: {' '.join(vectors[:3])}",
+        "kinds: domain domain domain",
+        "endian: little",
+        "encoding: gzip",
+        f"space origin: {vectors[3]}",
+    ]
+    stored = np.dtype(dtype).newbyteorder("<")
+    with whole_file(path) as partial, partial.open("wb") as raw:
+        raw.write(("\n".join(header) + "\n\n").encode())
+        with gzip.GzipFile("", "wb", COMPRESSION, raw, mtime=0) as file:
+            for plane in planes:
+                file.write(plane.astype(stored, copy=False).tobytes(order="F"))
 
 
 def slices_of(array: Shaped[np.ndarray, "x y z"]) -> Iterator[Shaped[np.ndarray, "x y"]]:

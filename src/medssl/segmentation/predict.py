@@ -20,13 +20,15 @@ from medssl.data.formats import ReadError, size_text
 from medssl.data.reading import LabelMapError
 from medssl.data.volume import guess_modality
 from medssl.inference.device import find_device
-from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti
+from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti, write_nrrd
 from medssl.inference.record import fetch_from, record_of
 from medssl.segmentation.ensemble import Ensemble
 from medssl.segmentation.phantom_input import drawn_phantom
 from medssl.segmentation.segment import Classes, NotFiniteError, segment
 from medssl.segmentation.settings import PredictSettings
 
+SHEARED = "_sheared.nrrd"
+"""The ending of the second file of a sheared image."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -149,6 +151,10 @@ def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings:
 
     written = str(target)
     if target in wanted:
+        if file.is_sheared:  # written first, so that a result that is there has both files
+            second = target.with_name(f"{image.name}{SHEARED}")
+            write_nrrd(second, planes(), like=file, dtype=values.dtype)
+            written += f" and {second.name} (for ITK, which reads no sheared NIfTI)"
         write_nifti(target, planes(), like=file, shape=file.shape, dtype=values.dtype)
     else:
         for plane in slices_of(classes):
