@@ -33,6 +33,7 @@ def _image(kind, array, affine):
         made.set_sform(affine, code=4)
         made.set_qform(np.diag([2.0, 1.0, 1.0, 1.0]), code=1)
     elif kind == "units":
+        made = nibabel.Nifti1Image(array, np.diag([1e3, 1e3, 1e3, 1.0]) @ affine)
         made.header.set_xyzt_units("micron", "sec")
     elif kind == "big endian":
         made = nibabel.Nifti1Image(array, affine, made.header.as_byteswapped(">"))

@@ -35,6 +35,7 @@ class Case:
         modality: "ct" or "mr" where the source states it; None leaves the choice to the voxels.
         more_channels: Files of the channels after the first.
         skip_label_maps: Whether to skip a volume that looks like a label map.
+        assume_spacing_mm: Spacing along the axes of the files where their headers state none.
     """
 
     case: str
@@ -45,6 +46,7 @@ class Case:
     modality: str | None = None
     more_channels: tuple[Path, ...] = ()
     skip_label_maps: bool = False
+    assume_spacing_mm: tuple[float, ...] | None = None
 
     @property
     def has_label(self) -> bool:
@@ -68,7 +70,7 @@ class Case:
         if self.label is not None:
             if not self.label.exists():
                 return self.label, "the label file does not exist"
-            if reason := check_label_file(self.label, self.image):
+            if reason := check_label_file(self.label, self.image, assume_spacing_mm=self.assume_spacing_mm):
                 return self.label, reason
         return None
 
@@ -88,11 +90,12 @@ class Case:
                     self.image, f"data.channels={channels} is not there: the case has channels 0 to {len(files) - 1}"
                 )
             files, channels = (files[channels],), None
-        options: dict[str, Any] = {"channels": channels, "min_side_voxel": min_side_voxel}
+        spacing: dict[str, Any] = {"assume_spacing_mm": self.assume_spacing_mm}
+        options = spacing | {"channels": channels, "min_side_voxel": min_side_voxel}
         volume = read_volume(files[0], **options, skip_label_maps=self.skip_label_maps)
         if len(files) > 1:
             volume = _stack(volume, (read_volume(file, **options) for file in files[1:]))
-        return volume, None if self.label is None else read_label(self.label, volume)
+        return volume, None if self.label is None else read_label(self.label, volume, **spacing)
 
     def targets(self, volume: Volume, label: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
         """Return known numbers of the subject, by name; most sources know none."""
@@ -181,13 +184,17 @@ def _outline(path: Path) -> list[Any]:
         if path.is_dir():
             files = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path) if entry.is_file())
             return [files, *(_outline(path / name) for name, _ in files[:1])]
+        if not path.is_file():
+            return ["no file"]  # a pipe would never end
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(0)
             ends = stream.read(OUTLINE_BYTES)
             stream.seek(max(len(ends), size - OUTLINE_BYTES))
             beside = [p for p in (path.with_suffix(s) for s in (".raw", ".zraw", ".raw.gz")) if p != path]
-            detached = [p.stat().st_size for p in beside if path.suffix in (".mhd", ".nhdr") and p.is_file()]
+            detached: list[Any] = [p.stat().st_size for p in beside if path.suffix in (".mhd", ".nhdr") and p.is_file()]
+            if path.suffix.lower() == ".hdr":
+                detached = [_outline(p) for p in map(path.with_suffix, (".img", ".IMG", ".mat")) if p.is_file()]
             return [size, hashlib.sha256(ends + stream.read()).hexdigest(), *detached]
     except OSError as error:
         return [type(error).__name__]

@@ -31,14 +31,16 @@ def read_volume(
     channels: str | int | None = None,
     min_side_voxel: int = 8,
     skip_label_maps: bool = False,
+    assume_spacing_mm: Sequence[float] | None = None,
 ) -> Volume:
-    """Return the volume in a NIfTI, NRRD or MetaImage file, or in the DICOM series of a folder, in canonical RAS.
+    """Return the volume in an image file, or in the DICOM series of a folder, in canonical RAS.
 
     Args:
         path: Image file, or folder of a DICOM series.
         channels: Choice from a file with several channels: "all", the number of one, or None, which refuses it.
         min_side_voxel: Volumes with a shorter side are refused.
         skip_label_maps: Whether to refuse a volume that looks like a label map.
+        assume_spacing_mm: Spacing along the axes of the file where its header states none. None refuses such files.
 
     Raises:
         LabelMapError: The volume looks like a label map. One with a channel for each structure counts too.
@@ -47,7 +49,7 @@ def read_volume(
     path = Path(path)
     check_channels(channels)
     with reasons_for(path):
-        header, load = open_image(path)
+        header, load = open_image(path, assume_spacing_mm=assume_spacing_mm)
         _check_grid(path, header, min_side_voxel)
         if skip_label_maps and channels is None and 1 < header.num_channels <= MAX_ONE_HOT_CHANNELS:
             _refuse_label_map(path, (load(channel)[..., 0] for channel in range(header.num_channels)))
@@ -58,7 +60,9 @@ def read_volume(
     return Volume(array, affine, str(path), header.modality, header.left_out)
 
 
-def read_label(path: str | Path, volume: Volume) -> Int[np.ndarray, "x y z"]:
+def read_label(
+    path: str | Path, volume: Volume, *, assume_spacing_mm: Sequence[float] | None = None
+) -> Int[np.ndarray, "x y z"]:
     """Return the label map in a file, on the grid of `volume`, as int16 or int32.
 
     Raises:
@@ -66,7 +70,7 @@ def read_label(path: str | Path, volume: Volume) -> Int[np.ndarray, "x y z"]:
     """
     path = Path(path)
     with reasons_for(path):
-        header, load = open_image(path)
+        header, load = open_image(path, assume_spacing_mm=assume_spacing_mm)
         _check_grid(path, header, 1)
         if header.num_channels > 1:
             raise ReadError(path, f"a label map has one channel, this one has {header.num_channels}")
@@ -82,15 +86,15 @@ def _wrong_shape(label: Sequence[int], image: Sequence[int]) -> str:
     return f"label of the wrong shape: {size_text(label)}, its image is {size_text(image)}"
 
 
-def check_label_file(path: Path, image: Path) -> str | None:
+def check_label_file(path: Path, image: Path, *, assume_spacing_mm: Sequence[float] | None = None) -> str | None:
     """Return why `path` cannot be the label map of `image`, by the image's header; None if it can."""
     try:
         with reasons_for(path):
-            header, load = open_image(path)
+            header, load = open_image(path, assume_spacing_mm=assume_spacing_mm)
             if image.is_file():
                 with contextlib.suppress(ReadError):  # a broken image is reported as such when it is read
                     with reasons_for(image):
-                        other = open_image(image)[0]
+                        other = open_image(image, assume_spacing_mm=assume_spacing_mm)[0]
                     shapes = [_canonical_shape(h.shape, h.affine) for h in (header, other)]
                     if shapes[0] != shapes[1]:
                         return _wrong_shape(*shapes)

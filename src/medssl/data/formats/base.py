@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd")
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".hdr", ".mgz", ".mgh")
+"""Endings of files that are images; the .img of a pair belongs to its .hdr."""
 NO_SPACING = "the header states no spacing; data.assume_spacing_mm=[x,y,z] lets it in"
 
 

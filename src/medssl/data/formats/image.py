@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from medssl.data.formats.base import IMAGE_SUFFIXES, NIFTI_SUFFIXES, Header, Load, ReadError, Spacing
+from medssl.data.formats.base import IMAGE_SUFFIXES, ITK_SUFFIXES, Header, Load, ReadError, Spacing
 from medssl.data.formats.claims import check_readable
 from medssl.data.formats.dicom import open_dicom
 from medssl.data.formats.dicom_files import has_dicom_suffix, is_dicom
@@ -25,10 +25,10 @@ def open_image(path: Path, *, assume_spacing_mm: Spacing | None = None) -> tuple
     name = path.name.lower()
     if path.is_dir():
         return open_dicom(path, assumed=assume_spacing_mm)
-    if name.endswith(NIFTI_SUFFIXES):
-        return open_nifti(path)
-    if name.endswith(IMAGE_SUFFIXES):
-        return open_itk(path)
+    if name.endswith(ITK_SUFFIXES):
+        return open_itk(path, assumed=assume_spacing_mm)
+    if name.endswith((*IMAGE_SUFFIXES, ".img")):
+        return open_nifti(path, assumed=assume_spacing_mm)
     if has_dicom_suffix(path) or is_dicom(path):
         return open_dicom(path, assumed=assume_spacing_mm)
     kinds = f"{' '.join(IMAGE_SUFFIXES)} and DICOM can be read"
