@@ -232,9 +232,9 @@ def test_words_without_an_equals_sign_are_taken_only_by_commands_that_name_a_lis
     line = CommandLine.parse(["runs/a", "seed=1", "~logger", "runs/b"], positional=True)
     assert (line.words, line.overrides) == (["runs/a", "runs/b"], ["seed=1", "~logger"])
     found = []
-    main("pretrain", found.append, arguments=["+runs=[runs/0]", "runs/a, b", "runs/b"], positional="runs")
+    main("compare", found.append, arguments=["runs=[runs/0]", "runs/a, b", "runs/b"], positional="runs")
     assert found[0].runs == ["runs/0", "runs/a, b", "runs/b"]
-    main("pretrain", found.append, arguments=["+runs=runs/0"], positional="runs")
+    main("compare", found.append, arguments=["runs=runs/0"], positional="runs")
     assert found[1].runs == ["runs/0"]
     with pytest.raises(ValueError, match="'--run' is not understood"):
         CommandLine.parse(["--run"], positional=True)

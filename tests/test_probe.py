@@ -140,3 +140,15 @@ def test_the_missing_extra_is_named_in_one_line(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lifelines", None)
     probe(folder, "target=severity", code=2)
     assert 'pip install "medssl[probe]"' in capsys.readouterr().err
+
+
+def test_a_table_of_another_encoding_or_none_at_all_is_refused_in_one_line(folder, capsys):
+    for name, content, said in (
+        ("latin1.csv", "case,severity,höhe\ns00,0.5,1\n".encode("latin-1"), "line 1: not UTF-8; save the table with"),
+        ("long.csv", b"case,severity\ns00," + b"1" * 200_000 + b"\n", "line 1: no table (field larger"),
+    ):
+        (folder / name).write_bytes(content)
+        probe(folder, "target=severity", f"targets={folder / name}", code=2)
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {folder / name}, {said}"), error
+        assert error.count("\n") == 1

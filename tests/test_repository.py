@@ -22,7 +22,7 @@ LAYERS = (
     ("inference", "run", "evaluation", "methods", "weights"),
     ("layouts", "models", "losses"),
     ("ops", "building", "config"),
-    ("checks", "moved", "launcher"),
+    ("checks", "moved", "launcher", "paths"),
 )
 """Rooms and files of `src/medssl`, from the top down. Each imports lower layers, never its own or a higher one."""
 FREE = {"lazy": ("lazy",), "data": ("data", "lazy"), "phantoms": ("data", "lazy", "phantoms")}
@@ -166,3 +166,40 @@ def test_texts_for_users_are_free_of_the_words_that_we_do_not_use():
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
     lines = ((file, line) for file in files for line in file.read_text(encoding="utf-8").splitlines())
     assert not [f"{file.name}: {line.strip()}" for file, line in lines if words.search(line)]
+
+
+def texts_without_encoding(text: str) -> Iterator[int]:
+    """Yield the line of every call that reads or writes text in the encoding of the machine's language."""
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+            continue
+        is_method = isinstance(node.func, ast.Attribute)
+        called = node.func.attr if is_method else getattr(node.func, "id", "")
+        given = [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
+        modes = [str(one.value) for one in given if isinstance(one, ast.Constant)]
+        opens = called == "open" and (not node.args or any(re.fullmatch(r"[rwax]t?\+?", mode) for mode in modes))
+        if opens or (is_method and called in ("read_text", "write_text")):
+            yield node.lineno
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_texts_are_read_and_written_as_utf_8_whatever_the_language_of_the_machine(room):
+    files = sorted((PACKAGE / room).rglob("*.py")) or [PACKAGE / f"{room}.py"]
+    found = {str(file): list(texts_without_encoding(file.read_text(encoding="utf-8"))) for file in files}
+    assert not {file: lines for file, lines in found.items() if lines}, 'give encoding="utf-8"'
+
+
+def test_a_text_without_an_encoding_is_found_in_every_spelling():
+    text = """
+path.read_text()
+path.write_text(text)
+path.open()
+path.open("w", newline="")
+open(path, "a")
+path.open(mode="r")
+path.open("rb")
+write_text(path, text)
+path.read_text(encoding="utf-8")
+store.open(case, "0")
+"""
+    assert list(texts_without_encoding(text)) == [2, 3, 4, 5, 6, 7]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from medssl.launcher import process_rank
 from medssl.moved import refuse_moved
+from medssl.paths import with_paths
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,7 +43,7 @@ def compose(name: str, overrides: Sequence[str] = (), *, extra_dir: Path | None 
     Interpolations stay unresolved: `facts` are filled in before a method is built.
 
     Raises:
-        ValueError: A `_target_` names a place that medssl has left.
+        ValueError: A `_target_` names a place that medssl has left, or a setting that is a path is none.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -57,7 +58,7 @@ def compose(name: str, overrides: Sequence[str] = (), *, extra_dir: Path | None 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = hydra_compose(name, overrides)
     refuse_moved(OmegaConf.to_container(config, resolve=False), source="the configuration")
-    return config
+    return with_paths(config, name)
 
 
 def _register_resolvers() -> None:
@@ -160,7 +161,7 @@ def help_text(name: str, description: str, *, extra_dir: Path | None = None, pos
 
     The comment behind a key in `NAME.yaml` explains it. A line `# group.key: text` explains a key of a group.
     """
-    text = (config_dir() / f"{name}.yaml").read_text()
+    text = (config_dir() / f"{name}.yaml").read_text(encoding="utf-8")
     words = f"{positional.upper()} ... " if positional else ""
     lines = [
         f"usage: python -m medssl.{name} {words}KEY=VALUE ... [--config-dir DIR] [--cfg] [--help]",
@@ -348,7 +349,9 @@ def _composition_message(error: Exception) -> str:
 
 def _suggestion(key: str) -> str:
     pattern = re.compile(r"^(?:# |  - )?([\w.]+):", re.M)
-    known = {match for file in config_dir().glob("*.yaml") for match in pattern.findall(file.read_text())}
+    known = {
+        match for file in config_dir().glob("*.yaml") for match in pattern.findall(file.read_text(encoding="utf-8"))
+    }
     close = difflib.get_close_matches(key, sorted(known - {key}), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

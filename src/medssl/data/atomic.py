@@ -41,10 +41,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a file, all or nothing; a file that already holds the text is not touched."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if path.read_text() == text:
+        if path.read_text(encoding="utf-8") == text:
             return
     with whole_file(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
@@ -57,7 +57,7 @@ def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file of JSON lines; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def clear_partial(folder: Path, name: str = "*") -> None:

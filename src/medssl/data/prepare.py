@@ -234,7 +234,7 @@ def prepare_case(job: Job) -> Outcome:
 def read_fingerprint(folder: Path) -> str:
     """Return the fingerprint (`Case.fingerprint`) of the case in a finished folder; "" where there is none."""
     try:
-        return json.loads((folder / "zarr.json").read_text())["attributes"]["fingerprint"]
+        return json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["attributes"]["fingerprint"]
     except (OSError, KeyError, TypeError, ValueError):
         return ""
 
@@ -243,7 +243,7 @@ def _begin(root: Path, recipe: dict[str, Any]) -> None:
     """Write the recipe, and delete the lists of another recipe under which no case was finished."""
     description = root / "store.json"
     text = json.dumps({"format": FORMAT, "recipe": recipe}, indent=1, sort_keys=True)
-    if description.is_file() and description.read_text() != text:
+    if description.is_file() and description.read_text(encoding="utf-8") != text:
         for name in ("index.jsonl", "rejected.jsonl", "skipped.jsonl"):
             (root / name).unlink(missing_ok=True)
     write_text(description, text)
@@ -326,7 +326,9 @@ def _write_label_names(root: Path, source: Source) -> None:
 
 def _write_targets(root: Path, cases: Sequence[str]) -> None:
     """Write `targets.csv`, the known numbers of each subject; no file where there are none."""
-    attributes = (json.loads((root / f"{case}.zarr" / "zarr.json").read_text())["attributes"] for case in cases)
+    attributes = (
+        json.loads((root / f"{case}.zarr" / "zarr.json").read_text(encoding="utf-8"))["attributes"] for case in cases
+    )
     known = {case: found["targets"] for case, found in zip(cases, attributes, strict=True) if "targets" in found}
     if known:
         names = list(dict.fromkeys(name for targets in known.values() for name in targets))

@@ -82,7 +82,7 @@ def check_recipe(root: Path, recipe: dict[str, Any]) -> None:
         if foreign:
             raise ValueError(f"store={root} holds other files ({foreign[0]}, ...) and no store.json; name a new folder")
         return
-    found = json.loads(description.read_text())
+    found = json.loads(description.read_text(encoding="utf-8"))
     if found.get("format") != FORMAT:
         raise ValueError(f"store={root} has format {found.get('format')}, this version writes {FORMAT}; name another")
     old, new = _flat(found["recipe"]), _flat(json.loads(json.dumps(recipe)))

@@ -12,6 +12,7 @@ from medssl.data.cases import Case, Scan, case_names, file_name
 from medssl.data.channel_files import by_case, in_order
 from medssl.data.dataset_json import FILE, DatasetJson
 from medssl.data.formats import dicom_class, has_image_suffix, is_image_class, stem
+from medssl.data.text import read_text
 
 SPLITS = {
     "": "",
@@ -264,12 +265,9 @@ def _beside(table: Path, file: str) -> Path:
 def read_table(table: Path) -> list[dict[str, str]]:
     """Return the rows of a file with a header; the cell separator is the most frequent of comma, semicolon, tab."""
     try:
-        lines = table.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(table).splitlines()
         delimiter = max(",;\t", key=lines[0].count) if lines else ","
         return list(csv.DictReader(lines, delimiter=delimiter))
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{table}, line {line}: not UTF-8; save the table with the encoding UTF-8") from error
     except csv.Error as error:
         raise ValueError(f"{table} is no table ({error})") from error
 

@@ -184,7 +184,7 @@ def read_split(path: Path, *, fold: int = 0) -> tuple[str, dict[str, list[str]]]
         ValueError: The file is not a split, was changed after its hash was written, or has no such fold.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"data.split={path} cannot be read ({error.strerror})") from error
     except ValueError as error:

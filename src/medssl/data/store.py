@@ -106,7 +106,7 @@ def read_case_record(folder: Path) -> Record:
         ValueError: The folder is not a finished case.
     """
     try:
-        return Record.from_json(json.loads((folder / "zarr.json").read_text())["attributes"]["medssl"])
+        return Record.from_json(json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["attributes"]["medssl"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} is not a finished case of a medssl store ({error}); delete it and prepare again"
@@ -155,7 +155,7 @@ class VolumeStore:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The recipe that the store was prepared with."""
-        return json.loads((self.root / "store.json").read_text())["recipe"]
+        return json.loads((self.root / "store.json").read_text(encoding="utf-8"))["recipe"]
 
     @cached_property
     def cohorts(self) -> list[tuple[str, str]]:
@@ -245,5 +245,5 @@ class VolumeStore:
         if not pointer.is_file():
             options = f"what={name}{NEEDS.get(name, '')} store={self.root}"
             raise ValueError(f"{self.root} has no derived data {name!r}; run `python -m medssl.derive {options}`")
-        folder = self.root / "derived" / json.loads(pointer.read_text())["folder"]
+        folder = self.root / "derived" / json.loads(pointer.read_text(encoding="utf-8"))["folder"]
         return folder / f"{self.record(case).case}.npz"

@@ -174,7 +174,7 @@ def _write_array(path: Path, array: Shaped[np.ndarray, "..."], *, chunk: Sequenc
 
 def _write_group(path: Path, attributes: dict[str, Any]) -> None:
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    (path / "zarr.json").write_text(json.dumps(group, indent=1, sort_keys=True))
+    (path / "zarr.json").write_text(json.dumps(group, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def _multiscales(spacing_mm: Sequence[float], factors: Sequence[Sequence[int]]) -> dict[str, Any]:

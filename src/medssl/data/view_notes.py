@@ -41,7 +41,7 @@ def other_window(spec: ViewSpec, store: VolumeStore) -> str | None:
     pointer = store.root / "derived" / f"{spec.points}.json"
     if spec.points is None or not pointer.is_file():
         return None
-    found_in = json.loads(pointer.read_text()).get("recipe", {}).get("window_hu")
+    found_in = json.loads(pointer.read_text(encoding="utf-8")).get("recipe", {}).get("window_hu")
     shown_in = next((window for augmentation in spec.augment if (window := _window_hu(augmentation))), None)
     if found_in is None or shown_in is None or list(found_in) == list(shown_in):
         return None

@@ -83,4 +83,4 @@ def load_features(path: str | Path) -> Features:
 def read_feature_card(path: str | Path) -> dict[str, Any]:
     """Return the card that says what the features of a file or folder were made from; empty without `features.json`."""
     card = (Path(path) if Path(path).is_dir() else Path(path).parent) / CARD
-    return json.loads(card.read_text()) if card.is_file() else {}
+    return json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}

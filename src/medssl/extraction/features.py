@@ -121,7 +121,7 @@ class Extraction:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output_dir={self.folder} is a file; name a folder")
         card = self.folder / CARD
-        found = json.loads(card.read_text())["origin"] if card.is_file() else None
+        found = json.loads(card.read_text(encoding="utf-8"))["origin"] if card.is_file() else None
         if self.overwrite:
             for file in (FILE, CARD):
                 (self.folder / file).unlink(missing_ok=True)

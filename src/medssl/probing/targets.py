@@ -1,6 +1,7 @@
 """The targets of a probe: a table of cases, joined with their features."""
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from medssl.checks import choice
+from medssl.data.text import read_text
 from medssl.extraction.feature_file import Features
 from medssl.probing.models import Classification, Regression, Survival, Task
 
@@ -67,21 +69,23 @@ def read_targets(path: Path, columns: Columns) -> dict[str, Mapping[str, str]]:
     """Return the rows of a table by the name of their case.
 
     Raises:
-        ValueError: There is no such file or column, or a case has two rows.
+        ValueError: There is no such file or column, it is no table in UTF-8, or a case has two rows.
     """
     if not path.is_file():
         raise ValueError(f"there is no table targets={path}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    rows: dict[str, Mapping[str, str]] = {}
+    try:
         found = list(reader.fieldnames or [])
         if absent := [column for column in (columns.case, *columns.values()) if column not in found]:
             raise ValueError(f"{path} has no column {absent[0]!r}; it has {', '.join(found)}")
-        rows: dict[str, Mapping[str, str]] = {}
         for row in reader:
             case = (row[columns.case] or "").strip()
             if case in rows:
                 raise ValueError(f"{path} has two rows of case {case}; keep one")
             rows[case] = {column: (row[column] or "").strip() for column in columns.values()}
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: no table ({error})") from error
     return rows
 
 

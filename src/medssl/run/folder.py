@@ -46,7 +46,7 @@ class RunFolder:
 
     def write_config(self, text: str, *, command: str) -> None:
         """Write config.yaml below a first line that marks it as ours."""
-        self.config.write_text(HEADER.format(command=command) + text)
+        self.config.write_text(HEADER.format(command=command) + text, encoding="utf-8")
 
     def claim(self, *, overwrite: bool, checkpoint: Path | None) -> None:
         """Make the folder for a run; the files of an earlier run stay in it until `clear`.

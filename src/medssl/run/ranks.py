@@ -101,7 +101,7 @@ def lost_others(error: BaseException) -> bool:
 def _say(word: Path, text: str) -> None:
     if is_launched():
         with whole_file(word) as partial:
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8")
 
 
 def _wait(word: Path, store: Path) -> None:
@@ -111,7 +111,7 @@ def _wait(word: Path, store: Path) -> None:
     while True:
         with contextlib.suppress(OSError):
             if word.stat().st_mtime > _STARTED - OLD_S:
-                said = word.read_text()
+                said = word.read_text(encoding="utf-8")
                 if said != READY:
                     raise RankZeroFailedError(f"rank 0 could not make the store ready: {said}")
                 return

@@ -142,7 +142,7 @@ def changes(earlier: Path, now: dict[str, Any] | DictConfig) -> list[str]:
     """
     if not earlier.is_file():
         return []
-    before = yaml.safe_load(earlier.read_text())
+    before = yaml.safe_load(earlier.read_text(encoding="utf-8"))
     refuse_moved(before, source=str(earlier))
     old, new = flat(before), flat(yaml.safe_load(to_yaml(OmegaConf.create(now) if isinstance(now, dict) else now)))
     return [

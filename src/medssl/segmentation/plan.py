@@ -281,7 +281,7 @@ def check_resumed(earlier: Path, split: CaseSplit, subset_hash: str, classes: Ma
     """
     if not earlier.is_file():
         return
-    then = json.loads(earlier.read_text())
+    then = json.loads(earlier.read_text(encoding="utf-8"))
     now = {"hash": split.hash, "labelled": subset_hash, "classes": sorted(classes)}
     what = {"hash": "data.split or data.fold", "labelled": "data.labelled or its seed", "classes": "data.classes"}
     for key, value in now.items():

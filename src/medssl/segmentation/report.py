@@ -108,7 +108,7 @@ def report_run(
 
 def training_seconds(metrics: Path, batch_size: int) -> float:
     """Return the time of all steps of a run, over all its parts, without validation."""
-    with metrics.open(newline="") as file:
+    with metrics.open(newline="", encoding="utf-8") as file:
         return sum(batch_size / float(row["samples_per_s"]) for row in csv.DictReader(file))
 
 

@@ -74,7 +74,7 @@ class Embeddings:
         kept = folder / THRESHOLD_FILE
         if not kept.is_file() or kept.stat().st_mtime_ns < max(file.stat().st_mtime_ns for file in files):
             write_text(kept, json.dumps({"median_score": median_score(files)}))
-        threshold = json.loads(kept.read_text())["median_score"]
+        threshold = json.loads(kept.read_text(encoding="utf-8"))["median_score"]
         return f"median score of random matches {threshold:.4f}: what Matched takes for score_threshold=auto"
 
 
@@ -134,7 +134,7 @@ def _threshold(folder: Path) -> float:
             f"score_threshold=auto: there is no {file}; derive what=embeddings weights=FILE again, which measures it "
             "in a store of two volumes or more, or give a number"
         )
-    return float(json.loads(file.read_text())["median_score"])
+    return float(json.loads(file.read_text(encoding="utf-8"))["median_score"])
 
 
 def _load(file: Path) -> tuple[VolumeEmbedding, np.ndarray]:

@@ -135,7 +135,7 @@ def build_logger(run: Run, settings: RunSettings) -> Any:
         return False
     recipe = dict(settings.logger)
     if run.checkpoint is not None and run.folder.wandb_id.is_file() and recipe.get("id", "") is None:
-        recipe["id"] = run.folder.wandb_id.read_text()
+        recipe["id"] = run.folder.wandb_id.read_text(encoding="utf-8")
     return instantiate(recipe)
 
 
@@ -151,7 +151,7 @@ def describe(
     for logger in trainer.loggers:
         logger.log_hyperparams(dict(settings.values))
         if isinstance(logger, WandbLogger):
-            run.folder.wandb_id.write_text(str(logger.version))
+            run.folder.wandb_id.write_text(str(logger.version), encoding="utf-8")
 
 
 def quiet() -> None:

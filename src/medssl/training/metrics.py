@@ -28,7 +28,7 @@ class MetricsTable:
         """Drop the rows after `step`, which the run is about to repeat, and a line that was cut off in writing."""
         if not self.path.is_file():
             return
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             self.columns = list(reader.fieldnames or [])
             rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
@@ -40,23 +40,23 @@ class MetricsTable:
         """Append a row; one with a new column rewrites the file."""
         if any(name not in self.columns for name in row):
             self.columns += [name for name in row if name not in self.columns]
-            with self.path.open(newline="") if self.path.is_file() else io.StringIO() as file:
+            with self.path.open(newline="", encoding="utf-8") if self.path.is_file() else io.StringIO() as file:
                 self._rewrite(list(csv.DictReader(file)))
         self.last, self.last_offset = row, self.path.stat().st_size
         self._append(row)
 
     def amend(self, **values: Any) -> None:
         """Write the last row again, with `values` in it."""
-        with self.path.open("r+") as file:
+        with self.path.open("r+", encoding="utf-8") as file:
             file.truncate(self.last_offset)
         self.add({**self.last, **values})
 
     def _append(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        with whole_file(self.path) as partial, partial.open("w", newline="") as file:
+        with whole_file(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)

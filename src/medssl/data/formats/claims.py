@@ -92,7 +92,7 @@ def free_memory() -> int | None:
 
 def _free_in_machine() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         sizes = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":", 1) for line in lines)}
         return sizes["MemAvailable"] + sizes.get("SwapFree", 0)
     except (OSError, ValueError, KeyError, IndexError):
@@ -106,8 +106,11 @@ def _free_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            most, used = (int((root / name).read_text()) for name in (limit, taken))
-            rows = (line.split() for line in (root / limit).with_name("memory.stat").read_text().splitlines())
+            most, used = (int((root / name).read_text(encoding="utf-8")) for name in (limit, taken))
+            rows = (
+                line.split()
+                for line in (root / limit).with_name("memory.stat").read_text(encoding="utf-8").splitlines()
+            )
             return max(0, most - used + int(dict(rows).get(dropped, 0)))
         except (OSError, ValueError):  # no such group, or "max"
             continue
