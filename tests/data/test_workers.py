@@ -1,6 +1,9 @@
 import os
+import subprocess
+import sys
 
 import pytest
+from volume_files import image
 
 from medssl.data.workers import WorkerDiedError, num_cores, run_all
 
@@ -49,3 +52,49 @@ def test_a_worker_uses_one_thread_and_there_is_at_least_one_core():
 def test_the_bar_counts_what_was_done_before(capfd):
     list(run_all(abs, [1, 2], num_workers=0, description="deriving", num_done=3))
     assert "5/5" in capfd.readouterr().err
+
+
+SCRIPT = """
+from pathlib import Path
+from medssl.data.prepare import prepare_store
+from medssl.data.sources import Folder
+here = Path(__file__).parent
+print(prepare_store(Folder(root=here / "in"), here / "store", num_workers=2, progress=False))
+"""
+
+
+def run_script(folder, text):
+    """Run a script and return its exit code and what it says."""
+    (folder / "script.py").write_text(text)
+    done = subprocess.run([sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_script_without_a_guard_ends_with_one_line_that_names_it(tmp_path):
+    for number in range(3):
+        image(tmp_path / "in" / f"{number}.nii.gz", seed=number)
+    code, said, complaint = run_script(tmp_path, SCRIPT)
+    assert (code, said) == (1, "")
+    assert complaint.splitlines()[-1].endswith("put the call below it, or give num_workers=0")
+    assert complaint.count('needs the guard `if __name__ == "__main__":`') == 1
+    assert "waiting for it" not in complaint
+
+
+def test_a_script_without_a_guard_in_a_pool_of_its_own_is_told_so_too(tmp_path):
+    (tmp_path / "store").mkdir()
+    pool = "from concurrent.futures import ProcessPoolExecutor\nimport multiprocessing\nfrom pathlib import Path\n"
+    lock = "from medssl.data.atomic import alone_in\nwith alone_in(Path('store')): pass\n"
+    start = "context = multiprocessing.get_context('spawn')\nwith ProcessPoolExecutor(1, context) as pool:\n"
+    code, _, complaint = run_script(tmp_path, pool + lock + start + "    pool.submit(abs, 1).result()\n")
+    assert code == 1
+    assert "ValueError: a script that starts worker processes needs the guard" in complaint
+
+
+def test_a_worker_that_cannot_start_points_at_its_own_error(tmp_path):
+    work = "from medssl.data.workers import run_all\n"
+    fails = "if __name__ == '__mp_main__': raise RuntimeError('no luck here')\n"
+    call = "if __name__ == '__main__': list(run_all(abs, [1], num_workers=1, progress=False))\n"
+    code, _, complaint = run_script(tmp_path, work + fails + call)
+    assert code == 1
+    assert "RuntimeError: no luck here" in complaint
+    assert "WorkerDiedError: a worker process could not start, its error stands above" in complaint

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from medssl.data.workers import check_guard
+
 PARTIAL = ".{}.*.partial"
 """Pattern of the names under which a file or folder is being written: its name and the process."""
 
@@ -75,7 +77,12 @@ def _partial_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def alone_in(root: Path) -> Iterator[None]:
-    """Hold the lock of a store: two processes never prepare it at once, and a killed one releases the lock."""
+    """Hold the lock of a store: two processes never prepare it at once, and a killed one releases the lock.
+
+    Raises:
+        ValueError: A worker process imports a script without a guard: its parent holds the lock.
+    """
+    check_guard()
     try:
         import fcntl
     except ImportError:  # no such locks on this system

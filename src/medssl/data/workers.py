@@ -2,10 +2,11 @@
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.process
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -14,8 +15,31 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+GUARD = (
+    'a script that starts worker processes needs the guard `if __name__ == "__main__":` above the call, because each '
+    "worker imports the script; put the call below it, or give num_workers=0"
+)
+UNGUARDED = 78
+"""The exit code of a worker that found the call again while it imported the script."""
+POOL = "MEDSSL_POOL"
+"""The environment variable that tells a process that it is a worker of `run_all`."""
+
+
 class WorkerDiedError(ValueError):
     """A worker process ended without an error message."""
+
+
+def check_guard() -> None:
+    """Check that the caller is not being imported by a worker process, as a script without a guard is.
+
+    Raises:
+        ValueError: It is.
+        SystemExit: It is, and the process that started the worker says so.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # while it prepares to run anything
+        if POOL in os.environ:
+            raise SystemExit(UNGUARDED)
+        raise ValueError(GUARD)
 
 
 def run_all(
@@ -39,6 +63,7 @@ def run_all(
 
     Raises:
         WorkerDiedError: A process was killed, most often because memory ran out; its text names the items under way.
+            Or it could not start, as for a script without a guard.
         ValueError: The number of workers is negative.
     """
     check_num_workers(num_workers)
@@ -76,8 +101,11 @@ def _in_processes(
     workers = min(num_workers or num_cores(), len(items))
     if workers == 0:
         return
+    check_guard()
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
     before = set(multiprocessing.active_children())
+    started: set[multiprocessing.process.BaseProcess] = set()
+    os.environ[POOL] = str(os.getpid())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
         waiting = iter(items)
@@ -85,28 +113,40 @@ def _in_processes(
         while True:
             while len(running) < 2 * workers and (item := next(waiting, _END)) is not _END:
                 running[pool.submit(function, item)] = item
+            started |= set(multiprocessing.active_children()) - before
             if not running:
                 return
             finished = wait(running, return_when=FIRST_COMPLETED).done
             for future in sorted(finished, key=lambda f: isinstance(f.exception(), BrokenProcessPool)):
                 if isinstance(future.exception(), BrokenProcessPool):  # sorted: all results were taken before
-                    raise _died(list(running.values())[:workers], workers) from future.exception()
+                    raise _died(list(running.values())[:workers], workers, started) from None
                 del running[future]
                 yield future.result()
     except BrokenProcessPool as error:  # it broke while an item was handed over
-        raise _died(list(running.values())[:workers], workers) from error
+        raise _died(list(running.values())[:workers], workers, started) from error
     except BaseException:  # stopped: a case takes up to minutes, and unfinished cases are repeated anyway
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
         raise
     finally:
+        os.environ.pop(POOL, None)
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 _END: Any = object()
+SECONDS_TO_END = 5
 
 
-def _died(items: Sequence[Any], workers: int) -> WorkerDiedError:
+def _died(
+    items: Sequence[Any], workers: int, processes: Iterable[multiprocessing.process.BaseProcess]
+) -> WorkerDiedError:
+    for process in processes:
+        process.join(SECONDS_TO_END)
+    codes = {process.exitcode for process in processes}
+    if UNGUARDED in codes:
+        return WorkerDiedError(GUARD)
+    if 1 in codes:  # Python's code for an error before the first item
+        return WorkerDiedError(f"a worker process could not start, its error stands above; {GUARD}")
     ways = f"start again with fewer than num_workers={workers}" if workers > 1 else "leave it out or find more memory"
     under_way = "\n".join(f"  {item}" for item in items)
     return WorkerDiedError(
