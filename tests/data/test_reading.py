@@ -137,7 +137,8 @@ def test_simpleitk_formats_give_the_volume_that_nifti_gives(suffix, voxels, tmp_
     whole = (tmp_path / f"a{suffix}").read_bytes()
     if suffix != ".mhd":
         (tmp_path / f"cut{suffix}").write_bytes(whole[: len(whole) // 2])
-        assert reason(tmp_path / f"cut{suffix}").startswith("the file is truncated: its voxels need 3,360 bytes, it has")
+        cut = reason(tmp_path / f"cut{suffix}")
+        assert cut.startswith("the file is truncated: its voxels need 3,360 bytes, it has")
     (tmp_path / f"text{suffix}").write_text("no image " * 50)
     assert reason(tmp_path / f"text{suffix}") == "the file is not an image of the kind its name says"
     assert capfd.readouterr() == ("", "")

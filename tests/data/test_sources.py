@@ -46,6 +46,8 @@ def test_a_folder_gives_each_image_its_own_safe_name_and_skips_label_maps(tmp_pa
         ("scan_seg.nii.gz", "the name ends in _seg: a label map"),
         ("scan_organs.nii.gz", "the name ends in _organs: a label map"),
         ("Scan_Label.nii.gz", "the name ends in _Label: a label map"),
+        (tmp_path.name, "1 hidden images or folders are left out (.hidden.nii.gz)"),
+        (tmp_path.name, "1 folders .zarr are not read (x.zarr)"),
     }
     assert scan.problems == []
     assert len(Folder(root=tmp_path, include_labels=True).scan().cases) == 8

@@ -172,7 +172,7 @@ def test_inputs_that_cannot_be_meant_are_refused(tmp_path, real_data):
     assert [i.name for i in find_inputs(tmp_path / "a.nii", tmp_path)[0]] == ["a"]
     for path, output, message in (
         (tmp_path / "none.nii", tmp_path / "o", "does not exist"),
-        (tmp_path / "notes.txt", tmp_path / "o", "no NIfTI, NRRD or MetaImage"),
+        (tmp_path / "notes.txt", tmp_path / "o", "no image file that can be read"),
         (tmp_path, tmp_path / "x" / "..", "one of their own"),
         (next((real_data / "ct_dicom").iterdir()), tmp_path / "o", "DICOM slices are given by their folder"),
     ):

@@ -41,6 +41,8 @@ class DatasetJson:
         """
         path = root / FILE
         try:
+            if path.exists() and not path.is_file():
+                raise ValueError("a pipe or a folder, not a file")
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); is data.root the right folder?") from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from medssl.data.cases import Case, Scan
 from medssl.data.formats import stem
+from medssl.data.image_tree import note_unlisted
 from medssl.data.sources import SourceMissingError, existing_root, image_files, resolved_root
 
 BTCV_ORGANS = (
@@ -50,6 +51,7 @@ class Btcv:
                 scan.cases.append(Case(f"img{number:04d}", image, label, "btcv", split, "ct"))
         if not scan.cases:
             raise _layout_error(scan, root, "BTCV", BTCV_LAYOUT)
+        note_unlisted(root, scan)
         return scan
 
     @staticmethod
@@ -98,6 +100,7 @@ class Amos:
         if not scan.cases:
             wanted = "" if self.modality == "both" else f" of data.modality={self.modality}"
             raise _layout_error(scan, root, f"AMOS images{wanted}", AMOS_LAYOUT)
+        note_unlisted(root, scan)
         return scan
 
 

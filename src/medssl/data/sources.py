@@ -3,7 +3,6 @@
 import csv
 import difflib
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from medssl.data.cases import Case, Scan, case_names, file_name
 from medssl.data.channel_files import by_case, in_order
 from medssl.data.dataset_json import FILE, DatasetJson
-from medssl.data.formats import dicom_class, has_image_suffix, is_image_class, stem
+from medssl.data.formats import IMAGE_SUFFIXES, has_image_suffix, stem
+from medssl.data.image_tree import images_below, note_unlisted
 from medssl.data.text import read_text
 
 SPLITS = {
@@ -26,18 +26,11 @@ NNUNET_IMAGES = {"imagesTr": "train", "imagesTs": "test"}
 NNUNET_LABELS = {"labelsTr": "train", "labelsTs": "test"}
 CSV_COLUMNS = ("case", "image", "label", "group", "split", "modality")
 LABEL_ENDINGS = ("_seg", "_label", "_organs", "_vertebrae")
-NEVER_DICOM = {
-    ".bval", ".bvec", ".csv", ".gif", ".gz", ".htm", ".html", ".ini", ".jpeg", ".jpg", ".json", ".log", ".md", ".npy",
-    ".npz", ".pdf", ".pkl", ".png", ".pt", ".py", ".rst", ".sh", ".tar", ".tif", ".tiff", ".tsv", ".txt", ".xls",
-    ".xlsx", ".xml", ".yaml", ".yml", ".zip",
-}  # fmt: skip
-DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
-NUM_DICOM_PROBES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """Any tree of images: NIfTI, NRRD, MetaImage files and folders of DICOM slices; label maps in it are skipped.
+    """Any tree of image files and folders of DICOM slices; label maps in it are skipped.
 
     Label maps are files in folders `labels*`, files that end in `_seg`, `_label`, `_organs`, `_vertebrae`, and volumes
     of few whole values, which show when the file is read. The top folder of a file is its group.
@@ -56,7 +49,7 @@ class Folder:
         if not root.is_dir():
             raise ValueError(f"data.root={self.root} is a file; data=folder takes a folder of images")
         scan, found = Scan(), []
-        for path in _images_below(root, scan):
+        for path in images_below(root, scan):
             relative = path.relative_to(root)
             folder = next((p for p in relative.parts[:-1] if p.lower().startswith("labels")), None)
             if not self.include_labels and folder is not None:
@@ -66,7 +59,7 @@ class Folder:
             else:
                 found.append(relative)
         if not found and not scan.skipped:
-            kinds = "files that end in .nii .nii.gz .nrrd .nhdr .mha .mhd, and folders of DICOM slices"
+            kinds = f"files that end in {' '.join(IMAGE_SUFFIXES)}, and folders of DICOM slices"
             raise SourceMissingError(f"no image below {root}; looked for {kinds}")
         for name, relative in zip(case_names(found, root.name), found, strict=True):
             group = relative.parts[0] if len(relative.parts) > 1 else ""
@@ -113,6 +106,7 @@ class Decathlon:
             first, *more = (root / file for file in entry.images)
             name, label = file_name(stem(first)), root / entry.label if entry.label else None
             scan.cases.append(Case(name, first, label, group, SPLITS[key], more_channels=tuple(more)))
+        note_unlisted(root, scan)
         return scan
 
 
@@ -167,6 +161,7 @@ class NnUnet:
                     scan.cases.append(Case(case, first, label, root.name, split, more_channels=tuple(more)))
             for name in sorted(labels[split].keys() - cases.keys()):
                 scan.reject(labels[split][name], file_name(name), "a label without an image")
+        note_unlisted(root, scan)
         return scan
 
     @staticmethod
@@ -277,41 +272,3 @@ def image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(f for f in folder.iterdir() if has_image_suffix(f) and not f.name.startswith("."))
-
-
-def _images_below(root: Path, scan: Scan) -> Iterator[Path]:
-    """Yield image files and DICOM folders, sorted, without hidden names and .zarr folders; follow links once."""
-    seen: set[tuple[int, int]] = set()
-
-    def unreadable(error: OSError) -> None:
-        scan.reject(error.filename, "", f"the folder cannot be read ({error.strerror})")
-
-    for folder, below, files in os.walk(root, followlinks=True, onerror=unreadable):
-        state = Path(folder).stat()
-        if (state.st_dev, state.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith(".") and not name.endswith(".zarr"))
-        paths = [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
-        yield from (path for path in paths if has_image_suffix(path))
-        others = [path for path in paths if not has_image_suffix(path) and path.suffix.lower() not in NEVER_DICOM]
-        if _holds_slices(Path(folder), others, scan):
-            yield Path(folder)
-
-
-def _holds_slices(folder: Path, files: Sequence[Path], scan: Scan) -> bool:
-    """Return whether one of the files is a DICOM image; a folder that only might hold some is noted as skipped."""
-    probes = sorted(files, key=lambda file: file.suffix.lower() not in DICOM_SUFFIXES)[:NUM_DICOM_PROBES]
-    num_objects = 0
-    for file in probes:
-        kind = dicom_class(file)
-        if kind is not None and is_image_class(kind):
-            return True
-        num_objects += kind is not None
-    if num_objects:
-        scan.skip(folder, "DICOM objects, none of them an image (structures, plans, reports, ...)")
-    elif len(probes) < len(files):
-        left = len(files) - len(probes)
-        scan.skip(folder, f"none of {len(probes)} files looked into is DICOM; {left} more were not opened")
-    return False

@@ -15,6 +15,7 @@ from medssl.data.cases import Case, Scan, case_names, file_name
 from medssl.data.channel_files import by_case, channel_of, in_order
 from medssl.data.dataset_json import FILE, DatasetJson
 from medssl.data.formats import NIFTI_SUFFIXES, ReadError, has_image_suffix, is_dicom, open_image, reasons_for, stem
+from medssl.data.formats.claims import irregularity
 from medssl.data.geometry import apply
 from medssl.data.sources import Folder
 from medssl.data.volume import Volume
@@ -139,10 +140,12 @@ def find_inputs(
     path = path.expanduser()
     if not path.exists():
         raise ValueError(f"input={path} does not exist")
+    if reason := irregularity(path):
+        raise ValueError(f"input={path}: {reason}")
     if path.is_file():
         if not has_image_suffix(path):
             folder = f"; DICOM slices are given by their folder, {path.parent}" if is_dicom(path) else ""
-            raise ValueError(f"input={path} is no NIfTI, NRRD or MetaImage file by its name{folder}")
+            raise ValueError(f"input={path} is no image file that can be read, by its name{folder}")
         return [Input(file_name(stem(path)), path)], Scan()
     if output_dir.resolve() == path.resolve():
         raise ValueError(f"output_dir={output_dir} is the folder of the images; give the results one of their own")

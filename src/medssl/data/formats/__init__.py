@@ -11,7 +11,7 @@ from medssl.data.formats.base import (
     stem,
 )
 from medssl.data.formats.claims import MAX_VOXELS
-from medssl.data.formats.dicom_files import dicom_class, is_dicom, is_image_class
+from medssl.data.formats.dicom_files import dicom_class, has_dicom_suffix, is_dicom, is_image_class
 from medssl.data.formats.image import open_image
 from medssl.data.formats.reasons import reasons_for
 
@@ -23,6 +23,7 @@ __all__ = [
     "Load",
     "ReadError",
     "dicom_class",
+    "has_dicom_suffix",
     "has_image_suffix",
     "is_dicom",
     "is_image_class",
