@@ -179,3 +179,55 @@ def test_a_list_that_is_no_utf_8_is_said_to_be(tmp_path):
     (tmp_path / "dataset.json").write_bytes('{"name": "höhe"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"dataset\.json is not valid JSON: 'utf-8' codec can't decode"):
         Decathlon(root=tmp_path).scan()
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_channels_are_sorted_out_as_the_list_states_them(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    stated = int(rng.integers(1, 4))
+    held = {f"c{n}": {int(c) for c in range(4) if rng.random() < 0.7} or {0} for n in range(4)}
+    (tmp_path / "imagesTr").mkdir()
+    for case, channels in held.items():
+        for channel in channels:
+            (tmp_path / "imagesTr" / f"{case}_{channel:04d}.nii.gz").touch()
+    key = rng.choice(["channel_names", "modality"])
+    scan = NnUnet(root=write(tmp_path, **{key: {str(n): f"x{n}" for n in rng.permutation(stated)}})).scan()
+    needed = set(range(stated))
+    files = {case.case: [int(file.name[3:7]) for file in (case.image, *case.more_channels)] for case in scan.cases}
+    assert files == {case: sorted(needed) for case, channels in held.items() if needed <= channels}
+    lacking = {case for case, channels in held.items() if needed & channels and not needed <= channels}
+    assert {row["case"] for row in scan.problems} == lacking
+    stray = {f"{case}_{channel:04d}.nii.gz" for case, channels in held.items() for channel in channels - needed}
+    assert {name for name, _ in skipped(scan)} == stray
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_whatever_stands_in_the_list_is_read_or_refused_in_one_line(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    whole = {
+        "name": "x",
+        "labels": {"background": 0, "liver": 1, "ignore": 2},
+        "modality": {"0": "CT"},
+        "training": [{"image": "i.nii.gz", "label": "l.nii.gz"}, "i.nii.gz"],
+        "test": ["i.nii.gz"],
+    }
+    odd = [None, True, 5, 1e300, -1, "", "ü", [], {}, [[]], [{}], {"0": None}, ["i.nii.gz", 3], [None, "i.nii.gz"]]
+
+    def mutated(node, chance):
+        if rng.random() < chance:
+            return odd[rng.integers(len(odd))]
+        if isinstance(node, dict):
+            return {key: mutated(value, chance) for key, value in node.items()}
+        return [mutated(value, chance) for value in node] if isinstance(node, list) else node
+
+    refusals = []
+    for _ in range(20):
+        (tmp_path / "dataset.json").write_text(json.dumps(mutated(whole, 0.15)))
+        for source in (Decathlon(root=tmp_path), NnUnet(root=tmp_path)):
+            for act in (source.scan, source.label_names, source.ignored_label):
+                try:
+                    act()
+                except ValueError as error:
+                    refusals.append(str(error))
+    assert refusals
+    assert all(str(tmp_path) in line and "\n" not in line for line in refusals)

@@ -12,10 +12,13 @@ from synthetic import classes_of_grey, reading
 from volume_files import image
 
 from medssl.config import main
+from medssl.data.placements import RandomCrop
 from medssl.data.prepare import prepare_store
+from medssl.data.sampling import Request
+from medssl.data.scene import Scene
 from medssl.data.sources import NnUnet
 from medssl.data.splits import resolve_split
-from medssl.data.views import View
+from medssl.data.views import View, ViewPlan
 from medssl.evaluation.scores import dice_by_class, score_case
 from medssl.finetune import run
 from medssl.models.segmenter import build_segmenter
@@ -60,10 +63,10 @@ def crops(seed, *, share=0.4):
     return logits, torch.where(torch.rand(target.shape, generator=rng) < share, IGNORED, target)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(50))
 def test_the_loss_is_that_of_a_plain_loop_over_the_known_voxels(seed):
-    logits, target = crops(seed)
-    target[1] = IGNORED if seed == 4 else target[1]  # a sample without a known voxel is left out
+    logits, target = crops(seed, share=seed % 10 / 10)
+    target[1] = IGNORED if seed % 7 == 4 else target[1]  # a sample without a known voxel is left out
     assert loss_of_known(LOSS, logits, target).item() == pytest.approx(slow_loss(logits, target), rel=1e-5)
 
 
@@ -134,7 +137,7 @@ def slow_scores(prediction, truth, ignored, *, diagonal_mm):
     return [2 * len(ours & theirs) / (len(ours) + len(theirs)), max(np.percentile(way, 95) for way in ways), near]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(50))
 def test_scores_are_those_of_a_plain_loop_without_the_ignored_voxels(seed):
     rng = np.random.default_rng(seed)
     shape = (7, 6, 5)
@@ -143,7 +146,7 @@ def test_scores_are_those_of_a_plain_loop_without_the_ignored_voxels(seed):
     prediction = np.roll(truth, rng.integers(-1, 2, 3), axis=(0, 1, 2))
     ignored = np.zeros(shape, bool)
     ignored[tuple(slice(a, a + rng.integers(2, 6)) for a in rng.integers(0, 4, 3))] = True
-    if seed == 7:
+    if seed % 10 == 7:
         ignored = truth == 1  # the whole class: what is left of the prediction is in one map only
     before = prediction.copy(), truth.copy()
     scores = score_case(prediction, truth, num_classes=2, spacing_mm=SPACING_MM, ignored=ignored)
@@ -164,6 +167,14 @@ def store(make_store):
     made = make_store(*arrays, labels=labels, splits=("train", "validation"))
     (made.root / "labels.json").write_text('{"names": {"1": "liver", "2": "tumour"}, "ignore": 9}')
     return type(made)(made.root)
+
+
+def test_no_crop_is_centred_on_an_ignored_voxel_as_one_of_a_class(store):
+    crop = RandomCrop(size=[4, 4, 4], label=True, label_share=1.0)
+    plan = ViewPlan(groups={"crop": crop})
+    for step in range(40):
+        (view,) = plan.place(Scene(store, Request((0,), 0)), seed=0, step=step)["crop"]
+        assert view.placement.frame.matrix[2, 3] + 1.5 >= 5.5, "the middle lies beyond the ignored slab"
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -100,6 +100,19 @@ def test_a_held_out_case_with_the_voxels_of_a_training_case_stops_the_run_or_mar
         assert find_copies(store, split, split.training, allowed=False) == []
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_a_copy_is_found_in_any_type_that_holds_its_values_and_a_changed_voxel_is_none(make_store, seed):
+    rng = np.random.default_rng(seed)
+    array = rng.integers(-1000, 1000, (1, 9, 8, 10)).astype(np.int16)
+    copy = array.astype(rng.choice([np.int16, np.int32, np.float32, np.float64, ">i2"]))
+    if changed := bool(rng.integers(2)):
+        copy[tuple(rng.integers(copy.shape))] += 1
+    part, other = rng.choice(["validation", "test"], 2)
+    store = make_store(copy, array, array + 5, labels=[(array[0] > 0) * 1] * 3, splits=(part, "train", other))
+    split = resolve_split(store, split="source")
+    assert bool(find_copies(store, split, split.training, allowed=True)) is not changed
+
+
 def test_a_copy_of_a_training_case_whose_label_is_not_used_is_no_leakage(make_store):
     array = np.random.default_rng(0).integers(-1000, 1000, (1, 16, 16, 16)).astype(np.int16)
     store = make_store(array, array + 1, array, labels=[(array[0] > 0) * 1] * 3, splits=("train", "train", "test"))

@@ -118,7 +118,7 @@ class RandomCrop(ViewSpec):
             `size`. None cuts `size` voxels at `spacing_mm`.
         label_share: Share of the crops that are centred on a voxel of one of the case's labels (each equally often).
         foreground_share: Share of the remaining crops that are centred on a body voxel.
-        labels: Label values that count for `label_share`; None for all that the case holds.
+        labels: Label values that count for `label_share`; None for all that the case holds but the ignored one.
     """
 
     within: Region = "volume"
@@ -167,7 +167,8 @@ class RandomCrop(ViewSpec):
         value = -1
         if share < self.label_share:
             held = scene.record(self.slot).labels
-            labels = held if self.labels is None else [label for label in held if label in self.labels]
+            ignored = scene.store.ignored_label
+            labels = [label for label in held if label != ignored and (self.labels is None or label in self.labels)]
             value = labels[rng.integers(len(labels))] if labels else -1
         chosen = points[points[:, 3] == value]
         return chosen[rng.integers(len(chosen)), :3].astype(np.float64) if len(chosen) else None

@@ -186,4 +186,5 @@ def keep_best(run: Run) -> None:
 def note_split(run: Run, plan: Plan, store: VolumeStore, trainer: L.Trainer, module: L.LightningModule) -> None:
     """Write the split into the run folder, on rank 0."""
     if trainer.is_global_zero:
-        write_split(run.folder.split, store, plan.split, labelled=plan.subset.hash, classes=sorted(plan.classes))
+        notes = {"labelled": plan.subset.hash, "classes": sorted(plan.classes), "ignored_label": plan.ignored_label}
+        write_split(run.folder.split, store, plan.split, **notes)

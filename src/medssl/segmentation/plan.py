@@ -73,7 +73,7 @@ class Plan:
         }
         classes = find_classes(store, split, wanted=_plain(config.data.classes))
         if earlier is not None:
-            check_resumed(earlier, split, subset.hash, classes)
+            check_resumed(earlier, split, subset.hash, classes, store.ignored_label)
         spacing_mm = find_spacing(store, split.training, _plain(config.working_spacing_mm))
         crop_voxel = find_crop(store, split.training, crop_voxel=_plain(config.crop_voxel), spacing_mm=spacing_mm)
         facts = {
@@ -273,17 +273,20 @@ def unlearnable(store: VolumeStore, cases: Sequence[int], classes: Mapping[int, 
     return [name for value, name in classes.items() if value and value not in held]
 
 
-def check_resumed(earlier: Path, split: CaseSplit, subset_hash: str, classes: Mapping[int, str]) -> None:
-    """Check that the run that wrote `earlier`, its `split.json`, has the same cases, labels and classes.
+def check_resumed(
+    earlier: Path, split: CaseSplit, subset_hash: str, classes: Mapping[int, str], ignored_label: int | None
+) -> None:
+    """Check that the run that wrote `earlier`, its `split.json`, has the same cases, labels, classes and ignored label.
 
     Raises:
-        ValueError: The run has other cases, labels or classes.
+        ValueError: The run has other cases, labels or classes, or ignores another label.
     """
     if not earlier.is_file():
         return
     then = json.loads(earlier.read_text(encoding="utf-8"))
-    now = {"hash": split.hash, "labelled": subset_hash, "classes": sorted(classes)}
+    now = {"hash": split.hash, "labelled": subset_hash, "classes": sorted(classes), "ignored_label": ignored_label}
     what = {"hash": "data.split or data.fold", "labelled": "data.labelled or its seed", "classes": "data.classes"}
+    what["ignored_label"] = "the ignored label of the data"
     for key, value in now.items():
         if then.get(key, value) != value:
             raise ValueError(
