@@ -213,7 +213,7 @@ def test_scouts_and_objects_beside_a_scan_are_left_out_by_name(tmp_path):
     path = series(tmp_path / "s", voxels)
     series(path, voxels[..., :2] + 1, name="scout{}.dcm", series="1.9", SamplesPerPixel=3,
            PhotometricInterpretation="RGB")  # fmt: skip
-    saved(dataset(voxels[..., 0], kind="1.2.840.10008.5.1.4.1.1.88.22"), path / "report.dcm")
+    saved(dataset(voxels[..., 0], kind="1.2.840.10008.5.1.4.1.1.88.22", series="1.7"), path / "report.dcm")
     volume = read_volume(path)
     np.testing.assert_array_equal(volume.array[0], voxels[::-1, ::-1])
     scout = "of a series of 2 slices beside one of 12: a scout view"
@@ -260,3 +260,16 @@ def test_hidden_files_and_folders_beside_the_slices_are_not_read(tmp_path):
     (path / "below").mkdir()
     assert loaded(path)[0].shape == (9, 8, 12)
     assert CT == "1.2.840.10008.5.1.4.1.1.2"
+
+
+def test_a_slice_whose_class_is_no_image_is_a_fault_of_its_series(tmp_path):
+    path = series(tmp_path / "s", noise(0))
+    saved(dataset(noise(0)[..., 11], kind="1.2.840.10008.5.1.4.1.1.88.22", number=12), path / "IM011.dcm")
+    assert reason(path) == "IM011.dcm: its class is not one of images, and it belongs to the series"
+
+
+def test_values_beyond_the_stated_bits_are_refused(tmp_path):
+    path = series(
+        tmp_path / "s", noise(0), BitsStored=lambda z: 8 if z == 5 else 16, HighBit=lambda z: 7 if z == 5 else 15
+    )
+    assert reason(path).startswith("IM005.dcm: values lie beyond the 8 bits up to bit 7 that the header states")

@@ -67,7 +67,7 @@ def _named(path: Path) -> Iterator[None]:
 
 def _series_in(folder: Path, left_out: list[tuple[str, str]]) -> list[DicomFile]:
     """Return the files of the one series of a folder."""
-    images, others = [], []
+    images, others, objects = [], [], []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_dir():
             continue
@@ -77,13 +77,23 @@ def _series_in(folder: Path, left_out: list[tuple[str, str]]) -> list[DicomFile]
         elif is_image_class(kind):
             images.append(path)
         else:
-            left_out.append((str(path), NO_IMAGE))
+            objects.append(path)
     patterns = {_pattern(path) for path in images}
     images += [path for path in others if has_dicom_suffix(path) or _pattern(path) in patterns]
     series: dict[str, list[DicomFile]] = defaultdict(list)
     for path in sorted(images):
         file = read_dicom(path)
         series[series_of(file)].append(file)
+    for path in objects:
+        try:
+            file = read_dicom(path)
+        except ReadError as error:  # most objects have no voxels; a slice that is cut looks like one
+            if _pattern(path) in patterns:
+                raise ReadError(path, error.reason) from error
+        else:
+            if "Rows" in file.dataset and series_of(file) in series:
+                raise ReadError(path, "its class is not one of images, and it belongs to the series")
+        left_out.append((str(path), NO_IMAGE))
     return _chosen(folder, list(series.values()), left_out)
 
 

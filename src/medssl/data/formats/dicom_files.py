@@ -62,7 +62,10 @@ def is_dicom(file: Path) -> bool:
 
 
 def dicom_class(file: Path) -> str | None:
-    """Return the class of a DICOM object (SOP class UID), "" if it is missing; None for other files."""
+    """Return the class of a DICOM object (SOP class UID); None for other files.
+
+    It is "" if it is missing, or if the two places that state it differ.
+    """
     from pydicom.filereader import read_partial
 
     try:
@@ -73,8 +76,8 @@ def dicom_class(file: Path) -> str | None:
             stream.seek(0)
             with quiet():
                 dataset = read_partial(stream, lambda tag, vr, length: tag > 0x00080016, force=True)
-                kind = dataset.file_meta.get("MediaStorageSOPClassUID") or dataset.get("SOPClassUID")
-            return str(kind or "")
+                kinds = {dataset.file_meta.get("MediaStorageSOPClassUID"), dataset.get("SOPClassUID")} - {None, ""}
+            return str(kinds.pop()) if len(kinds) == 1 else ""
     except OSError:
         return None
     except Exception:  # pydicom raises many kinds for a damaged header
@@ -133,6 +136,8 @@ def read_dicom(path: Path) -> DicomFile:
         raise ReadError(path, "the file is cut: it ends before its voxels")
     order: Literal["little", "big"] = "little" if little else "big"
     group, number, length = (int.from_bytes(part, order) for part in (element[:2], element[2:4], element[-4:]))
+    if not implicit and element[4:6] not in (b"OW", b"OB"):
+        raise ReadError(path, "the file is damaged where its voxels begin")
     if (group, number) != (0x7FE0, 0x0010):
         raise ReadError(path, "the voxels are floating-point pixel data, which are not read")
     coding = _coding(path, dataset, fragments=length == UNDEFINED)
@@ -141,11 +146,12 @@ def read_dicom(path: Path) -> DicomFile:
 
 def _coding(path: Path, dataset: Any, *, fragments: bool) -> str:
     """Return the transfer syntax of coded voxels, "" of plain ones."""
-    from pydicom.uid import UID
+    from pydicom.uid import UID, AllTransferSyntaxes
 
     syntax = UID(str(dataset.file_meta.get("TransferSyntaxUID") or ""))
-    coded = fragments if not syntax else syntax.is_transfer_syntax and syntax.is_compressed
-    if (syntax and not syntax.is_transfer_syntax) or coded != fragments:
+    known = syntax in AllTransferSyntaxes
+    coded = known and syntax.is_compressed
+    if (syntax and not known) or coded != fragments:
         raise ReadError(path, f"the transfer syntax {syntax or 'that is missing'} does not go with its voxels")
     return str(syntax) if coded else ""
 

@@ -15,6 +15,9 @@ from medssl.data.formats.dicom_files import UNDEFINED, DicomFile
 MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pet"}
 GREY = ("MONOCHROME1", "MONOCHROME2")
 """MONOCHROME1 says that low values are shown bright. Values are read as they are stored, so both read alike."""
+NEEDED = ("SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated", "BitsStored",
+          "PixelRepresentation")  # fmt: skip
+"""Entries without which no decoder knows what the voxels are."""
 MAX_BEHIND = 8
 """Bytes that may lie behind the voxels of a DICOM file, which are filled up to an even number."""
 
@@ -102,8 +105,11 @@ def frames_of(file: DicomFile) -> list[DicomSlice]:
 
 def _pixels(file: DicomFile) -> Pixels:
     path, dataset = file.path, file.dataset
+    for name in NEEDED:
+        if _value(path, dataset, name) in (None, ""):
+            raise ReadError(path, f"the header lacks {name}: it is damaged or no image")
     samples = _whole(path, dataset, "SamplesPerPixel", 1)
-    photometric = _text(path, dataset, "PhotometricInterpretation", "MONOCHROME2")
+    photometric = _text(path, dataset, "PhotometricInterpretation", "")
     if samples != 1 or photometric not in GREY:
         raise ReadError(path, f"the voxels are colours ({photometric}); grey values are needed")
     names = ("Rows", "Columns", "BitsAllocated")
@@ -166,6 +172,8 @@ def _frame(file: DicomFile, pixels: Pixels, number: int, holders: Sequence[Any])
     intercept = entry("PixelValueTransformationSequence", "RescaleIntercept", 1)
     if slope is None and intercept is None and holders[-1] is not file.dataset:  # the whole file may be scaled at once
         slope, intercept = (_numbers(path, file.dataset, name, 1) for name in ("RescaleSlope", "RescaleIntercept"))
+    if (slope is None) != (intercept is None):
+        raise ReadError(path, "the header states only one of RescaleSlope and RescaleIntercept")
     if slope is not None and slope[0] == 0:
         raise ReadError(path, "RescaleSlope is 0: no grey values are left")
     return DicomSlice(

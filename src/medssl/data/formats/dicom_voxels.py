@@ -81,7 +81,11 @@ def stored_values(file: DicomFile, pixels: Pixels) -> Integer[np.ndarray, "frame
     if pixels.signed:
         stored = stored.view(f"i{width}")
     if above or below:
-        stored = (stored << above) >> (above + below)  # the sign goes along
+        kept = (stored << above) >> (above + below)  # the sign goes along
+        if not np.array_equal(kept, stored):
+            where = f"the {pixels.bits_stored} bits up to bit {pixels.high_bit} that the header states"
+            raise ReadError(file.path, f"values lie beyond {where}: an overlay lies in them, or the header is damaged")
+        stored = kept
     return stored.reshape(pixels.num_frames, pixels.rows, pixels.columns)
 
 

@@ -54,16 +54,16 @@ def _states_spacing(path: Path, entries: dict[str, str], dimension: int) -> bool
         rest = re.sub(r"\([^()]*\)|none", "", entries["space directions"], flags=re.I)
         if rest.strip() or len(vectors) != dimension:
             raise ReadError(path, "the header's entry space directions cannot be read")
-        lengths = [math.hypot(*numbers(path, "space directions", v.replace(",", " "))) for v in vectors if v]
-        if "space origin" in entries:
-            origin = entries["space origin"]
-            if not re.fullmatch(r"\([^()]*\)", origin):
-                raise ReadError(path, "the header's entry space origin cannot be read")
-            numbers(path, "space origin", origin[1:-1].replace(",", " "))
+        sides = [numbers(path, "space directions", v.replace(",", " ")) for v in vectors if v]
+        origin = entries.get("space origin", f"({','.join(['0'] * needed)})")
+        if not re.fullmatch(r"\([^()]*\)", origin) or {len(side) for side in sides} != {needed}:
+            raise ReadError(path, "the header's entries space directions and space origin do not go together")
+        numbers(path, "space origin", origin[1:-1].replace(",", " "), needed)
+        stated = [math.hypot(*side) for side in sides]
     else:
-        lengths = numbers(path, "spacings", entries.get("spacings", " ".join(["nan"] * dimension)), dimension)
-    stated = [length for length in lengths if not math.isnan(length)]
-    if any(length == 0 for length in stated):
+        words = [word for word in entries.get("spacings", "").split() if word.lower() != "nan"]
+        stated = numbers(path, "spacings", " ".join(words)) if words else []
+    if 0 in stated:
         raise ReadError(path, "the affine is singular: the header states a spacing of 0; repair the header")
     return len(stated) >= needed
 

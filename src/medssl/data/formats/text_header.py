@@ -20,7 +20,7 @@ MAX_CHANNELS = 2**16
 NOT_OF_KIND = "the file is not an image of the kind its name says"
 UNITS_MM = {"": 1.0, "mm": 1.0, "um": 1e-3, "cm": 10.0, "m": 1e3, "micron": 1e-3, "microns": 1e-3, "µm": 1e-3,
             "millimeter": 1.0, "millimeters": 1.0, "nm": 1e-6}  # fmt: skip
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan", re.I)
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.I)
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,15 @@ def check_data(path: Path, data: DataPart, num_bytes: int, *, num_values: int) -
     if data.coding == "raw":
         if found < num_bytes:
             raise ReadError(path, f"the file is truncated: its voxels need {num_bytes:,} bytes, it has {found:,}")
-        if data.offset is not None and found > num_bytes + MAX_BEHIND:
+        if data.offset is not None and found > num_bytes + _allowed_behind(path, data):
             raise ReadError(path, far_behind(num_bytes, found))
     elif data.coding in ("text", "hex") and found < num_values:
         raise ReadError(path, f"the file is truncated: it has {found:,} bytes of text for {num_values:,} values")
+
+
+def _allowed_behind(path: Path, data: DataPart) -> int:
+    """Return the bytes that may lie behind the voxels: behind a header in the same file, none but the end of a line."""
+    return 1 if data.path == path else MAX_BEHIND
 
 
 def far_behind(num_bytes: int, found: int) -> str:
@@ -143,7 +148,7 @@ def check_coded(path: Path, data: DataPart, num_bytes: int, *, num_values: int) 
         needed, found = num_bytes + data.behind, 0
         for part in _decompressed(data):
             found += len(part)
-            if found > needed + MAX_BEHIND:
+            if found > needed + _allowed_behind(path, data):
                 raise ReadError(path, far_behind(needed, found))
         if found < needed:
             raise ReadError(path, "the file is truncated: the voxels end early")
@@ -160,7 +165,7 @@ def unpacked(path: Path, data: DataPart, dtype: np.dtype[Any], num_values: int) 
         end = min(place + len(part), len(room))
         room[place:end] = np.frombuffer(part, np.uint8, max(0, end - place))
         place += len(part)
-        if place > len(room) + MAX_BEHIND:
+        if place > len(room) + _allowed_behind(path, data):
             raise ReadError(path, far_behind(len(room), place))
     if place < len(room):
         raise ReadError(path, "the file is truncated: the voxels end early")
