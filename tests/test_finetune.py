@@ -355,7 +355,7 @@ def test_frozen_encoders_keep_their_weights(workplace):
     assert all(torch.equal(before[key], after[key]) for key in shared)
 
 
-def test_labels_up_to_117_with_gaps_are_learnt_and_predicted_with_their_own_values(real_data, tmp_path):
+def test_labels_up_to_117_with_gaps_are_learnt_and_predicted_with_their_own_values(real_data, tmp_path, capsys):
     folder = real_data / "ct_abdomen"
     image, label = folder / "ct_slab_3mm.nii.gz", folder / "ct_slab_3mm_organs.nii.gz"
     rows = [f"{case},{image},{label},{split}" for case, split in (("a", "train"), ("b", "test"))]
@@ -364,9 +364,12 @@ def test_labels_up_to_117_with_gaps_are_learnt_and_predicted_with_their_own_valu
         **{"model": "unet", "model.encoder.widths": "[4,8]", "model.encoder.strides": "[1,2]"},
         **{"data": "csv", "data.root": tmp_path / "slabs.csv", "crop_voxel": "[64,64,32]", "overlap": 0},
         **{"store": tmp_path / "store", "output_dir": tmp_path / "run", "trainer.max_steps": 2},
+        "allow_leakage": "true",  # there is one such scan
     }
     main("finetune", run, arguments=[f"{key}={value}" for key, value in given.items()])
     results = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert results["leakage"]["same_voxels"] == ["b (test) and a (training) hold the same voxels"]
+    assert "LEAKAGE: b (test) and a (training) hold the same voxels" in capsys.readouterr().out
     assert len(results["classes"]) == 41
     values = np.unique(np.asanyarray(nibabel.load(label).dataobj))
     weights = tmp_path / "run" / "segmenter.safetensors"
