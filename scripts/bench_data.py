@@ -8,13 +8,13 @@ Run it on an idle machine. All rows but the training one use one core.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +24,7 @@ import tensorstore
 import torch
 
 from medssl.data.augment import Affine, Flip, Gamma, GaussianBlur, GaussianNoise, Window
+from medssl.data.description import write_description
 from medssl.data.draw import box_of
 from medssl.data.module import VolumeDataModule
 from medssl.data.placements import RandomCrop
@@ -59,8 +60,10 @@ def ct(shape: tuple[int, int, int], source: Path | None) -> np.ndarray:
     return np.rint(array).clip(-1024, 3071).astype(np.int16)
 
 
-def make_store(root: Path, array: np.ndarray, *, num_cases: int, spacing_mm: float = 1.0) -> VolumeStore:
-    """The array as several cases; the copies after the first are links, so that they cost nothing to make."""
+def make_store(
+    root: Path, array: np.ndarray, *, num_cases: int, spacing_mm: float = 1.0, checksums: bool = False
+) -> VolumeStore:
+    """The array as several cases; those after the first name its folder, so that they cost nothing to make."""
     root.mkdir()
     affine = np.diag([spacing_mm] * 3 + [1.0])
     record = write_case(
@@ -76,14 +79,14 @@ def make_store(root: Path, array: np.ndarray, *, num_cases: int, spacing_mm: flo
         points=np.full((1, 4), -1, dtype=np.int32),
         voxel_hash="",
         source="benchmark",
+        checksums=checksums,
     )
     records = [record]
     for number in range(1, num_cases):
         case = f"case_{number:04d}"
-        (root / f"{case}.zarr").symlink_to(root / "case_0000.zarr")
-        records.append(type(record).from_json({**record.to_json(), "case": case}))
+        records.append(replace(record, case=case))
     write_index(root, records)
-    (root / "store.json").write_text('{"format": 1, "recipe": {}}')
+    write_description(root, {})
     return VolumeStore(root)
 
 
@@ -166,10 +169,9 @@ def resident_growth_mb(store: VolumeStore, spec: RandomCrop) -> float:
 
 def opening_s(store: VolumeStore, folder: Path, *, num_cases: int = 100_000) -> float:
     """Seconds to open a store whose index has this many cases and to build its data module."""
-    line = json.loads((store.root / "index.jsonl").read_text().splitlines()[0])
-    with (folder / "index.jsonl").open("w") as index:
-        for number in range(num_cases):
-            index.write(json.dumps({**line, "case": f"case_{number:06d}"}) + "\n")
+    first = store.record(0)
+    write_index(folder, [replace(first, case=f"case_{number:06d}") for number in range(num_cases)])
+    write_description(folder, {})
     start = time.perf_counter()
     opened = VolumeStore(folder)
     assert opened.record(num_cases - 1).case == f"case_{num_cases - 1:06d}"

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
+from medssl.data.modality import guess_modality
 from medssl.data.reading import read_volume
-from medssl.data.volume import guess_modality
 from medssl.models.keypoints import DifferenceOfGaussians, Foerstner, detect
 
 SIDE, OCTAVES = 96, 3
@@ -41,7 +41,7 @@ def synthetic() -> np.ndarray:
 def middle_of(path: Path) -> np.ndarray:
     volume = read_volume(path)
     values = volume.array[0].astype(np.float32)
-    low, high = (-160.0, 240.0) if guess_modality(volume.array) == "ct" else np.percentile(values, (0.5, 99.5))
+    low, high = (-160.0, 240.0) if guess_modality(volume.array[0])[0] == "ct" else np.percentile(values, (0.5, 99.5))
     starts = [(n - SIDE) // 2 for n in values.shape]
     if min(starts) < 0:
         raise SystemExit(f"{path} has {values.shape} voxels; it takes {SIDE} along each axis")

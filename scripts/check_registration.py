@@ -19,8 +19,9 @@ import numpy as np
 from scipy.ndimage import affine_transform
 
 from medssl.data.geometry import apply, rotation_matrix
+from medssl.data.modality import guess_modality
 from medssl.data.reading import read_volume
-from medssl.data.volume import Volume, guess_modality
+from medssl.data.volume import Volume
 from medssl.tables.anchors import AnchorTable, find_anchors, roi_on_grid
 from medssl.tables.locations import AnatomicalLocations
 from medssl.tables.references import copy_spacing_of
@@ -65,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
 
     settings, volume, rng = AnatomicalLocations(), read_volume(options.data), np.random.default_rng(options.seed)
-    modality = guess_modality(volume.array)
+    modality = guess_modality(volume.array[0])[0]
     spacing = copy_spacing_of(volume.shape, volume.affine, settings.copy_spacing_mm)
     fixed = coarse_volume(volume, modality=modality, spacing_mm=spacing)
     roi, grid = roi_on_grid(

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from scipy.ndimage import map_coordinates, spline_filter
 
+from medssl.data.modality import guess_modality
 from medssl.data.reading import read_volume
-from medssl.data.volume import Volume, guess_modality
+from medssl.data.volume import Volume
 from medssl.models.keypoints import DifferenceOfGaussians, Foerstner, RandomPoints, detect
 
 RANGE = (0.0, 1.0)
@@ -47,7 +48,7 @@ MARGIN, WITHIN = 5.0, 2.0
 
 def windowed(volume: Volume) -> np.ndarray:
     values = volume.array[0].astype(np.float32)
-    low, high = (-160.0, 240.0) if guess_modality(volume.array) == "ct" else np.percentile(values, (0.5, 99.5))
+    low, high = (-160.0, 240.0) if guess_modality(volume.array[0])[0] == "ct" else np.percentile(values, (0.5, 99.5))
     return np.clip((values - low) / max(high - low, 1e-6), 0, 1)
 
 

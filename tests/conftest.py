@@ -101,6 +101,7 @@ def make_store(tmp_path: Path) -> Callable[..., "VolumeStore"]:
     """Write arrays (c x y z) as the cases of a store; the body box leaves 2 voxels on each side."""
     import numpy as np
 
+    from medssl.data.description import write_description
     from medssl.data.store import VolumeStore
     from medssl.data.store_writer import write_case, write_index
     from medssl.data.volume import Box, Volume, intensity_statistics, voxel_hash
@@ -144,7 +145,7 @@ def make_store(tmp_path: Path) -> Callable[..., "VolumeStore"]:
                 )
             )
         write_index(root, records)
-        (root / "store.json").write_text('{"format": 1, "recipe": {}}')
+        write_description(root, {})
         return VolumeStore(root)
 
     return make

@@ -10,6 +10,7 @@ import torch
 
 from medssl.building import build_network
 from medssl.config import main
+from medssl.data.checksums import sealed
 from medssl.extraction.feature_file import Features, load_features, read_feature_card
 from medssl.extraction.patch_encoder import CellGrid, coordinate_at
 from medssl.features import run
@@ -107,7 +108,7 @@ def derived_table(store, *, hidden):
     """A table of four locations that lies in the store; case 1 does not show `hidden`."""
     folder = store.root / "derived" / "places-0123"
     folder.mkdir(parents=True)
-    (folder.parent / "places.json").write_text(json.dumps({"folder": folder.name, "recipe": {}}))
+    (folder.parent / "places.json").write_text(json.dumps(sealed({"folder": folder.name, "recipe": {}})))
     centre_mm = np.random.default_rng(5).uniform(6, 14, (4, 3))
     coordinate = np.random.default_rng(6).uniform(-1, 1, (4, 3)).astype(np.float32)
     for number, case in enumerate(store.names):
@@ -141,7 +142,7 @@ def test_cases_without_features_are_named_and_the_others_are_kept(weights, store
 
 def test_cases_of_other_channels_or_with_a_lost_chunk_are_rejected(weights, make_store, volumes, tmp_path, capsys):
     store = make_store(volumes[0], np.concatenate([volumes[1]] * 2), volumes[2])
-    for file in (store.root / "case_002.zarr" / "0").rglob("*"):
+    for file in (store.folder(2) / "0").rglob("*"):
         if file.is_file() and file.name != "zarr.json":
             file.write_bytes(file.read_bytes()[:-40])
     features(weights=weights, store=store.root, output_dir=tmp_path / "f", code=1)

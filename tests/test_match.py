@@ -89,7 +89,10 @@ def test_a_grid_is_nine_points_and_a_list_is_taken_whole(tmp_path, capsys, scan,
         ({"output": "match.txt"}, "output=match.txt is no picture"),
         ({"device": "tpu"}, "device is 'tpu', allowed are auto, cpu, cuda"),
         ({"tile_voxel": "0"}, "tile_voxel must be a whole number from 1 up"),
-        ({"data__modality": "pet"}, "data.modality is 'pet', allowed are ct, mr, null"),
+        (
+            {"data__modality": "xray"},
+            "data.modality: 'xray' is no modality; allowed are ct, mr, pet, us, unknown",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line_with_exit_code_two(tmp_path, capsys, scan, embedding_weights, change, message):

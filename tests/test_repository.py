@@ -15,6 +15,8 @@ PACKAGE = ROOT / "src" / "medssl"
 MOST_LINES = 400
 TEXTS = ("src", "configs", "tests", "scripts", "docs", ".ci", "*.md", "pyproject.toml", "Makefile")
 """Folders and files that name modules."""
+EARLIER = ROOT / "tests" / "earlier"
+"""Files that an earlier version wrote; they keep its names."""
 LAYERS = (
     ("compare", "derive", "features", "finetune", "match", "predict", "prepare", "pretrain", "probe"),  # commands
     ("segmentation", "tables", "probing"),
@@ -126,7 +128,7 @@ def test_no_text_names_a_place_that_a_module_has_left():
     wrong = [
         f"{file.relative_to(ROOT)}:{number} {found[0]}"
         for file in files
-        if file.suffix not in (".png", ".pyc")
+        if file.suffix not in (".png", ".pyc") and EARLIER not in file.parents
         for number, line in enumerate(file.read_text().splitlines(), start=1)
         if "medssl" in line or ".py" in line
         for found in pattern.finditer(line)

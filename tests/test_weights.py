@@ -52,7 +52,7 @@ def test_an_encoder_comes_back_as_it_was(own):
 
 
 def test_the_card_comes_back_with_its_format(own):
-    assert read_card(own) == {**CARD, "format": 1}
+    assert read_card(own) == {**CARD, "format": 2}
 
 
 def test_equal_weights_give_equal_bytes_and_no_leftovers(own, tmp_path):
@@ -122,7 +122,7 @@ def wrong_files(folder):
         ("cut_tensors", "cut_tensors is not a whole safetensors file"),
         ("no_card", "no_card is a safetensors file without a medssl card"),
         ("other_card", "other_card is a safetensors file without a medssl card"),
-        ("future", "future has format 9, this version reads 1; update medssl"),
+        ("future", "future has format 9, this version reads 1 and 2; update medssl"),
     ],
 )
 def test_a_wrong_file_is_named_with_what_is_wrong(own, tmp_path, name, message):

@@ -9,9 +9,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from medssl.data.modality import parsed_modalities
+
 Value = TypeVar("Value")
 DEVICES = ("auto", "cpu", "cuda")
-MODALITIES = ("ct", "mr", None)
 
 
 def choice(name: str, value: Value, allowed: Collection[Any]) -> Value:
@@ -24,6 +25,18 @@ def choice(name: str, value: Value, allowed: Collection[Any]) -> Value:
         words = ", ".join("null" if one is None else str(one) for one in allowed)
         raise ValueError(f"{name} is {value!r}, allowed are {words}")
     return value
+
+
+def modalities(name: str, value: Any) -> tuple[str, ...] | None:
+    """Return the modalities that a setting states, one of all channels or one of each; None where it states none.
+
+    Raises:
+        ValueError: `value` holds a word that is no modality.
+    """
+    try:
+        return parsed_modalities(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def switch(name: str, value: Any) -> bool:

@@ -22,7 +22,9 @@ from medssl.layouts import catalogue
 from medssl.models.reoriented import Reoriented
 from medssl.models.segmenter import Segmenter, build_segmenter
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Formats of cards that are read; docs/data.md says what they are."""
 log = logging.getLogger(__name__)
 
 
@@ -98,8 +100,8 @@ def read_card(path: str | Path) -> dict[str, Any]:
             f"{source} is a safetensors file without a medssl card; it holds tensors of an unknown network. Load a "
             "file that pre-training exported, or name its layout"
         ) from None
-    if found != FORMAT:
-        raise ValueError(f"{source} has format {found}, this version reads {FORMAT}; update medssl")
+    if found not in READABLE:
+        raise ValueError(f"{source} has format {found}, this version reads 1 and 2; update medssl")
     return card
 
 

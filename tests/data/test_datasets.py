@@ -174,7 +174,7 @@ def test_amos_is_prepared_with_its_names_and_evaluated_on_its_official_split(tmp
     store = VolumeStore(tmp_path / "s")
     found = resolve_split(store, split=config.data.split)
     assert (found.name, found.evaluation) == ("source", ("validation", (1, 4)))
-    assert [store.record(case).modality for case in range(5)] == ["ct", "ct", "ct", "mr", "mr"]
+    assert [store.record(case).modality for case in range(5)] == [("ct",), ("ct",), ("ct",), ("mr",), ("mr",)]
     assert store.label_names[15] == "prostate or uterus"
     known = json.loads((tmp_path / "s" / "labels.json").read_text())
     assert (list(known["names"]), known["ignore"]) == ([str(n) for n in range(1, 16)], None)

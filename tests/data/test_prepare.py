@@ -47,7 +47,7 @@ def test_the_store_does_not_depend_on_the_number_of_workers(tmp_path, capfd):
     assert record.voxel_hash == voxel_hash(volume.array)
     assert np.array_equal(store.read(0, 0, [0] * 3, [24] * 3).result(), volume.array)
     assert np.array_equal(store.read_label(0, [0] * 3, [24] * 3).result()[0], label)
-    assert record.modality == "ct"
+    assert record.modality == ("ct",)
 
 
 def children(pid):

@@ -1,12 +1,14 @@
 import pytest
 from volume_files import image, label, names, reasons
 
+from medssl.data.modality import ALLOWED
 from medssl.data.sources import Csv
 
 
 def test_a_table_gives_label_group_split_and_modality(tmp_path):
     image(tmp_path / "p1" / "ct.nii.gz")
     image(tmp_path / "p2" / "ct.nii.gz")
+    image(tmp_path / "p2" / "pet.nii.gz")
     label(tmp_path / "p1" / "organs.nii.gz")
     (tmp_path / "cases.csv").write_text(
         "\ufeffimage;label;group;split;modality;age\n"
@@ -15,17 +17,25 @@ def test_a_table_gives_label_group_split_and_modality(tmp_path):
         "p2/none.nii.gz;;;;;\n"
         ";p1/organs.nii.gz;;;;\n"
         "p2/ct.nii.gz;;;sometimes;;\n"
-        "p2/ct.nii.gz;;;;pet;\n",
+        "p2/ct.nii.gz;;;;xray;\n"
+        "p2/pet.nii.gz;;;;CT+pet;\n",
         encoding="utf-8",
     )
     scan = Csv(root=tmp_path).scan().checked()
     found = [(c.case, c.group, c.split, c.modality) for c in scan.cases]
-    assert found == [("p1__ct", "copd", "train", "ct"), ("p2__ct", "healthy", "validation", None)]
+    assert found == [
+        ("p1__ct", "copd", "train", "ct"),
+        ("p2__ct", "healthy", "validation", None),
+        ("p2__pet", "", "", "ct+pet"),
+    ]
     assert reasons(scan) == {
         ("none.nii.gz", "the image file does not exist"),
         ("organs.nii.gz", "line 5: a label without an image"),
         ("ct.nii.gz", "line 6: split 'sometimes' is not known (train, validation, test)"),
-        ("ct.nii.gz", "line 7: modality 'pet' is not known (ct, mr)"),
+        (
+            "ct.nii.gz",
+            f"line 7: modality 'xray' is no modality; {ALLOWED}",
+        ),
     }
 
 

@@ -317,6 +317,12 @@ def test_names_of_labels_are_read_in_both_directions_of_dataset_json(tmp_path):
 def test_a_source_of_ones_own_need_not_say_how_images_are_prepared():
     data = OmegaConf.create({"name": "mine", "source": {"_target_": "mine.Source"}})
     OmegaConf.set_struct(data, True)
-    assert preparation(data) == {"channels": None, "spacing_mm": None, "min_side_voxel": 8}
+    assert preparation(data) == {
+        "channels": None,
+        "spacing_mm": None,
+        "min_side_voxel": 8,
+        "modality": None,
+        "checksums": False,
+    }
     for name in ("folder", "csv", "phantoms"):
         assert preparation(compose("prepare", [f"data={name}"]).data) == preparation(data)

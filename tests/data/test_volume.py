@@ -10,7 +10,6 @@ from medssl.data.volume import (
     coarse_copy,
     draw_points,
     find_body,
-    guess_modality,
     intensity_statistics,
     otsu_threshold,
     resample_label,
@@ -67,11 +66,6 @@ def test_statistics_from_a_histogram_equal_numpy(dtype):
     assert found["mean"] == pytest.approx(array.mean(dtype=np.float64), rel=1e-9)
     assert found["std"] == pytest.approx(array.std(dtype=np.float64), rel=1e-9)
     assert (found["minimum"], found["maximum"]) == (array.min(), array.max())
-
-
-def test_modality_is_ct_below_minus_two_hundred():
-    assert guess_modality(np.full((1, 2, 2, 2), -201.0)) == "ct"
-    assert guess_modality(np.full((1, 2, 2, 2), -199.0)) == "mr"
 
 
 def test_a_coarse_copy_averages_blocks_and_the_rest_at_the_end():

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from medssl.data.volume import find_body, guess_modality
+from medssl.data.modality import guess_modality
+from medssl.data.volume import find_body
 from medssl.phantoms.torso import LABELS, draw_phantom
 
 VOXEL_ML = 0.064
@@ -79,7 +80,7 @@ def test_subjects_differ_in_size_fat_and_contrast(subjects):
 
 def test_a_phantom_is_a_ct_whose_body_box_is_smaller_than_the_field_of_view(subjects):
     for volume, label in subjects:
-        assert guess_modality(volume.array) == "ct"
+        assert guess_modality(volume.array[0]) == ("ct", "")
         box, _, _ = find_body(volume, modality="ct")
         inside = np.argwhere(label > 0)
         assert (inside.min(0) >= box.lower - 1).all()

@@ -12,6 +12,7 @@ from synthetic import classes_of_grey, reading
 from volume_files import image
 
 from medssl.config import main
+from medssl.data.checksums import sealed
 from medssl.data.placements import RandomCrop
 from medssl.data.prepare import prepare_store
 from medssl.data.sampling import Request
@@ -165,7 +166,7 @@ def store(make_store):
     labels = [np.where(np.arange(20) < 6 + n, 9, c).astype(np.int16) for n, c in enumerate(classes)]
     arrays = [(1000 * c - 1000).astype(np.int16)[None] for c in classes]
     made = make_store(*arrays, labels=labels, splits=("train", "validation"))
-    (made.root / "labels.json").write_text('{"names": {"1": "liver", "2": "tumour"}, "ignore": 9}')
+    (made.root / "labels.json").write_text(json.dumps(sealed({"names": {"1": "liver", "2": "tumour"}, "ignore": 9})))
     return type(made)(made.root)
 
 

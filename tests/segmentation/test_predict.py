@@ -153,7 +153,10 @@ def test_channels_must_be_those_the_network_reads(tmp_path, save, scan, capsys):
         ({"overlap": "half"}, "overlap must lie"),
         ({"window_batch": 0}, "window_batch must be a whole number"),
         ({"probabilities": "maybe"}, "probabilities must be true or false"),
-        ({"data__modality": "pet"}, "data.modality is 'pet', allowed are ct, mr, null"),
+        (
+            {"data__modality": "xray"},
+            "data.modality: 'xray' is no modality; allowed are ct, mr, pet, us, unknown",
+        ),
         ({"data__channels": -1}, "channels takes all, null or the number"),
     ],
 )
@@ -192,11 +195,11 @@ def test_a_result_never_replaces_its_image(tmp_path, save, scan, capsys):
 @pytest.mark.parametrize(
     ("card", "given", "expected", "note"),
     [
-        (None, None, "ct", ", taken for CT by its values,"),
-        (None, "mr", "mr", "voxels, "),
-        ("ct", None, "ct", "voxels, "),
-        ("mr", None, "mr", ", read as MR as in training though its values look like CT,"),
-        ("mr", "ct", "ct", "voxels, "),
+        (None, None, "mr", ", taken for MR by its values,"),
+        (None, "ct", "ct", "voxels, "),
+        ("mr", None, "mr", "voxels, "),
+        ("ct", None, "ct", ", read as CT as in training though its values look like MR,"),
+        ("ct", "mr", "mr", "voxels, "),
     ],
 )
 def test_the_modality_is_the_given_one_or_that_of_the_training_or_a_guess_that_is_told(
@@ -205,7 +208,7 @@ def test_the_modality_is_the_given_one_or_that_of_the_training_or_a_guess_that_i
     seen, segment = [], predicting.segment
 
     def spy(members, fetch, record, **options):
-        seen.append(record.modality)
+        seen.append(*record.modality)
         return segment(members, fetch, record, **options)
 
     monkeypatch.setattr(predicting, "segment", spy)
@@ -221,7 +224,7 @@ def test_the_modality_is_the_given_one_or_that_of_the_training_or_a_guess_that_i
 def test_networks_of_two_modalities_share_a_grid_and_say_one_modality_only_where_they_agree(save):
     ct, mr, mixed = save("ct", modality="ct"), save("mr", modality="mr"), save("mixed")
     assert "modality" not in read_card(mixed)["reading"]
-    for paths, modality in (([ct, mixed], "ct"), ([ct, mr], None), ([mixed, mixed], None), ([mr, mr], "mr")):
+    for paths, modality in (([ct, mixed], ("ct",)), ([ct, mr], None), ([mixed, mixed], None), ([mr, mr], ("mr",))):
         ensemble = Ensemble.load(paths, device=torch.device("cpu"))
         assert ensemble.modality == modality
         assert [member.weight for member in ensemble.members] == [2.0]

@@ -8,6 +8,7 @@ from synthetic import classes_of_grey, reading, smooth
 from torch import nn
 
 from medssl.data.augment import ByModality, MinMax, Percentiles, Standardise, Window
+from medssl.data.description import write_description
 from medssl.data.store import VolumeStore
 from medssl.data.store_writer import write_case, write_index
 from medssl.data.volume import Box, Volume, intensity_statistics
@@ -82,7 +83,7 @@ def test_the_prediction_does_not_depend_on_the_windows_where_the_network_looks_a
 
 
 def _store(root, array):
-    (root / "store.json").write_text('{"format": 1, "recipe": {}}')
+    write_description(root, {})
     record = write_case(
         root, case="one", volume=Volume(array, AFFINE, ""), label=None, modality="ct", group="", split="",
         statistics=intensity_statistics(array), body=Box.whole(array.shape[1:]),
@@ -236,9 +237,9 @@ def test_a_card_gives_the_reading():
     )
     assert found == expected
     assert found.modality is None
-    for modality in ("ct", "mr", None):
+    for modality, expected in (("ct", ("ct",)), (["ct", "pet"], ("ct", "pet")), (None, None)):
         changed = Reading.from_card({**card, "spacing_mm": "native", "normalise": [], "modality": modality})
-        assert (changed.spacing_mm, changed.modality) == ("native", modality)
+        assert (changed.spacing_mm, changed.modality) == ("native", expected)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_a_card_gives_the_reading():
     [
         ({"outside": None}, "lacks outside"),
         ({"spacing_mm": "coarse"}, "native or three numbers"),
-        ({"modality": "pet"}, "modality of the card's reading is 'pet', allowed are ct, mr, null"),
+        ({"modality": "xray"}, "modality of the card's reading: 'xray' is no modality; allowed are ct, mr, pet"),
         ({"normalise": [{"_target_": "medssl.data.augment.GaussianNoise"}]}, "GaussianNoise, which is no"),
         ({"normalise": [{"_target_": "os.system", "command": "true"}]}, "outside medssl.data.augment"),
     ],

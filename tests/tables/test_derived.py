@@ -114,7 +114,7 @@ def test_another_recipe_lies_beside_and_the_pointer_names_the_last_one(store):
     two = derive(store, Body(threshold_hu=-200.0), num_workers=0, progress=False).folder
     assert one != two
     assert one.is_dir()
-    pointer = json.loads((store / "derived" / "body.json").read_text())
+    pointer = VolumeStore(store).pointer("body")
     assert pointer == {"folder": two.name, "recipe": {"copy_spacing_mm": 4.0, "threshold_hu": -200.0}}
     derive(store, Body(), num_workers=0, progress=False)
     assert json.loads((store / "derived" / "body.json").read_text())["folder"] == one.name

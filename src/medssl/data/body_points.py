@@ -77,7 +77,7 @@ def draw_body_points(
     margin = np.minimum(margin_voxel, np.array(record.shape) // 4)
     inner = body[away_from_faces(body, record.shape, lower=margin, upper=margin)]
     inner = inner if len(inner) else body
-    if record.modality != "ct" or low_hu is None:
+    if record.modality[0] != "ct" or low_hu is None:
         return inner[:count]
 
     def hu(some: Int64[np.ndarray, "k 3"]) -> np.ndarray:

@@ -32,7 +32,8 @@ class Case:
         label: File of its label map.
         group: Cohort of the case, or "".
         split: "train", "validation" or "test", or "" where the source does not say.
-        modality: "ct" or "mr" where the source states it; None leaves the choice to the voxels.
+        modality: Modality where the source states it, one of all channels or one of each (`ct+pet`, or a tuple that has
+            None for what is not stated); None leaves the choice to header and voxels.
         more_channels: Files of the channels after the first.
         skip_label_maps: Whether to skip a volume that looks like a label map.
         assume_spacing_mm: Spacing along the axes of the files where their headers state none.
@@ -43,7 +44,7 @@ class Case:
     label: Path | None = None
     group: str = ""
     split: str = ""
-    modality: str | None = None
+    modality: str | tuple[str | None, ...] | None = None
     more_channels: tuple[Path, ...] = ()
     skip_label_maps: bool = False
     assume_spacing_mm: tuple[float, ...] | None = None

@@ -199,7 +199,7 @@ class PrefetchingLoader:
         try:
             array = future.result()
         except ValueError as error:
-            folder = self.store.root / f"{raw.placed.record.case}.zarr"
+            folder = self.store.root / raw.placed.record.folder
             raise ValueError(
                 f"cannot read a chunk of {folder}: {error}; delete that folder and prepare again"
             ) from error

@@ -1,10 +1,12 @@
 """Preparation of a store from a source: case by case in parallel, resumable, bad files listed with reasons."""
 
+import contextlib
 import json
+import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,26 +14,18 @@ from typing import Any
 
 from medssl.data.atomic import alone_in, clear_partial, read_lines, write_lines, write_text
 from medssl.data.cases import Case, Scan, Source
-from medssl.data.formats import ReadError
-from medssl.data.reading import LabelMapError, check_channels, check_sides
+from medssl.data.checksums import is_whole_line, sealed
+from medssl.data.description import write_description
+from medssl.data.modality import parsed_modalities
+from medssl.data.prepared_case import Job, Outcome, prepare_case
+from medssl.data.reading import check_channels
 from medssl.data.recipes import check_recipe, store_recipe, three_spacings
-from medssl.data.store import FORMAT, LABELS, Record, read_case_record
-from medssl.data.store_writer import write_case, write_index
-from medssl.data.volume import (
-    BODY_RECIPE,
-    draw_points,
-    find_body,
-    guess_modality,
-    intensity_statistics,
-    resample_label,
-    resample_volume,
-    voxel_hash,
-)
+from medssl.data.store import LABELS, Record, read_case_record
+from medssl.data.store_writer import write_index
 from medssl.data.workers import check_num_workers, run_all
 
 NUM_LISTED = 20
 TARGETS = "targets.csv"
-NO_MEMORY = "the image does not fit into memory"
 
 
 class PrepareError(ValueError):
@@ -74,40 +68,6 @@ class PrepareSummary:
         return f"{', '.join(parts)} -> {self.root}" + (f"; targets: {targets}" if targets.is_file() else "")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One case and the settings of its preparation."""
-
-    case: Case
-    root: Path
-    fingerprint: str
-    channels: str | int | None
-    spacing_mm: tuple[float, ...] | None
-    min_side_voxel: int
-
-    def __str__(self) -> str:
-        return f"{self.case.case} ({self.case.image})"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result for one case: `kind` is done, rejected or skipped.
-
-    An outcome with a fingerprint is valid as long as the case has this fingerprint.
-    """
-
-    case: str
-    kind: str
-    file: str = ""
-    reason: str = ""
-    fingerprint: str = ""
-
-    def row(self) -> dict[str, str]:
-        """Return the line in `rejected.jsonl` or `skipped.jsonl`."""
-        row = {"case": self.case, "file": self.file, "reason": self.reason}
-        return {**row, "fingerprint": self.fingerprint} if self.fingerprint else row
-
-
 def prepare_store(
     source: Source,
     store: str | Path,
@@ -115,6 +75,8 @@ def prepare_store(
     channels: str | int | None = None,
     spacing_mm: float | Sequence[float] | None = None,
     min_side_voxel: int = 8,
+    modality: Sequence[str] | str | None = None,
+    checksums: bool = False,
     max_rejected_fraction: float = 0.2,
     num_workers: int | None = None,
     progress: bool = True,
@@ -130,6 +92,8 @@ def prepare_store(
         channels: Channels to keep: "all", the number of one, or None, which refuses files with several channels.
         spacing_mm: Spacing to resample to; None keeps the spacing of each file.
         min_side_voxel: Volumes with a shorter side are rejected.
+        modality: Modality of all cases, one of all channels or one of each; None for what source, header, voxels say.
+        checksums: Whether every chunk carries a checksum that reading verifies: reads take a seventh longer.
         max_rejected_fraction: Share of rejected cases above which the store is not finished.
         num_workers: Number of processes; None means one per core, 0 works in this process.
         progress: Whether to show a bar and to list problems on stderr.
@@ -142,7 +106,15 @@ def prepare_store(
     root = Path(store).expanduser()
     check_channels(channels)
     check_num_workers(num_workers)
-    recipe = store_recipe(source, channels=channels, spacing_mm=spacing_mm, min_side_voxel=min_side_voxel)
+    stated = parsed_modalities(modality)
+    recipe = store_recipe(
+        source,
+        channels=channels,
+        spacing_mm=spacing_mm,
+        min_side_voxel=min_side_voxel,
+        modality=stated,
+        checksums=checksums,
+    )
     scan = source.scan()
     check_recipe(root, recipe)
     root.mkdir(parents=True, exist_ok=True)
@@ -150,7 +122,7 @@ def prepare_store(
         check_recipe(root, recipe)  # by now another process may have begun it
         _begin(root, recipe)
         fingerprints, done = _finished(root, scan.cases)
-        scan = scan.checked(finished=done)
+        scan = scan.checked(finished=set(done))
         news = _news(root, scan.problems)
         total = len(scan.cases) + len(scan.problems)
         if progress and news:
@@ -163,7 +135,7 @@ def prepare_store(
             if before is not None and before.fingerprint == fingerprints[case]:
                 outcomes.append(before)
             elif case not in done:
-                options = channels, three_spacings(spacing_mm), min_side_voxel
+                options = channels, three_spacings(spacing_mm), min_side_voxel, stated, checksums
                 jobs.append(Job(case, root, fingerprints[case], *options))
         outcomes += run_all(
             prepare_case,
@@ -176,86 +148,56 @@ def prepare_store(
         clear_partial(root)  # again: a worker of a killed run may have written a little longer
         _write_label_names(root, source)
         return _finish(
-            root, scan, outcomes, max_rejected_fraction=max_rejected_fraction, progress=progress, prune=prune
+            root, scan, outcomes, done, max_rejected_fraction=max_rejected_fraction, progress=progress, prune=prune
         )
-
-
-def prepare_case(job: Job) -> Outcome:
-    """Read, measure and store one case; a problem with it becomes an outcome, not an exception."""
-    case = job.case
-    try:
-        volume, label = case.read(channels=job.channels, min_side_voxel=job.min_side_voxel)
-        digest = voxel_hash(volume.array)
-        if job.spacing_mm is not None:
-            label = None if label is None else resample_label(label, volume, job.spacing_mm)
-            volume = resample_volume(volume, job.spacing_mm)
-            check_sides(case.image, volume.shape, job.min_side_voxel)
-    except ReadError as error:
-        kind = "skipped" if isinstance(error, LabelMapError) else "rejected"
-        lasting = job.fingerprint if error.lasting else ""
-        return Outcome(case.case, kind, str(error.path), error.reason, lasting)
-    except MemoryError:
-        return Outcome(case.case, "rejected", str(case.image), NO_MEMORY)
-    modality = case.modality or guess_modality(volume.array)
-    body, mask, factor = find_body(
-        volume,
-        modality=modality,
-        threshold_hu=BODY_RECIPE["threshold_hu"],
-        copy_spacing_mm=BODY_RECIPE["copy_spacing_mm"],
-    )
-    points = draw_points(
-        mask,
-        label,
-        factor=factor,
-        shape=volume.shape,
-        case=case.case,
-        num_body_points=int(BODY_RECIPE["num_body_points"]),
-        num_label_points=int(BODY_RECIPE["num_label_points"]),
-    )
-    targets = case.targets(volume, label)
-    write_case(
-        job.root,
-        case=case.case,
-        volume=volume,
-        label=label,
-        modality=modality,
-        group=case.group,
-        split=case.split,
-        statistics=intensity_statistics(volume.array),
-        body=body,
-        points=points,
-        voxel_hash=digest,
-        source=str(case.image),
-        attributes={"fingerprint": job.fingerprint, **({"targets": targets} if targets else {})},
-    )
-    return Outcome(case.case, "done")
-
-
-def read_fingerprint(folder: Path) -> str:
-    """Return the fingerprint (`Case.fingerprint`) of the case in a finished folder; "" where there is none."""
-    try:
-        return json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["attributes"]["fingerprint"]
-    except (OSError, KeyError, TypeError, ValueError):
-        return ""
 
 
 def _begin(root: Path, recipe: dict[str, Any]) -> None:
     """Write the recipe, and delete the lists of another recipe under which no case was finished."""
     description = root / "store.json"
-    text = json.dumps({"format": FORMAT, "recipe": recipe}, indent=1, sort_keys=True)
-    if description.is_file() and description.read_text(encoding="utf-8") != text:
+    before = description.read_bytes() if description.is_file() else None
+    write_description(root, recipe)
+    if before is not None and before != description.read_bytes():
         for name in ("index.jsonl", "rejected.jsonl", "skipped.jsonl"):
             (root / name).unlink(missing_ok=True)
-    write_text(description, text)
     clear_partial(root)
 
 
-def _finished(root: Path, cases: Sequence[Case]) -> tuple[dict[Case, str], set[Case]]:
-    """Return the fingerprint of each case, and the cases that the store holds with this fingerprint."""
+def _finished(root: Path, cases: Sequence[Case]) -> tuple[dict[Case, str], dict[Case, Record]]:
+    """Return the fingerprint of each case, and the records of those that the store holds with this fingerprint.
+
+    The index is believed as far as the folders are there. Folders that it does not name, left by a run that was killed
+    before it wrote the index, are looked into.
+    """
     with ThreadPoolExecutor(8) as pool:
         fingerprints = dict(zip(cases, pool.map(lambda case: case.fingerprint(), cases), strict=True))
-        stored = pool.map(lambda case: read_fingerprint(root / f"{case.case}.zarr"), cases)
-        return fingerprints, {case for case, found in zip(cases, stored, strict=True) if found == fingerprints[case]}
+        indexed = {record.case: record for record in _indexed(root)}
+        folders: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(".zarr")):
+            folders[name.removesuffix(".zarr").rpartition("-")[0]].append(name)
+
+        def found(case: Case) -> Record | None:
+            known, there = indexed.get(case.case), folders.get(case.case, [])
+            if known is not None and known.fingerprint == fingerprints[case] and known.folder in there:
+                return known
+            for name in there:
+                if known is None or name != known.folder:
+                    with contextlib.suppress(ValueError):
+                        record = read_case_record(root / name)
+                        if record.fingerprint == fingerprints[case]:
+                            return record
+            return None
+
+        records = zip(cases, pool.map(found, cases), strict=True)
+        return fingerprints, {case: record for case, record in records if record is not None}
+
+
+def _indexed(root: Path) -> list[Record]:
+    """Return the records of the index; damaged lines are passed over, so that their cases are looked for in folders."""
+    path = root / "index.jsonl"
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows = (json.loads(line) for line in lines if is_whole_line(line))
+    return [Record.from_json({key: value for key, value in row.items() if key != "checksum"}) for row in rows]
 
 
 def _remembered(root: Path) -> dict[str, Outcome]:
@@ -271,35 +213,43 @@ def _news(root: Path, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _finish(
-    root: Path, scan: Scan, outcomes: Sequence[Outcome], *, max_rejected_fraction: float, progress: bool, prune: bool
+    root: Path,
+    scan: Scan,
+    outcomes: Sequence[Outcome],
+    finished: Mapping[Case, Record],
+    *,
+    max_rejected_fraction: float,
+    progress: bool,
+    prune: bool,
 ) -> PrepareSummary:
     bad = {outcome.case: outcome for outcome in outcomes if outcome.kind != "done"}
-    finished = [  # a table may give a finished case another group or split: the index has the last word
-        replace(read_case_record(root / f"{case.case}.zarr"), group=case.group, split=case.split)
+    made = {outcome.case: outcome.record for outcome in outcomes if outcome.record is not None}
+    stored = [  # a table may give a finished case another group or split: the index has the last word
+        replace(made.get(case.case) or finished[case], group=case.group, split=case.split)
         for case in scan.cases
         if case.case not in bad
     ]
-    records, odd = _same_channels(finished)
+    records, odd = _same_channels(stored)
     rejected = [outcome.row() for outcome in bad.values() if outcome.kind == "rejected"] + odd
     news = _news(root, rejected)
     if progress and news:
         _tell(f"{len(news)} cases were rejected:", news)
     rejected += scan.problems
     skipped = scan.skipped + [outcome.row() for outcome in bad.values() if outcome.kind == "skipped"]
+    skipped += [{"file": file, "reason": reason} for record in records for file, reason in record.left_out]
     write_lines(root / "skipped.jsonl", skipped)
     write_lines(root / "rejected.jsonl", rejected)
     _check_share(root, rejected, len(records) + len(rejected), max_rejected_fraction)
     if not records:
         found = f"{len(rejected)} rejected, {len(skipped)} skipped as label maps"
         raise PrepareError(f"no usable image in the source ({found}); see {root}/rejected.jsonl and skipped.jsonl")
-    before = {row["case"]: (row["group"], row["split"]) for row in read_lines(root / "index.jsonl")}
+    before = {record.case: (record.group, record.split) for record in _indexed(root)}
     now = {record.case: (record.group, record.split) for record in records}
-    num_new = sum(outcome.kind == "done" for outcome in outcomes)
-    if num_new or before != now:
-        write_index(root, records)
-    _write_targets(root, sorted(now))
+    num_new = len(made)
+    write_index(root, records)
+    _write_targets(root, sorted(records, key=lambda record: record.case))
     if prune:
-        _prune(root, {record.case for record in finished})
+        _prune(root, {record.folder for record in stored})
     return PrepareSummary(
         root=root,
         num_cases=len(records),
@@ -319,17 +269,14 @@ def _write_label_names(root: Path, source: Source) -> None:
     path = root / LABELS
     if names or ignored is not None:
         known = {"names": {str(value): names[value] for value in sorted(names)}, "ignore": ignored}
-        write_text(path, json.dumps(known, indent=1) + "\n")
+        write_text(path, json.dumps(sealed(known), indent=1) + "\n")
     elif path.exists():
         path.unlink()
 
 
-def _write_targets(root: Path, cases: Sequence[str]) -> None:
+def _write_targets(root: Path, records: Sequence[Record]) -> None:
     """Write `targets.csv`, the known numbers of each subject; no file where there are none."""
-    attributes = (
-        json.loads((root / f"{case}.zarr" / "zarr.json").read_text(encoding="utf-8"))["attributes"] for case in cases
-    )
-    known = {case: found["targets"] for case, found in zip(cases, attributes, strict=True) if "targets" in found}
+    known = {record.case: dict(record.targets) for record in records if record.targets}
     if known:
         names = list(dict.fromkeys(name for targets in known.values() for name in targets))
         lines = [[case, *(repr(targets.get(name, float("nan"))) for name in names)] for case, targets in known.items()]
@@ -338,10 +285,10 @@ def _write_targets(root: Path, cases: Sequence[str]) -> None:
         (root / TARGETS).unlink(missing_ok=True)
 
 
-def _prune(root: Path, cases: Collection[str]) -> None:
-    """Remove the folders of all other cases."""
+def _prune(root: Path, folders: Collection[str]) -> None:
+    """Remove all other folders of cases; the index names none of them any more."""
     for folder in root.glob("*.zarr"):
-        if folder.name.removesuffix(".zarr") not in cases:
+        if folder.name not in folders:
             shutil.rmtree(folder, ignore_errors=True)
 
 

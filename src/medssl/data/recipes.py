@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from medssl.data.cases import Source
-from medssl.data.store import FORMAT
+from medssl.data.description import read_description
+from medssl.data.modality import parsed_modalities
 from medssl.data.volume import BODY_RECIPE
 
 MIN_SIDE_VOXEL = 8
@@ -20,6 +21,8 @@ def store_recipe(
     channels: str | int | None = None,
     spacing_mm: float | Sequence[float] | None = None,
     min_side_voxel: int = MIN_SIDE_VOXEL,
+    modality: Sequence[str] | None = None,
+    checksums: bool = False,
 ) -> dict[str, Any]:
     """Return all that the content of a store depends on, as JSON values."""
     spacing = three_spacings(spacing_mm)
@@ -28,7 +31,9 @@ def store_recipe(
         "channels": channels,
         "spacing_mm": None if spacing is None else list(spacing),
         "min_side_voxel": min_side_voxel,
+        "modality": None if modality is None else list(modality),
         "body": BODY_RECIPE,
+        **({"checksums": True} if checksums else {}),
     }
 
 
@@ -38,11 +43,24 @@ def recipe_hash(recipe: dict[str, Any]) -> str:
 
 
 def preparation(data: Any) -> dict[str, Any]:
-    """Return what a configuration's `data` says of preparing an image; what it does not say is the default."""
+    """Return what a configuration's `data` says of preparing an image; what it does not say is the default.
+
+    A source with a `modality` of its own (`data=amos`, where it chooses the cases) states that of its cases.
+
+    Raises:
+        ValueError: `data.modality` holds a word that is no modality.
+    """
+    own = "modality" in (data.get("source") or {})
+    try:
+        modality = None if own else parsed_modalities(data.get("modality"))
+    except ValueError as error:
+        raise ValueError(f"data.modality: {error}") from None
     return {
         "channels": data.get("channels"),
         "spacing_mm": data.get("spacing_mm"),
         "min_side_voxel": data.get("min_side_voxel", MIN_SIDE_VOXEL),
+        "modality": modality,
+        "checksums": bool(data.get("checksums", False)),
     }
 
 
@@ -82,9 +100,7 @@ def check_recipe(root: Path, recipe: dict[str, Any]) -> None:
         if foreign:
             raise ValueError(f"store={root} holds other files ({foreign[0]}, ...) and no store.json; name a new folder")
         return
-    found = json.loads(description.read_text(encoding="utf-8"))
-    if found.get("format") != FORMAT:
-        raise ValueError(f"store={root} has format {found.get('format')}, this version writes {FORMAT}; name another")
+    found = read_description(root)
     old, new = _flat(found["recipe"]), _flat(json.loads(json.dumps(recipe)))
     changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     if changed and next(root.glob("*.zarr"), None) is not None:

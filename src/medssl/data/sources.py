@@ -12,6 +12,7 @@ from medssl.data.channel_files import by_case, in_order
 from medssl.data.dataset_json import FILE, DatasetJson
 from medssl.data.formats import IMAGE_SUFFIXES, has_image_suffix, stem
 from medssl.data.image_tree import images_below, note_unlisted
+from medssl.data.modality import listed_modalities, parsed_modalities
 from medssl.data.text import read_text
 
 SPLITS = {
@@ -97,7 +98,7 @@ class Decathlon:
         entries = [(key, entry) for key in ("training", "validation", "test") for entry in listed.cases(key)]
         if not entries:
             raise ValueError(f"{listed.path} lists no image; it needs the key training, validation or test")
-        group = str(listed.content.get("name", root.name))
+        group, modality = str(listed.content.get("name", root.name)), listed_modalities(listed.channel_names())
         for key, entry in entries:
             if not entry.images:
                 what = "a label" if entry.label else "an entry"
@@ -105,7 +106,7 @@ class Decathlon:
                 continue
             first, *more = (root / file for file in entry.images)
             name, label = file_name(stem(first)), root / entry.label if entry.label else None
-            scan.cases.append(Case(name, first, label, group, SPLITS[key], more_channels=tuple(more)))
+            scan.cases.append(Case(name, first, label, group, SPLITS[key], modality, tuple(more)))
         note_unlisted(root, scan)
         return scan
 
@@ -149,6 +150,7 @@ class NnUnet:
             raise ValueError(
                 f"{root} has no imagesTr/CASE_0000.nii.gz; is it the folder DatasetXXX_NAME of nnUNet_raw?"
             )
+        modality = listed_modalities(stated)
         channels = set(range(len(stated))) or {n for cases in found.values() for files in cases.values() for n in files}
         for split, cases in found.items():
             for name, files in cases.items():
@@ -158,7 +160,7 @@ class NnUnet:
                 if ordered:
                     first, *more = ordered
                     label = labels[split].get(name)
-                    scan.cases.append(Case(case, first, label, root.name, split, more_channels=tuple(more)))
+                    scan.cases.append(Case(case, first, label, root.name, split, modality, tuple(more)))
             for name in sorted(labels[split].keys() - cases.keys()):
                 scan.reject(labels[split][name], file_name(name), "a label without an image")
         note_unlisted(root, scan)
@@ -219,17 +221,21 @@ class Csv:
     @staticmethod
     def _add(scan: Scan, entry: dict[str, str], number: int, table: Path) -> None:
         case, image, label, group, split, modality = (entry.get(k, "") for k in CSV_COLUMNS)
-        split, modality = split.lower(), {"mri": "mr"}.get(modality.lower(), modality.lower())
+        split = split.lower()
         where = _beside(table, image or label)
         if not image:
             scan.reject(where, case, f"line {number}: {'a label' if label else 'an entry'} without an image")
         elif split not in SPLITS:
             scan.reject(where, case, f"line {number}: split {split!r} is not known (train, validation, test)")
-        elif modality not in ("", "ct", "mr"):
-            scan.reject(where, case, f"line {number}: modality {modality!r} is not known (ct, mr)")
         else:
+            try:
+                stated = parsed_modalities(modality)
+            except ValueError as error:
+                scan.reject(where, case, f"line {number}: modality {error}")
+                return
             path = _beside(table, label) if label else None
-            scan.cases.append(Case(file_name(case), where, path, group, SPLITS[split], modality or None))
+            known = "+".join(stated) if stated else None
+            scan.cases.append(Case(file_name(case), where, path, group, SPLITS[split], known))
 
 
 class SourceMissingError(ValueError):

@@ -1,11 +1,14 @@
 """The volume store: one OME-Zarr multiscale group per case, an index, and derived tables.
 
-Layout of a store: `store.json` (format and recipe), `index.jsonl` (one record per case, sorted), `<case>.zarr/` (arrays
-`0`, `1`, ... of shape (channel, x, y, z) from fine to coarse; `labels/segmentation/0`; `points`),
-`derived/<name>-<recipe hash>/<case>.npz`.
+Layout of a store: `store.json` (format and recipe), `index.jsonl` (one record per case, sorted), a folder per case that
+its record names, `<case>-<content hash>.zarr/` (arrays `0`, `1`, ... of shape (channel, x, y, z) from fine to coarse;
+`labels/segmentation/0`; `points`), `derived/<name>-<recipe hash>/<case>.npz`.
 """
 
 import json
+import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -16,13 +19,17 @@ import numpy as np
 import tensorstore
 from jaxtyping import Float, Float32, Int32, Shaped
 
+from medssl.data.checksums import checksum, is_whole_line, read_sealed
+from medssl.data.description import read_description
 from medssl.data.volume import Box
 
 Corner = Sequence[int] | np.ndarray
 
-FORMAT = 1
 LABELS = "labels.json"
 """Names of the label values, and the value that is ignored."""
+REPAIR = "delete it and prepare again"
+SAFE_NAME = re.compile(r"[^\x00-\x1f/\\.][^\x00-\x1f/\\]*")
+"""Names of cases and of their folders: none leads out of the store."""
 NEEDS = {
     "pairs": " weights=FILE",
     "embeddings": " weights=FILE",
@@ -30,6 +37,9 @@ NEEDS = {
     "external_keypoints": " file=FILE.csv",
 }
 """Further arguments that `medssl.derive` needs, by the name of the table."""
+
+DAMAGES = (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged archive of arrays raises."""
 
 # No chunk cache: crops hardly ever share chunks, and the process must not hold whole volumes.
 CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -39,20 +49,28 @@ CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
 class Record:
     """The entry of a case in the index. `shape`, `spacing_mm`, `affine` are those of level 0, in (x, y, z), RAS.
 
-    `statistics` has one dict per channel (over the whole volume, in file units). Stored integers mean
-    `slope * value + intercept`. `level_factors` are voxels of level 0 per voxel of each level; voxel i of a level lies
-    at (i + 0.5) * factor - 0.5 of level 0.
+    `modality` has one word per channel, and `modality_from` says who stated it: the setting, the source, the header, or
+    the voxels. `statistics` has one dict per channel (over the whole volume without its padding, in file units).
+    `padding` has the values of each channel that stood for "no voxel here", with their shares of the volume; the stored
+    voxels have the smallest other value there. `doubts` are sentences on what a person should look at. Stored integers
+    mean `slope * value + intercept`. `level_factors` are voxels of level 0 per voxel of each level; voxel i of a level
+    lies at (i + 0.5) * factor - 0.5 of level 0. `left_out` are files beside the image that were passed over, with the
+    reason. `metadata` has the checksum of the description of each array.
     """
 
     case: str
+    folder: str
     shape: tuple[int, int, int]
     channels: int
     affine: tuple[tuple[float, ...], ...]
     spacing_mm: tuple[float, float, float]
-    modality: str
+    modality: tuple[str, ...]
+    modality_from: str
     group: str
     split: str
     statistics: tuple[dict[str, float], ...]
+    padding: tuple[tuple[tuple[float, float], ...], ...]
+    doubts: tuple[str, ...]
     body_lower: tuple[float, float, float]
     body_upper: tuple[float, float, float]
     voxel_hash: str
@@ -61,6 +79,10 @@ class Record:
     intercept: tuple[float, ...]
     level_factors: tuple[tuple[int, int, int], ...]
     labels: tuple[int, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
+    targets: tuple[tuple[str, float], ...] = ()
+    fingerprint: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def body(self) -> Box:
@@ -90,27 +112,24 @@ class Record:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Record":
         """Return the record that `to_json` wrote."""
-        frozen: dict[str, Any] = {}
-        for key, value in values.items():
-            rows = value if isinstance(value, list) else None
-            if rows and isinstance(rows[0], list):
-                rows = [tuple(row) for row in rows]
-            frozen[key] = value if rows is None else tuple(rows)
-        return cls(**frozen)
+        return cls(**{key: _frozen(value) for key, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Return a JSON value with tuples in place of lists."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def read_case_record(folder: Path) -> Record:
     """Return the record inside a finished case folder.
 
     Raises:
-        ValueError: The folder is not a finished case.
+        ValueError: The folder is not a finished case, or its description is damaged.
     """
     try:
-        return Record.from_json(json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["attributes"]["medssl"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is not a finished case of a medssl store ({error}); delete it and prepare again"
-        ) from error
+        return Record.from_json(read_sealed(folder / "zarr.json", remedy=REPAIR, inside="attributes")["medssl"])
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is not a finished case of a medssl store ({error}); {REPAIR}") from error
 
 
 class VolumeStore:
@@ -132,6 +151,9 @@ class VolumeStore:
             raise ValueError(
                 f"{self.root} {state}; run `python -m medssl.prepare data=... data.root=... store={self.root}`"
             )
+        if not (self.root / "store.json").is_file():
+            raise ValueError(f"{self.root} is not a medssl store (no store.json); copy it whole, or prepare again")
+        self.recipe: dict[str, Any] = read_description(self.root)["recipe"]
         self.lines = index.read_bytes().splitlines()
         if not self.lines:
             raise ValueError(f"{self.root} holds no case; prepare it from readable images (see its rejected.jsonl)")
@@ -153,20 +175,15 @@ class VolumeStore:
         self.__init__(state["root"])  # type: ignore[misc]
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
-        """The recipe that the store was prepared with."""
-        return json.loads((self.root / "store.json").read_text(encoding="utf-8"))["recipe"]
-
-    @cached_property
     def cohorts(self) -> list[tuple[str, str]]:
         """Group and split of every case, without building the records."""
-        rows = (json.loads(line) for line in self.lines)
+        rows = (self._row(number) for number in range(len(self)))
         return [(row["group"], row["split"]) for row in rows]
 
     @cached_property
     def names(self) -> list[str]:
         """The name of every case, by its number."""
-        return [json.loads(line)["case"] for line in self.lines]
+        return [self._row(number)["case"] for number in range(len(self))]
 
     @cached_property
     def label_names(self) -> dict[int, str]:
@@ -181,11 +198,15 @@ class VolumeStore:
     @cached_property
     def _labels(self) -> dict[str, Any]:
         path = self.root / LABELS
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_sealed(path, remedy=REPAIR) if path.is_file() else {}
+
+    def folder(self, case: int) -> Path:
+        """Return the folder of a case, as its record names it."""
+        return self.root / self.record(case).folder
 
     def has_label(self, case: int) -> bool:
         """Return whether the case has a label map (which may be empty)."""
-        return bool(self.record(case).labels) or (self.root / f"{self.names[case]}.zarr" / "labels").is_dir()
+        return bool(self.record(case).labels) or (self.folder(case) / "labels").is_dir()
 
     def records(self) -> Iterator[Record]:
         """Return all records, in order of their number."""
@@ -215,35 +236,68 @@ class VolumeStore:
     def _box(array: tensorstore.TensorStore, lower: Corner, upper: Corner) -> tensorstore.TensorStore:
         return array[:, lower[0] : upper[0], lower[1] : upper[1], lower[2] : upper[2]]
 
+    def _row(self, case: int) -> dict[str, Any]:
+        """Return a line of the index, checked."""
+        line = self.lines[case]
+        if not is_whole_line(line):
+            name = re.search(rb'"case": "([^"]*)"', line)
+            which = f" (case {name[1].decode(errors='replace')})" if name else ""
+            raise ValueError(
+                f"{self.root / 'index.jsonl'}, line {case + 1}{which} is damaged: it does not fit its checksum; "
+                "prepare again (finished cases are kept)"
+            )
+        row = json.loads(line)
+        for name in (row["case"], row["folder"]):
+            if not SAFE_NAME.fullmatch(name):
+                where = f"{self.root / 'index.jsonl'}, line {case + 1}"
+                raise ValueError(f"{where} names {name!r}, which may lie outside of the store; prepare it again")
+        return row
+
     def _record(self, case: int) -> Record:
-        return Record.from_json(json.loads(self.lines[case]))
+        row = self._row(case)
+        del row["checksum"]
+        return Record.from_json(row)
 
     def _open(self, case: int, array: str) -> tensorstore.TensorStore:
-        path = self.root / f"{self.record(case).case}.zarr" / array
-        spec = {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(path)},
-            "recheck_cached_metadata": "open",
-            "fill_missing_data_reads": False,
-        }
+        record = self.record(case)
+        path = self.root / record.folder / array
         try:
-            return tensorstore.open(spec, context=CONTEXT, read=True).result()
-        except ValueError as error:
-            raise ValueError(f"case {self.record(case).case}: cannot open {path}: {error}") from error
+            described = (path / "zarr.json").read_bytes()
+            if checksum(described) != dict(record.metadata).get(array):
+                raise ValueError(f"{path / 'zarr.json'} is damaged: it does not fit its checksum")
+            spec = {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": str(path)},
+                "metadata": json.loads(described),
+                "fill_missing_data_reads": False,
+            }
+            return tensorstore.open(spec, context=CONTEXT, read=True, open=True, assume_metadata=True).result()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"case {record.case}: cannot open {path}: {error}; {REPAIR}") from error
 
     def _points(self, case: int) -> Int32[np.ndarray, "point 4"]:
         """Return body voxels (value -1) and label voxels of a case: x, y, z, value."""
         return self._open(case, "points").read().result()
 
     def _derived(self, name: str, case: int) -> dict[str, np.ndarray]:
-        with np.load(self.derived_file(name, case)) as table:
-            return dict(table)
+        path = self.derived_file(name, case)
+        try:
+            with path.open("rb") as stream, np.load(stream) as table:  # closed where its beginning is damaged, too
+                return dict(table)
+        except FileNotFoundError:
+            raise
+        except DAMAGES as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and derive again") from error
 
     def derived_file(self, name: str, case: int) -> Path:
         """Return the file of the derived table `name` of a case; `derived` returns its arrays and caches them."""
-        pointer = self.root / "derived" / f"{name}.json"
-        if not pointer.is_file():
+        found = self.pointer(name)
+        if found is None:
             options = f"what={name}{NEEDS.get(name, '')} store={self.root}"
             raise ValueError(f"{self.root} has no derived data {name!r}; run `python -m medssl.derive {options}`")
-        folder = self.root / "derived" / json.loads(pointer.read_text(encoding="utf-8"))["folder"]
-        return folder / f"{self.record(case).case}.npz"
+        return self.root / "derived" / found["folder"] / f"{self.record(case).case}.npz"
+
+    def pointer(self, name: str) -> dict[str, Any] | None:
+        """Return folder and recipe of the derived table `name` that was made last; None where there is none."""
+        path = self.root / "derived" / f"{name}.json"
+        return read_sealed(path, remedy=f"run `python -m medssl.derive what={name}` again") if path.is_file() else None

@@ -1,7 +1,9 @@
 """The writer of a store's cases and index, whole or not at all; `medssl.data.store` reads them."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import tensorstore
 from jaxtyping import Int, Int32, Shaped
 
 from medssl.data.atomic import whole_folder, write_text
+from medssl.data.checksums import checksum, sealed, sealed_line
 from medssl.data.resampling import halve
 from medssl.data.store import CONTEXT, Record
 from medssl.data.volume import Box, Volume
@@ -25,7 +28,7 @@ def write_case(
     case: str,
     volume: Volume,
     label: Int[np.ndarray, "x y z"] | None,
-    modality: str,
+    modality: str | Sequence[str],
     group: str,
     split: str,
     statistics: Sequence[dict[str, float]],
@@ -33,9 +36,18 @@ def write_case(
     points: Int32[np.ndarray, "point 4"],
     voxel_hash: str,
     source: str,
-    attributes: Mapping[str, Any] | None = None,
+    modality_from: str = "source",
+    padding: Sequence[Sequence[tuple[float, float]]] = (),
+    doubts: Sequence[str] = (),
+    left_out: Sequence[tuple[str, str]] = (),
+    targets: Mapping[str, float] | None = None,
+    fingerprint: str = "",
+    checksums: bool = False,
 ) -> Record:
     """Write one case and return its record; it appears only when it is whole. Equal input gives equal bytes.
+
+    The folder is named by the case and a hash of all that is stored in it. A case that is made again from other files
+    thus never replaces the folder that another process may be reading.
 
     Args:
         root: Folder of the store.
@@ -43,28 +55,38 @@ def write_case(
         volume: Canonical RAS voxels. They are stored as int16: exactly where they are integers in its range, else
             linearly quantised.
         label: Label map on the same grid, kept at full resolution only.
-        modality: Modality of the volume, "ct" or "mr".
+        modality: Modality of each channel, or one of all.
         group: Cohort of the case.
         split: "train", "validation" or "test", or "" where the source does not say.
-        statistics: Intensity statistics of the whole volume, one dict per channel.
+        statistics: Intensity statistics of the whole volume without its padding, one dict per channel.
         body: Box of the body, in voxel faces.
         points: Rows of x, y, z (voxels) and value: -1 for a body voxel, else the label there.
         voxel_hash: Hash of the canonical voxels as read.
         source: Place that the case came from.
-        attributes: Further entries of the description of the case.
+        modality_from: Who stated the modality: "setting", "source", "header", or "voxels" for a guess.
+        padding: Values of each channel that stood for "no voxel here", with their shares.
+        doubts: Sentences on what a person should look at.
+        left_out: Files beside the image that were passed over, with the reason.
+        targets: Known numbers of the subject, by name.
+        fingerprint: Hash of the files that the case was made from.
+        checksums: Whether every chunk of the arrays carries a checksum that reading verifies.
     """
     stored, slope, intercept = _to_int16(volume.array, statistics)
     factors = _level_factors(volume.shape, volume.spacing_mm)
     record = Record(
         case=case,
+        folder="",
         shape=volume.shape,
         channels=volume.num_channels,
         affine=tuple(tuple(float(x) for x in row) for row in volume.affine),
         spacing_mm=volume.spacing_mm,
-        modality=modality,
+        modality=(modality,) * volume.num_channels if isinstance(modality, str) else tuple(modality),
+        modality_from=modality_from,
         group=group,
         split=split,
         statistics=tuple(statistics),
+        padding=tuple(map(tuple, padding)) or ((),) * volume.num_channels,
+        doubts=tuple(doubts),
         body_lower=tuple(map(float, body.lower)),  # type: ignore[arg-type]
         body_upper=tuple(map(float, body.upper)),  # type: ignore[arg-type]
         voxel_hash=voxel_hash,
@@ -73,18 +95,22 @@ def write_case(
         intercept=intercept,
         level_factors=factors,
         labels=() if label is None else tuple(int(v) for v in np.unique(label) if v != 0),
+        left_out=tuple(map(tuple, left_out)),  # type: ignore[arg-type]
+        targets=tuple((targets or {}).items()),
+        fingerprint=fingerprint,
     )
-    with whole_folder(root / f"{case}.zarr") as partial:
+    labels = None if label is None else label.astype(np.uint8 if label.max() < 256 else np.int32)[None]
+    record = replace(record, folder=f"{case}-{_content_hash(record, stored, labels, points)}.zarr")
+    with whole_folder(root / record.folder) as partial:
         level = stored
         for number, factor in enumerate(factors):
             if number:
                 step = tuple(a != b for a, b in zip(factor, factors[number - 1], strict=True))
                 level = np.clip(np.rint(halve(level.astype(np.float32), axes=step)), -32768, 32767).astype(np.int16)
-            _write_array(partial / str(number), level)
-        _write_array(partial / "points", points, chunk=points.shape)
-        if label is not None:
-            labels = label.astype(np.uint8 if label.max() < 256 else np.int32)
-            _write_array(partial / "labels" / "segmentation" / "0", labels[None])
+            _write_array(partial / str(number), level, checksums=checksums)
+        _write_array(partial / "points", points, chunk=points.shape, checksums=True)
+        if labels is not None:
+            _write_array(partial / "labels" / "segmentation" / "0", labels, checksums=checksums)
             _write_group(partial / "labels", {"ome": {"version": "0.5", "labels": ["segmentation"]}})
             _write_group(
                 partial / "labels" / "segmentation",
@@ -95,18 +121,32 @@ def write_case(
                     }
                 },
             )
-        _write_group(
-            partial, {"ome": _multiscales(volume.spacing_mm, factors), "medssl": record.to_json(), **(attributes or {})}
-        )
+        record = replace(record, metadata=_metadata(partial))
+        ome = _multiscales(volume.spacing_mm, factors)
+        _write_group(partial, sealed({"ome": ome, "medssl": record.to_json()}))
     return record
+
+
+def _content_hash(record: Record, *arrays: Shaped[np.ndarray, "..."] | None) -> str:
+    """Return eight hexadecimal digits that stand for a record and the arrays that are stored with it."""
+    digest = hashlib.sha256(json.dumps(record.to_json(), sort_keys=True).encode())
+    for array in arrays:
+        if array is not None:
+            digest.update(f"{array.shape} {array.dtype.str}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:8]
+
+
+def _metadata(folder: Path) -> tuple[tuple[str, str], ...]:
+    """Return path and checksum of the description of each array below a folder, sorted."""
+    found = (path for path in folder.rglob("zarr.json") if (path.parent / "c").is_dir())
+    return tuple(sorted((str(path.parent.relative_to(folder)), checksum(path.read_bytes())) for path in found))
 
 
 def write_index(root: Path, records: Sequence[Record]) -> None:
     """Write `index.jsonl`, sorted by case, all or nothing."""
-    lines = "".join(
-        json.dumps(record.to_json(), sort_keys=True) + "\n" for record in sorted(records, key=lambda r: r.case)
-    )
-    write_text(root / "index.jsonl", lines)
+    lines = (f"{sealed_line(record.to_json())}\n" for record in sorted(records, key=lambda r: r.case))
+    write_text(root / "index.jsonl", "".join(lines))
 
 
 def _to_int16(
@@ -148,14 +188,13 @@ def _level_factors(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[t
         factors.append(factors[-1] * np.where(halved, 2, 1))
 
 
-def _write_array(path: Path, array: Shaped[np.ndarray, "..."], *, chunk: Sequence[int] | None = None) -> None:
+def _write_array(
+    path: Path, array: Shaped[np.ndarray, "..."], *, chunk: Sequence[int] | None = None, checksums: bool
+) -> None:
     inner = [max(1, n) for n in chunk] if chunk else [array.shape[0], *[CHUNK_VOXEL] * 3]
     shard = [max(1, -(-n // c)) * c for n, c in zip(array.shape, inner, strict=True)]
-    blosc = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": array.dtype.itemsize, "blocksize": 0}
-    little = {"name": "bytes", "configuration": {"endian": "little"}} if array.dtype.itemsize > 1 else {"name": "bytes"}
-    compressed = [little, {"name": "blosc", "configuration": blosc}]
     index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    sharding = {"chunk_shape": inner, "codecs": compressed, "index_codecs": index}
+    sharding = {"chunk_shape": inner, "codecs": _chunk_codecs(array.dtype, checksums=checksums), "index_codecs": index}
     metadata = {
         "shape": list(array.shape),
         "data_type": array.dtype.name,
@@ -170,6 +209,13 @@ def _write_array(path: Path, array: Shaped[np.ndarray, "..."], *, chunk: Sequenc
         "store_data_equal_to_fill_value": True,  # every chunk exists, so that a lost one is seen
     }
     tensorstore.open(spec, context=CONTEXT, create=True).result().write(array).result()
+
+
+def _chunk_codecs(dtype: np.dtype[Any], *, checksums: bool) -> list[dict[str, Any]]:
+    """Return the codecs of a chunk, in the order of writing."""
+    blosc = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": dtype.itemsize, "blocksize": 0}
+    little = {"name": "bytes", "configuration": {"endian": "little"}} if dtype.itemsize > 1 else {"name": "bytes"}
+    return [little, {"name": "blosc", "configuration": blosc}, *([{"name": "crc32c"}] if checksums else [])]
 
 
 def _write_group(path: Path, attributes: dict[str, Any]) -> None:

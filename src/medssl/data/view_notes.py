@@ -1,6 +1,5 @@
 """Notes on doubtful settings of views in a store."""
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,14 +37,14 @@ def other_window(spec: ViewSpec, store: VolumeStore) -> str | None:
 
     None where the windows are equal, where one is unknown, and where the store has no CT.
     """
-    pointer = store.root / "derived" / f"{spec.points}.json"
-    if spec.points is None or not pointer.is_file():
+    pointer = None if spec.points is None else store.pointer(spec.points)
+    if pointer is None:
         return None
-    found_in = json.loads(pointer.read_text(encoding="utf-8")).get("recipe", {}).get("window_hu")
+    found_in = pointer.get("recipe", {}).get("window_hu")
     shown_in = next((window for augmentation in spec.augment if (window := _window_hu(augmentation))), None)
     if found_in is None or shown_in is None or list(found_in) == list(shown_in):
         return None
-    if all(record.modality != "ct" for record in store.records()):
+    if all("ct" not in record.modality for record in store.records()):
         return None
     found, shown = (f"[{low:g},{high:g}]" for low, high in (found_in, shown_in))
     return (

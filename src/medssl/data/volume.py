@@ -13,7 +13,7 @@ PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
 BODY_RECIPE = {"threshold_hu": -500.0, "copy_spacing_mm": 4.0, "num_body_points": 4096, "num_label_points": 1024}
 """Settings for finding the body and the points; they are part of a store's recipe."""
 
-CT_MINIMUM_HU = -200.0
+BLOCK_VOXEL = 2**20
 SAME_SPACING = 1e-4
 """Spacings whose ratio is this close to one are equal up to rounding in the header."""
 
@@ -83,11 +83,6 @@ class Box:
         return np.asarray(points_body, dtype=np.float64) * self.size + self.lower
 
 
-def guess_modality(array: Shaped[np.ndarray, "channel x y z"]) -> str:
-    """Return `ct` where the minimum of the first channel lies below -200, else `mr`."""
-    return "ct" if float(array[0].min()) < CT_MINIMUM_HU else "mr"
-
-
 def voxel_hash(array: Shaped[np.ndarray, "channel x y z"]) -> str:
     """Return the SHA-256 of the shape and of the voxels as little-endian float32, for any file or voxel type."""
     digest = hashlib.sha256(np.asarray(array.shape, dtype="<i8").tobytes())
@@ -99,14 +94,16 @@ def voxel_hash(array: Shaped[np.ndarray, "channel x y z"]) -> str:
 
 def intensity_statistics(array: Shaped[np.ndarray, "channel x y z"]) -> list[dict[str, float]]:
     """Return minimum, maximum, mean, std and percentiles p0_5 p1 p5 p50 p95 p99 p99_5 of each whole channel."""
-    return [_channel_statistics(channel) for channel in array]
+    return [channel_statistics(channel) for channel in array]
 
 
-def _channel_statistics(channel: Shaped[np.ndarray, "x y z"]) -> dict[str, float]:
+def channel_statistics(channel: Shaped[np.ndarray, "..."]) -> dict[str, float]:
+    """Return the statistics of `intensity_statistics` of a channel, or of some of its values in a row."""
+    planes = channel if channel.ndim > 1 else np.array_split(channel, channel.size // BLOCK_VOXEL + 1)
     low, high = float(channel.min()), float(channel.max())
     if channel.dtype.kind in "iu" and high - low < 2**20:  # exact from a histogram, several times faster than sorting
         counts = np.zeros(int(high - low) + 1, dtype=np.int64)
-        for plane in channel:
+        for plane in planes:
             counts += np.bincount(plane.ravel().astype(np.int64) - int(low), minlength=len(counts))
         values = np.arange(len(counts), dtype=np.float64)
         mean = float(counts @ values) / channel.size
@@ -116,8 +113,8 @@ def _channel_statistics(channel: Shaped[np.ndarray, "x y z"]) -> dict[str, float
         below, above = (np.searchsorted(counts.cumsum(), side(ranks), side="right") for side in (np.floor, np.ceil))
         percentiles = low + below + (ranks - np.floor(ranks)) * (above - below)
     else:
-        mean = sum(float(plane.sum(dtype=np.float64)) for plane in channel) / channel.size
-        squares = sum(float(((plane.astype(np.float64) - mean) ** 2).sum()) for plane in channel)
+        mean = sum(float(plane.sum(dtype=np.float64)) for plane in planes) / channel.size
+        squares = sum(float(((plane.astype(np.float64) - mean) ** 2).sum()) for plane in planes)
         std = float(np.sqrt(squares / channel.size))
         percentiles = np.percentile(channel, PERCENTILES)
     named = {f"p{q:g}".replace(".", "_"): float(v) for q, v in zip(PERCENTILES, percentiles, strict=True)}
@@ -148,11 +145,15 @@ def find_body(
 ) -> tuple[Box, Bool[np.ndarray, "x2 y2 z2"], Int[np.ndarray, "3"]]:
     """Return the box of the body, its mask on a coarse copy, and the voxels per voxel of that copy.
 
-    The body is the largest component above `threshold_hu` (CT) or above Otsu's threshold (MR) of the first channel,
-    with the holes of each axial slice filled, so that lungs belong to it. A volume without one is all body.
+    The body is the largest component above `threshold_hu` (CT) or Otsu's threshold (all else) of the first channel,
+    with the holes of each axial slice filled, so that lungs belong to it. PET is skewed, a bladder is up to a hundred
+    times as bright as muscle: its threshold is Otsu's of fourth roots. A volume without a body is all body.
     """
     coarse, factor = coarse_copy(volume.array[0], spacing_mm=volume.spacing_mm, target_mm=copy_spacing_mm)
-    threshold = threshold_hu if modality == "ct" else otsu_threshold(coarse)
+    if modality == "pet":
+        threshold = otsu_threshold(np.maximum(coarse, 0) ** 0.25) ** 4
+    else:
+        threshold = threshold_hu if modality == "ct" else otsu_threshold(coarse)
     mask = _largest_filled(coarse > threshold)
     if not mask.any():
         mask = np.ones_like(mask)

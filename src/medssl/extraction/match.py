@@ -1,7 +1,7 @@
 """The matching of two scans: read and embed them, print and draw the places of points of one in the other."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Float64
 
 from medssl.data.geometry import apply
 from medssl.data.matching import extent_text
+from medssl.data.measurements import measure
 from medssl.data.store import Record
 from medssl.data.volume import find_body
 from medssl.extraction.embedder import Embedder
@@ -17,7 +18,7 @@ from medssl.extraction.embedding import VolumeEmbedding, contains, match_points
 from medssl.extraction.settings import MatchSettings
 from medssl.inference.device import find_device
 from medssl.inference.files import ImageFile, read_image
-from medssl.inference.record import record_of
+from medssl.inference.record import record_from
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +85,7 @@ def match_scans(settings: MatchSettings) -> None:
 
 def grid_points(file: ImageFile, record: Record) -> Float64[np.ndarray, "n 3"]:
     """Return nine points (RAS mm) over the middle coronal plane of the body, from the upper left of a picture on."""
-    box, _, _ = find_body(file.volume, modality=record.modality)
+    box, _, _ = find_body(file.volume, modality=record.modality[0])
     x, y, z = GRID_SHARES
     shares = np.array([(a, b, c) for c in z for b in y for a in x])
     voxels = np.rint(box.to_volume(shares))
@@ -124,7 +125,7 @@ def _draw_slice(panel: "Axes", scan: MatchedScan, point_mm: Float[np.ndarray, "3
     values = scan.file.volume.array[0].take(number, axis=axis).astype(np.float32)
     a, b = (other for other in range(3) if other != axis)
     kept = record.statistics[0]
-    low, high = WINDOW_HU if record.modality == "ct" else (kept["p0_5"], kept["p99_5"])
+    low, high = WINDOW_HU if record.modality[0] == "ct" else (kept["p0_5"], kept["p99_5"])
     aspect = record.spacing_mm[b] / record.spacing_mm[a]
     panel.imshow(np.flipud(values.T), cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
     panel.plot(place[a], record.shape[b] - 1 - place[b], "+", color="red", markersize=14, markeredgewidth=1.5)
@@ -133,7 +134,11 @@ def _draw_slice(panel: "Axes", scan: MatchedScan, point_mm: Float[np.ndarray, "3
 def _read(source: Path, settings: MatchSettings, embedder: Embedder) -> tuple[ImageFile, Record]:
     channels = embedder.reading.channels if settings.channels is None else settings.channels
     file = read_image(source, channels=channels)
-    return file, record_of(file.volume, source.name, modality=settings.modality)
+    try:
+        measured = measure(file.volume, setting=settings.modality, chosen=channels)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return replace(file, volume=measured.volume), record_from(measured, source.name)
 
 
 def _text(point_mm: Float[np.ndarray, "3"]) -> str:

@@ -103,7 +103,7 @@ class MatchSettings:
         points_mm: The points, RAS millimetres; None for nine that are spread over the body.
         output: The picture.
         channels: The channels that are taken from images with several.
-        modality: `ct` or `mr`; None for that which the voxels look like.
+        modality: Modality of all channels or of each; None for what header and voxels say.
         device: `auto`, `cpu` or `cuda`.
         tile_voxel: Slices per call of the network; None for all.
         allow_modules: Packages whose networks a file may name.
@@ -116,7 +116,7 @@ class MatchSettings:
     points_mm: Float64[np.ndarray, "n 3"] | None
     output: Path
     channels: str | int | None
-    modality: str | None
+    modality: tuple[str, ...] | None
     device: str
     tile_voxel: int | None
     allow_modules: tuple[str, ...]
@@ -142,7 +142,7 @@ class MatchSettings:
             points_mm=points_mm,
             output=_picture(config.output),
             channels=config.data.channels,
-            modality=checks.choice("data.modality", config.data.modality, checks.MODALITIES),
+            modality=checks.modalities("data.modality", config.data.modality),
             device=checks.choice("device", config.device, checks.DEVICES),
             tile_voxel=checks.whole("tile_voxel", config.tile_voxel, least=1, or_null="for all slices at once"),
             allow_modules=tuple(config.allow_modules),

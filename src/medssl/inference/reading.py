@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from medssl.building import build, named_class
-from medssl.checks import MODALITIES, choice
+from medssl.checks import modalities
 from medssl.data.augment.base import Augmentation, IntensityAugmentation, Normalisation
 from medssl.data.store import Record
 from medssl.layouts import catalogue
@@ -29,7 +29,7 @@ class Reading:
         outside: Value beyond the volume: "minimum", "border" or a number in file units.
         normalise: The steps that make network input of file units, in order.
         channels: The channels that are taken from files with several, as `read_volume` understands it.
-        modality: "ct" or "mr" if all training images had it; None if they were mixed or it is unknown.
+        modality: Modality of all channels or of each, if all training images had it; None if they were mixed.
     """
 
     spacing_mm: str | tuple[float, float, float]
@@ -37,7 +37,7 @@ class Reading:
     outside: str | float = "minimum"
     normalise: tuple[IntensityAugmentation, ...] = ()
     channels: str | int | None = None
-    modality: str | None = None
+    modality: tuple[str, ...] | None = None
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any], *, allow_modules: Sequence[str] = ()) -> "Reading":
@@ -58,14 +58,13 @@ class Reading:
         spacing = card["spacing_mm"]
         if isinstance(spacing, str) and spacing != "native":
             raise ValueError(f"the card's reading has spacing_mm={spacing!r}; it takes native or three numbers")
-        choice("the modality of the card's reading", card.get("modality"), MODALITIES)
         return cls(
             spacing_mm=spacing if isinstance(spacing, str) else _three(spacing, float),
             crop_voxel=_three(card["crop_voxel"], int),
             outside=card["outside"],
             normalise=tuple(normalise),
             channels=card.get("channels"),
-            modality=card.get("modality"),
+            modality=modalities("the modality of the card's reading", card.get("modality")),
         )
 
     @classmethod

@@ -1,10 +1,13 @@
 """The record of a volume in memory, as a store would have it, and the access to its voxels."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Shaped
 
+from medssl.data.measurements import Measurements, measure
 from medssl.data.store import Record
-from medssl.data.volume import Box, Volume, find_body, guess_modality, intensity_statistics
+from medssl.data.volume import Box, Volume, find_body
 from medssl.inference.working_grid import Fetch
 
 
@@ -18,21 +21,32 @@ def fetch_from(voxels: Shaped[np.ndarray, "c x y z"]) -> Fetch:
     return fetch
 
 
-def record_of(volume: Volume, case: str = "", *, modality: str | None = None, with_body: bool = False) -> Record:
+def record_of(
+    volume: Volume, case: str = "", *, modality: str | Sequence[str] | None = None, with_body: bool = False
+) -> Record:
     """Return the record that the volume would have in a store; its body is the whole volume unless `with_body`."""
-    channels, modality = volume.num_channels, modality or guess_modality(volume.array)
-    body = find_body(volume, modality=modality)[0] if with_body else Box.whole(volume.shape)
+    return record_from(measure(volume, setting=modality), case, with_body=with_body)
+
+
+def record_from(measured: Measurements, case: str = "", *, with_body: bool = False) -> Record:
+    """Return the record of a measured volume; its voxels are those of `measured.volume`, without padding."""
+    volume, channels = measured.volume, measured.volume.num_channels
+    body = find_body(volume, modality=measured.modality[0])[0] if with_body else Box.whole(volume.shape)
     (a, b, c), (x, y, z) = body.lower.tolist(), body.upper.tolist()
     return Record(
         case=case,
+        folder="",
         shape=volume.shape,
         channels=channels,
         affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
         spacing_mm=volume.spacing_mm,
-        modality=modality,
+        modality=measured.modality,
+        modality_from=measured.modality_from,
         group="",
         split="",
-        statistics=tuple(intensity_statistics(volume.array)),
+        statistics=measured.statistics,
+        padding=measured.padding,
+        doubts=measured.doubts,
         body_lower=(a, b, c),
         body_upper=(x, y, z),
         voxel_hash="",

@@ -26,7 +26,8 @@ class Ensemble:
         classes: Value and name of each class, in the order of the network's outputs.
         channels: The channels of a file that are read.
         num_channels: Number of channels that the networks read.
-        modality: "ct" or "mr" if the networks were trained on that alone; None if they state nothing, or disagree.
+        modality: Modality of all channels or of each, if the networks were trained on that alone; None if they state
+            nothing, or disagree.
         device: The device of the networks.
     """
 
@@ -34,7 +35,7 @@ class Ensemble:
     classes: tuple[dict[str, Any], ...]
     channels: str | int | None
     num_channels: int
-    modality: str | None
+    modality: tuple[str, ...] | None
     device: torch.device
 
     @classmethod

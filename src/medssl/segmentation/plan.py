@@ -36,7 +36,7 @@ class Plan:
         ignored_label: The label value of voxels whose class is unknown; None for none.
         spacing_mm: Spacing of the grid that crops are drawn on; `native` for each image's own.
         crop_voxel: Sides of a crop, and of a window of predictions.
-        modality: The modality of all training cases; None if they differ.
+        modality: The modality of each channel of all training cases; None if they differ.
         leakage: The comparison of the evaluation cases with those of pre-training and of training.
         choice: The weights that are evaluated, `best` or `last`.
         unlearnable: Classes that no training label holds.
@@ -51,7 +51,7 @@ class Plan:
     ignored_label: int | None
     spacing_mm: str | list[float]
     crop_voxel: list[int]
-    modality: str | None
+    modality: tuple[str, ...] | None
     leakage: Mapping[str, Any]
     choice: str
     unlearnable: Sequence[str]
@@ -139,7 +139,7 @@ class Plan:
             "crop_voxel": self.crop_voxel,
             "outside": values["outside"],
             "normalise": values["normalise"],
-            "modality": self.modality,
+            "modality": None if self.modality is None else list(self.modality),
         }
 
 
@@ -159,8 +159,8 @@ def weights_to_report(report: str, split: CaseSplit, *, validates: bool) -> str:
     return report
 
 
-def modality(store: VolumeStore, cases: Sequence[int]) -> str | None:
-    """Return the modality of all cases; None where they differ."""
+def modality(store: VolumeStore, cases: Sequence[int]) -> tuple[str, ...] | None:
+    """Return the modality of each channel of all cases; None where they differ."""
     found = {store.record(case).modality for case in cases}
     return found.pop() if len(found) == 1 else None
 

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from medssl.data.atomic import write_text
 from medssl.data.formats import ReadError, size_text
+from medssl.data.measurements import SOURCE, VOXELS, Measurements, measure
+from medssl.data.padding import shown
 from medssl.data.reading import LabelMapError
-from medssl.data.volume import guess_modality
 from medssl.inference.device import find_device
 from medssl.inference.files import ImageFile, Input, find_inputs, read_image, slices_of, write_nifti, write_nrrd
-from medssl.inference.record import fetch_from, record_of
+from medssl.inference.record import fetch_from, record_from
 from medssl.segmentation.ensemble import Ensemble
 from medssl.segmentation.phantom_input import drawn_phantom
 from medssl.segmentation.segment import Classes, NotFiniteError, segment
@@ -139,8 +140,11 @@ def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings:
     start = time.monotonic()
     target, *others = outputs_of(image.name, settings)
     file = _read(image, ensemble, settings)
-    modality, note = _modality(file, ensemble, settings)
-    classes = _segmented(file, image.name, ensemble, settings, modality=modality, probable=bool({*others} & {*wanted}))
+    try:
+        measured = measure(file.volume, setting=settings.modality, source=ensemble.modality)
+    except ValueError as error:
+        raise ReadError(image.path, str(error)) from error
+    classes = _segmented(file, image.name, ensemble, settings, measured, probable=bool({*others} & {*wanted}))
     values = ensemble.label_values()
     found = np.zeros(len(values), dtype=bool)
 
@@ -161,18 +165,20 @@ def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings:
             found[plane] = True
         written = f"{others[0]} ({target} was there already and is kept)"
     labels = f"{found[1:].sum()} of {len(values) - 1} labels found"
-    return f"{size_text(file.shape)} voxels{note}, {labels}, {time.monotonic() - start:.1f} s -> {written}"
+    return f"{size_text(file.shape)} voxels{_note(measured)}, {labels}, {time.monotonic() - start:.1f} s -> {written}"
 
 
-def _modality(file: ImageFile, ensemble: Ensemble, settings: PredictSettings) -> tuple[str, str]:
-    """Return the modality that an image is read as, and a note for its line, empty if there is no doubt."""
-    if settings.modality is not None:
-        return settings.modality, ""
-    guess = guess_modality(file.volume.array)
-    if ensemble.modality is None:
-        return guess, f", taken for {guess.upper()} by its values"
-    doubt = f", read as {ensemble.modality.upper()} as in training though its values look like {guess.upper()}"
-    return ensemble.modality, "" if guess == ensemble.modality else doubt
+def _note(measured: Measurements) -> str:
+    """Return a note for the line of an image: its modality where the values alone say it, its padding, its doubts."""
+    taken, looks = ("+".join(dict.fromkeys(words)).upper() for words in (measured.modality, measured.looks))
+    notes = list(measured.doubts)
+    if measured.modality_from == VOXELS:
+        notes.insert(0, f"taken for {taken} by its values")
+    elif measured.modality_from == SOURCE and taken != looks and "unknown" not in measured.looks:
+        notes.insert(0, f"read as {taken} as in training though its values look like {looks}")
+    if padding := shown(measured.padding):
+        notes.append(f"padding {padding} left out")
+    return "".join(f", {note}" for note in notes)
 
 
 def _read(image: Input, ensemble: Ensemble, settings: PredictSettings) -> ImageFile:
@@ -189,7 +195,7 @@ def _read(image: Input, ensemble: Ensemble, settings: PredictSettings) -> ImageF
 
 
 def _segmented(
-    file: ImageFile, name: str, ensemble: Ensemble, settings: PredictSettings, *, modality: str, probable: bool
+    file: ImageFile, name: str, ensemble: Ensemble, settings: PredictSettings, measured: Measurements, *, probable: bool
 ) -> Classes:
     """Return the class numbers of an image, with a progress bar; with `probable`, write its probabilities too."""
     with _Bar(name) as on_window, tempfile.TemporaryFile(dir=settings.output_dir) as scratch:
@@ -201,8 +207,8 @@ def _segmented(
             probabilities = slices_first.transpose(1, 2, 3, 0)
         classes = segment(
             ensemble.members,
-            fetch_from(file.volume.array),
-            record_of(file.volume, name, modality=modality, with_body=ensemble.takes_coordinate),
+            fetch_from(measured.volume.array),
+            record_from(measured, name, with_body=ensemble.takes_coordinate),
             num_classes=len(ensemble.classes),
             device=ensemble.device,
             overlap=settings.overlap,

@@ -3,19 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medssl.data.modality import parsed_modalities
 from medssl.inference.reading import normalising, with_defaults
 
 
 def other_reading(card: Mapping[str, Any] | None, reading: Mapping[str, Any]) -> list[str]:
     """Return the differences between how this run and pre-training read their images, a line each.
 
-    A recipe that leaves a keyword out has its default. If `reading` has one modality, the range that `ByModality` has
-    for other modalities does not count.
+    A recipe that leaves a keyword out has its default. If all channels of `reading` are CT, or none is, the range that
+    `ByModality` has for the others does not count.
     """
     stated = (card or {}).get("reading", {})
     groups = stated.get("views", {}).get("groups", {})
-    modality = reading.get("modality")
-    idle = modality and ("percentiles" if modality == "ct" else "window_hu")
+    modality = parsed_modalities(reading.get("modality")) or ()
+    kinds = {word == "ct" for word in modality}
+    idle = ("percentiles" if kinds.pop() else "window_hu") if len(kinds) == 1 else None
 
     def counted(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [{key: value for key, value in step.items() if key != idle} for step in steps]

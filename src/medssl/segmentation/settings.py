@@ -26,7 +26,7 @@ class PredictSettings:
         overwrite: Whether results that exist are replaced; they are skipped otherwise.
         include_labels: Whether images that look like label maps are predicted too.
         channels: The channels that are taken from images with several; None for those of the card.
-        modality: `ct` or `mr`; None for that of the card, or else that which the voxels look like.
+        modality: Modality of all channels or of each; None for that of the card, or else what header and voxels say.
         allow_modules: Packages whose networks a file may name.
     """
 
@@ -41,7 +41,7 @@ class PredictSettings:
     overwrite: bool
     include_labels: bool
     channels: str | int | None
-    modality: str | None
+    modality: tuple[str, ...] | None
     allow_modules: tuple[str, ...]
 
     @classmethod
@@ -71,7 +71,7 @@ class PredictSettings:
             overwrite=checks.switch("overwrite", config.overwrite),
             include_labels=checks.switch("data.include_labels", config.data.include_labels),
             channels=config.data.channels,
-            modality=checks.choice("data.modality", config.data.modality, checks.MODALITIES),
+            modality=checks.modalities("data.modality", config.data.modality),
             allow_modules=tuple(config.allow_modules),
         )
 

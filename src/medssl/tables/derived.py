@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from medssl.data.atomic import alone_in, clear_partial, whole_file, write_text
-from medssl.data.prepare import read_fingerprint
+from medssl.data.checksums import sealed
 from medssl.data.recipes import recipe_hash
-from medssl.data.store import VolumeStore
+from medssl.data.store import DAMAGES, VolumeStore
 from medssl.data.volume import Volume, find_body
 from medssl.data.workers import check_num_workers, run_all
 
@@ -117,8 +117,8 @@ def derive(
         collections.deque(run, maxlen=0)  # runs the generator to its end
         quality = {case: _quality(derivation, folder / f"{case}.npz") for case in cases}
         _write_quality(folder / "quality.csv", quality)
-        pointer = json.dumps({"folder": folder.name, "recipe": derivation.recipe()}, indent=1, sort_keys=True)
-        write_text(folder.parent / f"{derivation.name}.json", pointer)
+        pointer = sealed({"folder": folder.name, "recipe": derivation.recipe()})
+        write_text(folder.parent / f"{derivation.name}.json", json.dumps(pointer, indent=1, sort_keys=True))
         report = derivation.report(opened, folder) if hasattr(derivation, "report") else ""
     means = {name: _mean([row[name] for row in quality.values()]) for name in next(iter(quality.values()))}
     return DeriveSummary(folder, len(cases), len(jobs), means, report)
@@ -126,7 +126,7 @@ def derive(
 
 def derive_case(job: TableJob) -> None:
     """Make and write the table of one case; the file appears under its name only when it is whole."""
-    store = _opened(job.root)
+    store = _opened(job.root, (job.root / "index.jsonl").stat().st_mtime_ns)
     case = store.record(job.case).case
     table = job.derivation(store, job.case)
     with whole_file(job.folder / f"{case}.npz") as partial:
@@ -166,12 +166,10 @@ def read_coarse(store: VolumeStore, case: int, *, spacing_mm: float) -> tuple[Vo
 def _origins(store: VolumeStore, derivation: Derivation) -> list[bytes]:
     """Return the origin of each table, which is kept as the comment of its archive.
 
-    It holds the hash of the voxels, the fingerprint of the files, and a digest of those of all cases that it rests on.
+    It holds the hash of the voxels, the folder of the case (its name ends in a hash of all that is stored), and a
+    digest of those of all cases that it rests on.
     """
-    own = [
-        f"{record.voxel_hash} {read_fingerprint(store.root / f'{record.case}.zarr')}".encode()
-        for record in store.records()
-    ]
+    own = [f"{record.voxel_hash} {record.folder}".encode() for record in store.records()]
     if not hasattr(derivation, "rests_on"):
         return own
     others = [b"\n".join(own[other] for other in derivation.rests_on(store, case)) for case in range(len(own))]
@@ -213,7 +211,7 @@ class Body:
         record = store.record(case)
         volume, factor = read_coarse(store, case, spacing_mm=self.copy_spacing_mm)
         box, mask, block = find_body(
-            volume, modality=record.modality, threshold_hu=self.threshold_hu, copy_spacing_mm=self.copy_spacing_mm
+            volume, modality=record.modality[0], threshold_hu=self.threshold_hu, copy_spacing_mm=self.copy_spacing_mm
         )
         voxel_ml = float(np.prod(np.array(volume.spacing_mm) * block)) / 1000
         inside = [
@@ -234,7 +232,8 @@ class Body:
 
 
 @lru_cache(maxsize=2)
-def _opened(root: Path) -> VolumeStore:
+def _opened(root: Path, index_time: int) -> VolumeStore:
+    """Return the open store; another index is another store, whose cases may lie in other folders."""
     return VolumeStore(root)
 
 
@@ -253,9 +252,9 @@ def _quality(derivation: Derivation, path: Path) -> dict[str, float]:
 
 def _read(path: Path, what: Callable[[Table], Read]) -> Read:
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as stream, np.load(stream) as arrays:
             return what(arrays)
-    except (OSError, ValueError, EOFError) as error:
+    except DAMAGES as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and derive again") from error
 
 

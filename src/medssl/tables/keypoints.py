@@ -101,7 +101,7 @@ class KeypointTables:
             detector = replace(detector, seed=counter_key("keypoints", detector.seed, record.case))
         mask = None
         if self.within == "body":
-            mask = torch.from_numpy(body_mask(volume, modality=record.modality))[None, None].to(device)
+            mask = torch.from_numpy(body_mask(volume, modality=record.modality[0]))[None, None].to(device)
         image = torch.from_numpy(shown)[None, None].to(device)
         found = detect(image, max_points=self.num_points, detector=detector, mask=mask)
         to_voxel = record.mm_to_volume @ volume.affine

@@ -12,9 +12,9 @@ import numpy as np
 
 from medssl.data.formats import IMAGE_SUFFIXES, open_image, reasons_for
 from medssl.data.geometry import apply
+from medssl.data.measurements import measure
 from medssl.data.reading import read_volume
 from medssl.data.store import VolumeStore
-from medssl.data.volume import guess_modality
 from medssl.tables.anchors import (
     NORMS,
     PATCH_ANCHORS,
@@ -320,10 +320,11 @@ def _reference(derivation: AnatomicalLocations, root: Path, number: int | None, 
         spacing = copy_spacing_of(mask.shape, affine, derivation.copy_spacing_mm)
         return Reference(anchors, coarse_labels(mask, affine, spacing_mm=spacing), whole, spacing)
     if (file := derivation.reference_file) is not None:
-        volume = read_volume(file)
+        measured = measure(read_volume(file))
+        volume = measured.volume
         shape, affine, name = volume.shape, volume.affine, file.name
         spacing = copy_spacing_of(shape, affine, derivation.copy_spacing_mm)
-        coarse = coarse_volume(volume, modality=guess_modality(volume.array), spacing_mm=spacing)
+        coarse = coarse_volume(volume, modality=measured.modality[0], spacing_mm=spacing)
     else:
         assert number is not None
         store = VolumeStore(root)

@@ -30,7 +30,7 @@ class Reference:
 def coarse_case(store: VolumeStore, case: int, *, spacing_mm: float) -> Coarse:
     """Return a case of a store in the form for registration."""
     volume, _ = read_coarse(store, case, spacing_mm=spacing_mm)
-    return coarse_volume(volume, modality=store.record(case).modality, spacing_mm=spacing_mm)
+    return coarse_volume(volume, modality=store.record(case).modality[0], spacing_mm=spacing_mm)
 
 
 def whole_affine(affine: Affine, shape: tuple[int, ...]) -> Affine:

@@ -112,7 +112,10 @@ class ZScore(LinearNormalisation):
 
 @dataclass(frozen=True, kw_only=True)
 class ByModality(LinearNormalisation):
-    """A window for CT, percentiles of the volume for all else, both mapped to `out`: the choice for mixed sources."""
+    """A window for channels of CT, percentiles of the volume for all else, both mapped to `out`.
+
+    It is the choice for mixed sources, and for cases of several modalities.
+    """
 
     window_hu: Sequence[float] = (-1000.0, 1000.0)
     percentiles: Sequence[float] = (0.5, 99.5)
@@ -130,8 +133,8 @@ class ByModality(LinearNormalisation):
         return Percentiles(low=self.percentiles[0], high=self.percentiles[1], out=self.out)
 
     def limits(self, record: Record, channel: int) -> tuple[float, float, float, float]:
-        """Return the limits for the case's modality."""
-        return self._of(record.modality).limits(record, channel)
+        """Return the limits for the modality of the channel."""
+        return self._of(record.modality[channel]).limits(record, channel)
 
 
 @dataclass(frozen=True, kw_only=True)
