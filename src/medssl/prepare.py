@@ -63,10 +63,12 @@ class PrepareSettings:
 
 
 def run(config: DictConfig) -> None:
-    """Prepare the store that the configuration names, and print a summary."""
+    """Prepare the store that the configuration names, print a table and a summary, and write the report."""
     settings = PrepareSettings.of(config)
 
     from medssl.data.prepare import prepare_store
+    from medssl.data.store import VolumeStore
+    from medssl.evaluation.store_report import overview, write_report
 
     print(f"preparing {settings.name} -> {settings.store}", flush=True)
     summary = prepare_store(
@@ -76,7 +78,10 @@ def run(config: DictConfig) -> None:
         max_rejected_fraction=settings.max_rejected_fraction,
         num_workers=settings.num_workers,
     )
-    print(summary)
+    store = VolumeStore(summary.root)
+    tables = overview(list(store.records()))
+    print(tables)
+    print(f"{summary}; report: {write_report(store, tables)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ th, td { padding: 0.3rem 0.8rem 0.3rem 0; border-bottom: 1px solid #ddd; text-al
 th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
 svg { width: 100%; height: auto; }
+figure { display: inline-block; margin: 0.5rem 1rem 0.5rem 0; } figcaption { font-size: 0.85rem; }
+figure img { margin-right: 4px; background: #000; } svg.histogram { width: 150px; height: 100px; fill: #4a6fa5; }
 """
 
 
@@ -218,21 +220,29 @@ def to_markdown(comparison: Comparison) -> str:
 
 def to_html(comparison: Comparison) -> str:
     """Return the whole report as one page that loads nothing."""
-    lines = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{TITLE}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{TITLE}</h1>",
-    ]
+    lines: list[str] = []
     for part in sections(comparison, pictures=True):
         lines.append(f"<h2>{html.escape(part.title)}</h2>")
         lines += [f"<p>{html.escape(part.text)}</p>"] if part.text else []
         lines += ["<ul>", *(f"<li>{html.escape(point)}</li>" for point in part.points), "</ul>"] if part.points else []
-        lines += [_html_table(part.table)] if part.table else []
+        lines += [html_table(part.table)] if part.table else []
         lines += [part.picture] if part.picture else []
-    return "\n".join([*lines, "</body>\n</html>\n"])
+    return html_page(TITLE, lines)
 
 
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
+def html_page(title: str, lines: Sequence[str]) -> str:
+    """Return a page with a heading and the given lines of HTML, which loads nothing."""
+    head = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>",
+    ]
+    return "\n".join([*head, *lines, "</body>\n</html>\n"])
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in HTML, its first row the heading; cells are escaped."""
+
     def line(row: Sequence[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row)}</tr>"
 
