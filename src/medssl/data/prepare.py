@@ -19,7 +19,7 @@ from medssl.data.description import write_description
 from medssl.data.modality import parsed_modalities
 from medssl.data.prepared_case import Job, Outcome, prepare_case
 from medssl.data.reading import check_channels
-from medssl.data.recipes import check_recipe, store_recipe, three_spacings
+from medssl.data.recipes import assumed_spacing, check_recipe, store_recipe, three_spacings
 from medssl.data.store import LABELS, Record, read_case_record
 from medssl.data.store_writer import write_index
 from medssl.data.workers import check_num_workers, run_all
@@ -81,6 +81,7 @@ def prepare_store(
     num_workers: int | None = None,
     progress: bool = True,
     prune: bool = True,
+    assume_spacing_mm: float | Sequence[float] | None = None,
 ) -> PrepareSummary:
     """Bring the store up to date with the source: finished cases stay, the others are prepared.
 
@@ -98,6 +99,7 @@ def prepare_store(
         num_workers: Number of processes; None means one per core, 0 works in this process.
         progress: Whether to show a bar and to list problems on stderr.
         prune: Whether to delete finished cases that the source no longer has. False only removes them from the index.
+        assume_spacing_mm: Spacing along the axes of files whose headers state none; None rejects these files.
 
     Raises:
         PrepareError: Too many cases were rejected, or none is usable.
@@ -106,6 +108,7 @@ def prepare_store(
     root = Path(store).expanduser()
     check_channels(channels)
     check_num_workers(num_workers)
+    assumed = assumed_spacing(assume_spacing_mm)
     stated = parsed_modalities(modality)
     recipe = store_recipe(
         source,
@@ -114,8 +117,11 @@ def prepare_store(
         min_side_voxel=min_side_voxel,
         modality=stated,
         checksums=checksums,
+        assume_spacing_mm=assumed,
     )
     scan = source.scan()
+    if assumed is not None:
+        scan.cases = [replace(case, assume_spacing_mm=assumed) for case in scan.cases]
     check_recipe(root, recipe)
     root.mkdir(parents=True, exist_ok=True)
     with alone_in(root):

@@ -23,10 +23,11 @@ def store_recipe(
     min_side_voxel: int = MIN_SIDE_VOXEL,
     modality: Sequence[str] | None = None,
     checksums: bool = False,
+    assume_spacing_mm: float | Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Return all that the content of a store depends on, as JSON values."""
-    spacing = three_spacings(spacing_mm)
-    return {
+    """Return all that the content of a store depends on, as JSON values; an assumed spacing only if there is one."""
+    spacing, assumed = three_spacings(spacing_mm), assumed_spacing(assume_spacing_mm)
+    return ({} if assumed is None else {"assume_spacing_mm": list(assumed)}) | {
         "source": source.recipe(),
         "channels": channels,
         "spacing_mm": None if spacing is None else list(spacing),
@@ -55,7 +56,8 @@ def preparation(data: Any) -> dict[str, Any]:
         modality = None if own else parsed_modalities(data.get("modality"))
     except ValueError as error:
         raise ValueError(f"data.modality: {error}") from None
-    return {
+    assumed = data.get("assume_spacing_mm")
+    return ({} if assumed is None else {"assume_spacing_mm": assumed}) | {
         "channels": data.get("channels"),
         "spacing_mm": data.get("spacing_mm"),
         "min_side_voxel": data.get("min_side_voxel", MIN_SIDE_VOXEL),
@@ -108,14 +110,22 @@ def check_recipe(root: Path, recipe: dict[str, Any]) -> None:
         raise ValueError(f"store={root} was prepared with another recipe ({what}); name another store or delete it")
 
 
-def three_spacings(spacing_mm: float | Sequence[float] | None) -> tuple[float, ...] | None:
+def three_spacings(
+    spacing_mm: float | Sequence[float] | None, *, name: str = "data.spacing_mm"
+) -> tuple[float, ...] | None:
     """Return the spacing along x, y, z that one or three numbers mean; None stays None."""
     if spacing_mm is None:
         return None
     values = [spacing_mm] * 3 if isinstance(spacing_mm, int | float) else list(spacing_mm)
-    if len(values) != 3 or min(values) <= 0:
-        raise ValueError(f"data.spacing_mm takes one or three positive numbers, or null; got {spacing_mm}")
-    return tuple(float(value) for value in values)
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
+    if len(values) != 3 or len(numbers) != 3:
+        raise ValueError(f"{name} takes one or three positive numbers, or null; got {spacing_mm}")
+    return tuple(float(value) for value in numbers)
+
+
+def assumed_spacing(spacing_mm: float | Sequence[float] | None) -> tuple[float, ...] | None:
+    """Return the spacing along the axes of a file that one or three numbers mean; None stays None."""
+    return three_spacings(spacing_mm, name="data.assume_spacing_mm")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

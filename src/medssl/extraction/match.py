@@ -133,7 +133,7 @@ def _draw_slice(panel: "Axes", scan: MatchedScan, point_mm: Float[np.ndarray, "3
 
 def _read(source: Path, settings: MatchSettings, embedder: Embedder) -> tuple[ImageFile, Record]:
     channels = embedder.reading.channels if settings.channels is None else settings.channels
-    file = read_image(source, channels=channels)
+    file = read_image(source, channels=channels, assume_spacing_mm=settings.assume_spacing_mm)
     try:
         measured = measure(file.volume, setting=settings.modality, chosen=channels)
     except ValueError as error:

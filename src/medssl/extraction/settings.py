@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from medssl import checks
 from medssl.data.reading import check_channels
+from medssl.data.recipes import assumed_spacing
 
 LARGEST_BATCH = 64
 """Most patches per call of the network."""
@@ -104,6 +105,7 @@ class MatchSettings:
         output: The picture.
         channels: The channels that are taken from images with several.
         modality: Modality of all channels or of each; None for what header and voxels say.
+        assume_spacing_mm: Spacing along the axes of files whose headers state none; None refuses these files.
         device: `auto`, `cpu` or `cuda`.
         tile_voxel: Slices per call of the network; None for all.
         allow_modules: Packages whose networks a file may name.
@@ -117,6 +119,7 @@ class MatchSettings:
     output: Path
     channels: str | int | None
     modality: tuple[str, ...] | None
+    assume_spacing_mm: tuple[float, ...] | None
     device: str
     tile_voxel: int | None
     allow_modules: tuple[str, ...]
@@ -143,6 +146,7 @@ class MatchSettings:
             output=_picture(config.output),
             channels=config.data.channels,
             modality=checks.modalities("data.modality", config.data.modality),
+            assume_spacing_mm=assumed_spacing(config.data.assume_spacing_mm),
             device=checks.choice("device", config.device, checks.DEVICES),
             tile_voxel=checks.whole("tile_voxel", config.tile_voxel, least=1, or_null="for all slices at once"),
             allow_modules=tuple(config.allow_modules),

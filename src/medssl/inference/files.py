@@ -81,6 +81,7 @@ def read_image(
     channels: str | int | None = None,
     skip_label_maps: bool = False,
     more_channels: Sequence[Path] = (),
+    assume_spacing_mm: tuple[float, ...] | None = None,
 ) -> ImageFile:
     """Return the image in a file or in the DICOM series of a folder, or in a file for each channel.
 
@@ -90,13 +91,14 @@ def read_image(
     """
     import nibabel
 
-    case = Case("", path, more_channels=tuple(more_channels), skip_label_maps=skip_label_maps)
+    case = Case("", path, more_channels=tuple(more_channels), skip_label_maps=skip_label_maps,
+                assume_spacing_mm=assume_spacing_mm)  # fmt: skip
     volume = case.read(channels=channels, min_side_voxel=MIN_SIDE_VOXEL)[0]
     first = Path(volume.source)  # the file of the chosen channel, where each has its own
     header: Any
     with reasons_for(first):
-        found = open_image(first)[0]
-        if first.name.lower().endswith(NIFTI_SUFFIXES) and first.is_file():
+        found = open_image(first, assume_spacing_mm=assume_spacing_mm)[0]
+        if first.name.lower().endswith(NIFTI_SUFFIXES) and first.is_file() and not found.spacing_is_assumed:
             header = nibabel.load(first).header.copy()
         else:
             header = nibabel.Nifti1Header()

@@ -184,7 +184,11 @@ def _note(measured: Measurements) -> str:
 def _read(image: Input, ensemble: Ensemble, settings: PredictSettings) -> ImageFile:
     chosen = ensemble.channels if settings.channels is None else settings.channels
     file = read_image(
-        image.path, channels=chosen, skip_label_maps=image.skip_label_maps, more_channels=image.more_channels
+        image.path,
+        channels=chosen,
+        skip_label_maps=image.skip_label_maps,
+        more_channels=image.more_channels,
+        assume_spacing_mm=settings.assume_spacing_mm,
     )
     if file.volume.num_channels != ensemble.num_channels:
         held = f"the image has {file.volume.num_channels} channels, the network reads {ensemble.num_channels}"

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, ListConfig
 
 from medssl import checks
 from medssl.data.reading import check_channels
+from medssl.data.recipes import assumed_spacing
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PredictSettings:
         include_labels: Whether images that look like label maps are predicted too.
         channels: The channels that are taken from images with several; None for those of the card.
         modality: Modality of all channels or of each; None for that of the card, or else what header and voxels say.
+        assume_spacing_mm: Spacing along the axes of files whose headers state none; None refuses these files.
         allow_modules: Packages whose networks a file may name.
     """
 
@@ -42,6 +44,7 @@ class PredictSettings:
     include_labels: bool
     channels: str | int | None
     modality: tuple[str, ...] | None
+    assume_spacing_mm: tuple[float, ...] | None
     allow_modules: tuple[str, ...]
 
     @classmethod
@@ -72,6 +75,7 @@ class PredictSettings:
             include_labels=checks.switch("data.include_labels", config.data.include_labels),
             channels=config.data.channels,
             modality=checks.modalities("data.modality", config.data.modality),
+            assume_spacing_mm=assumed_spacing(config.data.assume_spacing_mm),
             allow_modules=tuple(config.allow_modules),
         )
 

@@ -43,6 +43,7 @@ class Header:
         integer: Whether all values are whole numbers.
         modality: "ct", "mr" or "pet" where the header says so.
         left_out: Files beside the image that are not read, and why.
+        spacing_is_assumed: Whether the file states no spacing along an axis.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class Header:
     integer: bool
     modality: str | None = None
     left_out: tuple[tuple[str, str], ...] = ()
+    spacing_is_assumed: bool = False
 
 
 Spacing = Sequence[float]

@@ -38,7 +38,7 @@ def open_itk(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, Loa
     check_claim(path, header, held_in=held)
     check_data(path, data, num_bytes, num_values=num_values)
     if not stated.states_spacing:  # SimpleITK takes 1 then
-        affine[:3, :3] *= stated_or_assumed(path, (None, None, None), assumed)
+        affine[:3, :3] *= np.array(stated_or_assumed(path, (None, None, None), assumed)) / stated.unit_mm
 
     def load(channel: int | None) -> Shaped[np.ndarray, "x y z c"]:
         import SimpleITK as sitk

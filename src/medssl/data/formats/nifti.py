@@ -41,8 +41,8 @@ def open_nifti(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, L
     shape, num_channels = sides_and_channels(path, stored.shape)
     scaled = (slope, inter) != (1, 0)
     whole = dtype.kind in "iu" and float(slope).is_integer() and float(inter).is_integer()
-    affine = _affine(path, stored, header_file, zipped=zipped, assumed=assumed)
-    header = Header(shape, num_channels, affine, dtype.itemsize, whole)
+    affine, is_assumed = _affine(path, stored, header_file, zipped=zipped, assumed=assumed)
+    header = Header(shape, num_channels, affine, dtype.itemsize, whole, spacing_is_assumed=is_assumed)
     found = data_file.stat().st_size
     check_claim(path, header, held_in=found if zipped else None)
     num_values = math.prod(shape) * num_channels
@@ -147,8 +147,8 @@ def _stored(path: Path) -> Stored:
 
 def _affine(
     path: Path, stored: Stored, header_file: Path, *, zipped: bool, assumed: Spacing | None
-) -> Float[np.ndarray, "4 4"]:
-    """Return the map to RAS mm: nibabel's, in the unit of the header, with the assumed spacing where none is stated."""
+) -> tuple[Float[np.ndarray, "4 4"], bool]:
+    """Return the map to RAS mm: nibabel's, in the unit of the header, and whether a spacing had to be assumed."""
     affine, header = stored.affine.copy(), stored.header
     with gzip.open(header_file) if zipped else header_file.open("rb") as stream:
         raw = stream.read(header.template_dtype.itemsize)
@@ -156,13 +156,13 @@ def _affine(
     if missing.any():
         if assumed is None:
             raise ReadError(path, NO_SPACING)
-        steps = np.where(missing, assumed, 1.0)  # nibabel reads a missing spacing as 1
+        steps = np.where(missing, np.array(assumed) / unit, 1.0)  # nibabel reads a missing spacing as 1
         turned = affine[:3, :3] * steps
         if _is_centred(header):
             affine[:3, 3] = turned @ np.linalg.solve(affine[:3, :3], affine[:3, 3])
         affine[:3, :3] = turned
     affine[:3] *= unit
-    return affine
+    return affine, bool(missing.any())
 
 
 def _missing_spacing(path: Path, found: Any, raw: bytes) -> tuple[np.ndarray, float]:
