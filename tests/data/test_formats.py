@@ -308,3 +308,19 @@ def test_a_metaimage_whose_stated_length_is_wrong_gives_its_voxels(voxels, tmp_p
 def test_kinds_that_are_not_read_are_named(tmp_path):
     (tmp_path / "a.mnc").write_bytes(bytes(400))
     assert reason(tmp_path / "a.mnc").startswith("files that end in .mnc are not read; .nii.gz")
+
+
+@pytest.mark.parametrize("offset", [0, 1e9, float("nan")])
+def test_a_header_whose_extensions_have_no_end_is_refused(offset, voxels, tmp_path):
+    raw = bytearray(nibabel.Nifti1Image(voxels, np.eye(4)).to_bytes())
+    raw[108:112] = np.float32(offset).tobytes()  # vox_offset
+    raw[348:360] = b"\1\0\0\0" + np.int32([2**30, 6]).tobytes()  # an extension of a gibibyte
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(raw))
+    assert "voxels begin at byte" in reason(tmp_path / "a.nii.gz")
+
+
+def test_a_metaimage_that_made_the_decoder_crash_is_refused(voxels, tmp_path):
+    path = tmp_path / "a.mha"
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path), True)
+    path.write_bytes(path.read_bytes().replace(b"NDims = 3", b"NDims =-3").replace(b"BinaryData ", b"BinaryDcta "))
+    assert reason(path) == "the header states -3 dimensions; 2 to 4 are read"

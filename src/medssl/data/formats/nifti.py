@@ -21,6 +21,8 @@ UNIT_CODES_MM = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 """Millimetres of the units that the field xyzt_units names; 0 says nothing, which means mm."""
 MAX_OFFSET = 2**26
 """Bytes before the voxels that are believed: extensions of the header lie there."""
+SIZES = (b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+"""The first bytes of headers of NIfTI 1 and 2: their length, 348 or 540, in either order of bytes."""
 MGH_FOOTER = 2**20
 """Bytes that may lie behind the voxels of an MGH file: times, transforms and command lines."""
 
@@ -33,6 +35,7 @@ def open_nifti(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, L
     """
     header_file, data_file = _files(path)
     zipped = _is_zipped(header_file)
+    _check_offset(path, header_file, zipped=zipped)
     stored = _stored(header_file)
     dtype, slope, inter = stored.dtype, stored.slope, stored.inter
     if dtype.kind not in "iuf":
@@ -89,6 +92,25 @@ def _files(path: Path) -> tuple[Path, Path]:
     return header, data
 
 
+def _check_offset(path: Path, header_file: Path, *, zipped: bool) -> None:
+    """Check where a NIfTI header says that voxels begin: nibabel reads all before it, however much that is.
+
+    Raises:
+        ReadError: It lies too far off, or nowhere though extensions of the header are announced.
+    """
+    import nibabel
+
+    with gzip.open(header_file) if zipped else header_file.open("rb") as stream:
+        raw = stream.read(544)
+    for kind, sizes in ((nibabel.Nifti1Header, SIZES[:2]), (nibabel.Nifti2Header, SIZES[2:])):
+        length = kind.template_dtype.itemsize
+        if raw[:4] in sizes and len(raw) >= length:
+            offset = float(kind(raw[:length], check=False)["vox_offset"])
+            extended = raw[length : length + 1] > b"\0" and header_file.suffix.lower() != ".hdr"
+            if not offset <= MAX_OFFSET or (extended and offset <= 0):
+                raise ReadError(path, f"the header says that voxels begin at byte {offset:,.0f}, which is not believed")
+
+
 def _is_zipped(path: Path) -> bool:
     """Return whether the file is compressed, as its name must say."""
     name = path.name.lower()
@@ -96,8 +118,7 @@ def _is_zipped(path: Path) -> bool:
         start = stream.read(2)
         if name.endswith((".gz", ".mgz")) and start != b"\x1f\x8b":
             start += stream.read(2)
-            plain = start in (b"\x5c\x01\0\0", b"\0\0\x01\x5c", b"\x1c\x02\0\0", b"\0\0\x02\x1c", b"\0\0\0\x01")
-            if plain:  # begins with the length of a header, or the version of an MGH file
+            if start in (*SIZES, b"\0\0\0\x01"):  # the length of a header, or the version of an MGH file
                 raise ReadError(path, f"not compressed although named .{name.rsplit('.', 1)[1]}; rename it")
     if not name.endswith((".gz", ".mgz")) and start == b"\x1f\x8b":
         packed = ".mgz" if path.suffix.lower() == ".mgh" else f"{path.suffix}.gz"
