@@ -221,6 +221,14 @@ def test_the_modality_is_the_given_one_or_that_of_the_training_or_a_guess_that_i
     assert ("by its values" in out or "look like" in out) == (note != "voxels, ")
 
 
+def test_one_of_several_stated_modalities_is_that_of_the_channel_that_is_read(tmp_path, save, scan, capsys):
+    keys = {"weights": save(), "input": scan(channels=2), "output_dir": tmp_path / "o", "data__modality": "[ct,pet]"}
+    assert predict(**keys, data__channels=1) == 0
+    assert "by its values" not in capsys.readouterr().out
+    assert predict(**{**keys, "output_dir": tmp_path / "p"}, data__channels="all") == 1
+    assert "the image has 2 channels, the network reads 1" in capsys.readouterr().err
+
+
 def test_networks_of_two_modalities_share_a_grid_and_say_one_modality_only_where_they_agree(save):
     ct, mr, mixed = save("ct", modality="ct"), save("mr", modality="mr"), save("mixed")
     assert "modality" not in read_card(mixed)["reading"]

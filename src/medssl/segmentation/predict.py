@@ -141,7 +141,8 @@ def _predict(image: Input, wanted: Sequence[Path], ensemble: Ensemble, settings:
     target, *others = outputs_of(image.name, settings)
     file = _read(image, ensemble, settings)
     try:
-        measured = measure(file.volume, setting=settings.modality, source=ensemble.modality)
+        chosen = ensemble.channels if settings.channels is None else settings.channels
+        measured = measure(file.volume, setting=settings.modality, source=ensemble.modality, chosen=chosen)
     except ValueError as error:
         raise ReadError(image.path, str(error)) from error
     classes = _segmented(file, image.name, ensemble, settings, measured, probable=bool({*others} & {*wanted}))
