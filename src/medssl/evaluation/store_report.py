@@ -23,7 +23,9 @@ MOST_PICTURES = 300
 """Cases up to which the page shows slices and histograms."""
 MOST_LISTED = 20
 FAR = 3.0
-"""Factor to the median of the other cases from which a spacing, size or range is odd."""
+"""Factor to the median of the other cases from which a spacing, a size, or a range in HU is odd."""
+FAR_WITHOUT_UNIT = 30.0
+"""That of a range whose unit is arbitrary: MR of one scanner may be eight bits in one case and twelve in the next."""
 WINDOW_HU = (-200.0, 300.0)
 SIDE_PIXEL, BINS = 150, 60
 
@@ -101,14 +103,15 @@ def _outliers(records: Sequence[Record]) -> list[list[str]]:
     """Return, for each case of one modality, what lies far from the others."""
     found: list[list[str]] = [[] for _ in records]
     spread = [[max(kept["p99_5"] - kept["p0_5"], 1e-12) for kept in record.statistics] for record in records]
-    for what, values in (
-        ("spacing", np.array([record.spacing_mm for record in records])),
-        ("size", np.array([record.shape for record in records], dtype=float)),
-        ("range", np.array(spread)),
+    in_hu = all(word == "ct" for record in records for word in record.modality)
+    for what, far, values in (
+        ("spacing", FAR, np.array([record.spacing_mm for record in records])),
+        ("size", FAR, np.array([record.shape for record in records], dtype=float)),
+        ("range", FAR if in_hu else FAR_WITHOUT_UNIT, np.array(spread)),
     ):
         logs = np.log(values)
         away = np.abs(logs - np.median(logs, axis=0))
-        limit = np.maximum(np.log(FAR), 4 * np.median(away, axis=0))
+        limit = np.maximum(np.log(far), 4 * np.median(away, axis=0))
         middle = " x ".join(f"{value:.3g}" for value in np.median(values, axis=0))
         for number in np.flatnonzero((away > limit).any(axis=1)):
             own = " x ".join(f"{value:.3g}" for value in values[number])
