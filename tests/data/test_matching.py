@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from medssl.data.checksums import sealed
 from medssl.data.matching import BodyCoordinateMatcher, Matched, Matcher, SelfMatcher, TableMatcher
 from medssl.data.placements import ViewSpec
 from medssl.data.sampling import Request
@@ -24,7 +25,7 @@ def tables(store):
     """Tables of pairs as `derive what=pairs` writes them: case 0 has pairs with case 1 alone."""
     folder = store.root / "derived" / "pairs-0"
     folder.mkdir(parents=True)
-    (folder.parent / "pairs.json").write_text(json.dumps({"folder": folder.name}))
+    (folder.parent / "pairs.json").write_text(json.dumps(sealed({"folder": folder.name})))
     query = np.array([[0.0, 16.0, 40.0], [-4.0, 15.0, 37.0], [1.0, 1.0, 1.0]])
     for case in range(3):
         partner = np.array(["case_002", "case_001"] if case == 0 else [], dtype=np.str_)

@@ -1,11 +1,14 @@
 """The data layer must carry every method: their view plans, written as YAML, composed and drawn small."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from medssl.data.checksums import sealed
 from medssl.data.module import VolumeDataModule
 from medssl.methods.positions import Positions
 
@@ -193,7 +196,7 @@ def store(make_store):
         generator = np.random.default_rng(1)
         points = generator.uniform(0, np.array(record.shape) - 1, (50, 3))
         np.savez(folder / f"{record.case}.npz", points_voxel=points, features=generator.normal(size=(50, 2)))
-    (made.root / "derived" / "keypoints.json").write_text('{"folder": "keypoints-0"}')
+    (made.root / "derived" / "keypoints.json").write_text(json.dumps(sealed({"folder": "keypoints-0"})))
     return made
 
 
