@@ -37,7 +37,7 @@ NAMES = {
     "probe": ("features", "reference", "targets", "output_dir"),
 }
 """The settings of each command that are paths."""
-WRONG = [(1e5, "100000.0"), (True, "true"), ("", "''")]
+WRONG = [(1e5, "100000.0"), (2024, "2024"), (True, "true"), ("", "''")]
 """Values that are no path, and how the message shows them."""
 
 
@@ -66,10 +66,9 @@ def test_what_is_no_path_is_refused_by_the_name_of_the_setting(composed):
             assert "\n" not in str(error.value)
 
 
-def test_a_whole_number_is_the_name_that_it_is_written_as_and_null_is_never_a_name(composed):
+def test_null_is_never_a_name(composed):
     command, config = composed
     for name in NAMES[command]:
-        assert OmegaConf.select(with_paths(with_values(config, {name: 2024}), command), name) == "2024"
         empty = with_values(config, {name: None})
         if command in PATHS[name] or name == "data.root":
             with pytest.raises(ValueError, match="is null, which is no path"):
@@ -100,18 +99,24 @@ def test_a_command_says_so_in_one_line_and_begins_nothing(command, tmp_path, mon
 
 @pytest.mark.parametrize(("command", "name"), LISTS)
 def test_several_paths_are_texts_too(command, name):
-    assert list(OmegaConf.select(compose(command, [*COMMANDS[command], f"{name}=[a,7]"]), name)) == ["a", "7"]
+    assert list(OmegaConf.select(compose(command, [*COMMANDS[command], f"{name}=[a,./7]"]), name)) == ["a", "./7"]
+    with pytest.raises(ValueError, match="is 7, which is no path"):
+        compose(command, [*COMMANDS[command], f"{name}=[a,7]"])
 
 
 def test_data_without_files_need_no_root_and_those_of_a_store_take_its_path():
     assert compose("prepare", ["data=phantoms"]).data.root is None
-    assert compose("finetune", ["data=store", "store=5"]).data.root == "5"
+    assert compose("finetune", ["data=store", "store=./5"]).data.root == "./5"
 
 
-def test_a_folder_whose_name_is_a_number_is_prepared(tmp_path, monkeypatch):
+def test_a_folder_whose_name_is_a_number_is_given_as_the_message_says(tmp_path, monkeypatch, capsys):
+    """As a number it would have lost its zeros: 2024_01 is 202401."""
     image(tmp_path / "2024" / "a.nii.gz")
     monkeypatch.chdir(tmp_path)
-    run("prepare", "data=folder", "data.root=2024", "store=7", "num_workers=0")
+    with pytest.raises(SystemExit):
+        run("prepare", "data=folder", "data.root=2024", "store=./7", "num_workers=0")
+    assert "and ./ before a name that looks like a number" in capsys.readouterr().err
+    run("prepare", "data=folder", "data.root=./2024", "store=./7", "num_workers=0")
     assert VolumeStore(tmp_path / "7").names == ["a"]
 
 

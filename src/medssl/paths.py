@@ -1,6 +1,6 @@
 """The settings that name files and folders: what a command line makes of them, checked before a command looks at them.
 
-A folder called 2024 is a number on a command line, `null` would be a folder called None, and `true` no path at all.
+A folder called 2024_01 is the number 202401 on a command line, `null` would be a folder called None.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ LISTS = (("compare", "runs"), ("predict", "weights.path"))
 
 
 def with_paths(config: DictConfig, command: str) -> DictConfig:
-    """Return the configuration of a command with all paths as texts; a whole number becomes its digits.
+    """Return the configuration of a command after a check that all paths are texts.
 
     Raises:
-        ValueError: A path is a fraction, a switch, a list or a mapping, or null where the command needs one.
+        ValueError: A path is a number, a switch, a list or a mapping, or null where the command needs one.
     """
     from omegaconf import OmegaConf
 
@@ -66,14 +66,12 @@ def path_text(name: str, value: Any) -> str:
     """Return a path as text.
 
     Raises:
-        ValueError: The value is no text that is not empty, and no whole number.
+        ValueError: The value is no text, or an empty one; a number has lost the zeros of the name that was typed.
     """
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    ways = f"give {name}=PATH, and a name that looks like a number or word of YAML in two quotes: {name}='\"1e5\"'"
+    ways = f"give {name}=PATH, and ./ before a name that looks like a number or a word of YAML: {name}=./2024"
     raise ValueError(f"{name} is {shown}, which is no path; {ways}")
 
 

@@ -136,7 +136,5 @@ def load_initial(initial: Initial, segmenter: Segmenter) -> list[str]:
         num_blocks = initial.card["decoder_blocks"]
         idle = fresh.keys() - names_of_blocks(segmenter.decoder, num_blocks)
         segmenter.decoder.load_state_dict(segmenter.decoder.state_dict() | {name: fresh[name] for name in idle})
-        lines.append(
-            f"of the decoder the first {num_blocks} blocks; {len(idle)} other tensors start from scratch"
-        )
+        lines.append(f"of the decoder the first {num_blocks} blocks; {len(idle)} other tensors start from scratch")
     return lines

@@ -341,7 +341,7 @@ def find_copies(store: VolumeStore, split: CaseSplit, training: Sequence[int], *
         store: The store of the cases.
         split: The split of the cases.
         training: The training cases that are used.
-        allowed: Whether a run goes on with such cases.
+        allowed: Whether such cases may be used all the same.
 
     Raises:
         ValueError: There are some, and that is not allowed.

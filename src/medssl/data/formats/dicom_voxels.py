@@ -95,7 +95,7 @@ def _unzipped(file: DicomFile, num_bytes: int) -> bytes:
         data = stream.read(num_bytes)
         rest = stream.read(2**20)  # what else the file holds is little, and the checksum stands behind it
         if len(rest) == 2**20:
-            raise ReadError(file.path, "the compressed file goes on far behind its voxels")
+            raise ReadError(file.path, "the compressed file has data far behind its voxels")
     return data
 
 
