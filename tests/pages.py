@@ -71,6 +71,7 @@ def follow_here(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int
             python, _, module, *words = shlex.split(step.text)
             assert python == "python"
             monkeypatch.setattr(sys, "argv", [module, *words])
+            monkeypatch.delitem(sys.modules, module, raising=False)
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         for name in set(sys.modules) - known:

@@ -79,13 +79,14 @@ def fail(root, wish, *launcher):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("wish", ["raise on 0", "raise on 1"])
+@pytest.mark.parametrize("wish", [pytest.param("raise on 0", marks=pytest.mark.slow), "raise on 1"])
 def test_the_error_of_one_rank_does_not_drown_in_what_follows_from_it_on_others(root, wish):
     lines = fail(root, wish)
     assert sum(line == "error: case a: chunk 3 cannot be read" for line in lines) == 1
     assert not [line for line in lines if "Traceback" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_a_loss_that_is_not_a_number_on_one_rank_is_told_once(root):
     lines = fail(root, "nan on 1")
@@ -187,6 +188,7 @@ def drasclr(root, *more):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_share_the_queues_of_their_keys(tmp_path):
     done = drasclr(tmp_path, "batch_size=2", "trainer.max_steps=2")

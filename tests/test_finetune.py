@@ -264,7 +264,14 @@ def test_a_scratch_twin_differs_in_nothing_but_the_weights(workplace, capsys):
     assert (twin["labelled"], twin["split"], twin["seed"]) == (ours["labelled"], ours["split"], ours["seed"])
 
 
-@pytest.mark.parametrize("change", [{"label_share": 1.0}, {"window_hu": "[-175,250]"}, {"augment.intensity": "[]"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label_share": 1.0},
+        pytest.param({"window_hu": "[-175,250]"}, marks=pytest.mark.slow),
+        pytest.param({"augment.intensity": "[]"}, marks=pytest.mark.slow),
+    ],
+)
 def test_runs_that_differ_in_more_than_their_seed_are_no_repetitions(workplace, straight, change):
     folder = finetune(workplace, "ablated", overwrite="true", seed=1, **change)
     settings = [json.loads((path / "metrics.json").read_text())["setting"] for path in (straight, folder)]

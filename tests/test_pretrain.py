@@ -280,6 +280,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "pretrain",
 SLURM |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
 
 
+@pytest.mark.slow
 def test_a_job_of_slurm_saves_at_its_signal_and_goes_on_when_started_again(workplace, straight):
     process = start(workplace, "job", wish="wait@2", variables=SLURM)
     wait_for(workplace / "job.waiting", process)
@@ -365,6 +366,7 @@ def test_the_offline_logger_goes_on_with_its_run_and_knows_the_settings(workplac
     assert len(metrics(folder)) == 2
 
 
+@pytest.mark.slow
 def test_real_volumes_of_every_kind_train_and_the_unreadable_are_listed(real_data, tmp_path):
     small = {"data": "folder", "data.root": real_data, "max_rejected_fraction": 1, "trainer.max_steps": 2}
     process = subprocess.run(

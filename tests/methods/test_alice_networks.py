@@ -80,6 +80,7 @@ def test_two_steps_move_the_student_and_the_teacher_behind_it(model, overrides):
     assert method.centre.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_preset_takes_the_size_of_the_crops_and_needs_nothing_else(tmp_path):
     """UNETR has a position for each patch: it has to know the crops."""
     encoder, _, _ = NETWORKS["unetr"]

@@ -89,7 +89,7 @@ def test_few_crops_for_a_batch_norm_are_said_once(capsys):
     for step in range(3):
         method(batch(), at(step))
     said = capsys.readouterr().err
-    assert said.count("warning: 3 crops of a device share a batch norm, which wants 4") == 1
+    assert said.count("warning: 3 crops of a device share a batch norm, which needs 4") == 1
     make()(batch(b=4), at())
     make().eval()(batch(), at())
     instance = make(norm="instance")

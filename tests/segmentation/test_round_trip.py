@@ -31,7 +31,9 @@ def _blocks(shape):
     return (x + 2 * y * y + 3 * z * x) % 6
 
 
-@pytest.mark.parametrize("spacing_mm", ["native", (1.0, 1.0, 1.0), (2.9, 0.7, 4.1)])
+@pytest.mark.parametrize(
+    "spacing_mm", ["native", pytest.param((1.0, 1.0, 1.0), marks=pytest.mark.slow), (2.9, 0.7, 4.1)]
+)
 def test_all_48_orientations_come_back_into_their_own_place(tmp_path, spacing_mm):
     shape = (18, 15, 12)
     label, image = _blocks(shape), index_channels(shape)

@@ -36,7 +36,7 @@ def in_order(
 ) -> tuple[Path, ...]:
     """Return the files of a case in the order of `channels`; without any where a channel is missing.
 
-    A missing channel is noted as a problem; files of other channels are noted as skipped.
+    A missing channel is noted as a problem of the first file; the others, and files of other channels, as skipped.
 
     Args:
         files: The files of the case by their channel.
@@ -51,4 +51,6 @@ def in_order(
     missing, known = [n for n in sorted(channels) if n not in files], [files[n] for n in sorted(channels) if n in files]
     if missing and known:
         scan.reject(known[0], case, f"channel {missing[0]:04d} is missing")
+        for file in known[1:]:
+            scan.skip(file, f"channel {missing[0]:04d} of its case is missing")
     return () if missing else tuple(known)
