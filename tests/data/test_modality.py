@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter, zoom
 from volume_files import image
 
 from medssl.data.augment import ByModality
+from medssl.data.cases import stacked
 from medssl.data.measurements import measure
 from medssl.data.modality import by_channel, guess_modality, listed_modalities, named_modality, parsed_modalities
 from medssl.data.prepare import prepare_store
@@ -222,3 +223,20 @@ def test_a_body_under_a_hundredth_of_the_volume_is_doubtful(tmp_path):
     image(tmp_path / "in" / "a.nii.gz", array.astype(np.int16), affine=np.diag([4.0, 4.0, 4.0, 1.0]))
     prepare_store(Folder(root=tmp_path / "in"), tmp_path / "s", num_workers=0, progress=False)
     assert VolumeStore(tmp_path / "s").record(0).doubts == ("the body is 0.1 % of the volume",)
+
+
+def test_the_header_of_each_file_states_the_modality_of_its_channel():
+    array = np.random.default_rng(0).normal(0, 5, (1, 8, 8, 8)).astype(np.float32)
+    ct = Volume(array, np.eye(4), "ct", stated_modality="ct", left_out=(("scout.dcm", "a scout"),))
+    pet = Volume(array + 90, np.eye(4), "pet", stated_modality="pet", left_out=(("other.dcm", "a plan"),))
+    both = stacked(ct, [pet])
+    assert both.left_out == (("scout.dcm", "a scout"), ("other.dcm", "a plan"))
+    assert measure(both).modality == ("ct", "pet")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 3)])
+def test_a_ct_that_is_stated_and_not_in_hounsfield_units_is_doubtful(low, high):
+    raw = np.random.default_rng(0).uniform(low, high, (1, 12, 12, 12)).astype(np.float32)
+    measured = measure(Volume(raw, np.eye(4), ""), setting="ct")
+    assert measured.modality == ("ct",)
+    assert measured.doubts[0].startswith("stated as CT, but a range of")

@@ -41,7 +41,7 @@ def scan(kind: str, generator: np.random.Generator, shape: tuple[int, ...]) -> n
     field /= np.abs(field).max()
     noise = generator.standard_normal(shape)
     if kind == "ct":
-        return np.where(body, 40 + 200 * field, -1000) + 10 * noise
+        return gaussian_filter(np.where(body, 40 + 200 * field, -1000), 0.6) + 10 * noise  # skin is part air
     if kind == "mr":
         return np.abs(np.where(body, 900 + 500 * field, 0) + 15 * noise)
     values = np.abs(np.where(body, 0.6 + 0.4 * field, 0) + 0.01 * noise)
@@ -122,6 +122,26 @@ def test_metal_air_and_a_black_background_are_no_padding(number):
         np.where(outside, -1000, np.where(ct > 60, 300, 40)).astype(np.int16),  # a drawing of three values
     ):
         assert find_padding(array) == ()
+
+
+@pytest.mark.parametrize("number", range(50))
+def test_an_mr_filled_like_air_is_no_ct_whatever_its_range_and_its_negative_voxels(number):
+    generator = np.random.default_rng(number)
+    gain = float(generator.choice([0.5, 1, 4]))
+    mr = gain * scan("mr", generator, tuple(int(n) for n in generator.integers(20, 34, 3)))
+    mr[generator.random(mr.shape) < 0.01] = -generator.uniform(10, 60)  # as a spline overshoots
+    fill = float(generator.choice([-1000, -1024]))
+    mr[: int(generator.integers(2, 7))] = fill
+    measured = measure(Volume(mr.astype(np.float32)[None], np.eye(4), "synthetic"))
+    if measured.modality == ("mr",):
+        assert [value for value, _ in measured.padding[0]] == [fill]
+        assert measured.statistics[0]["minimum"] > -100
+    else:
+        assert measured.modality == ("unknown",)
+        assert measured.doubts
+    for stated in ("mr", "pet"):
+        told = measure(Volume(mr.astype(np.float32)[None], np.eye(4), "synthetic"), setting=stated)
+        assert [value for value, _ in told.padding[0]] == [fill]
 
 
 def test_air_of_a_stated_ct_stays_whatever_surrounds_it():

@@ -1,6 +1,7 @@
 from functools import partial
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import volume_files
@@ -71,6 +72,16 @@ def test_a_case_is_made_anew_when_image_label_or_modality_is_another_one(tmp_pat
     assert prepared("l2.nii.gz,pet") == (1, (5,), "pet")
     prepared("l2.nii.gz,pet", "fresh")
     assert tree(tmp_path / "s") == tree(tmp_path / "fresh")
+
+
+def test_a_corrected_header_beside_the_file_that_a_table_names_is_noticed(tmp_path):
+    array = np.random.default_rng(0).normal(100, 20, (12, 12, 12)).astype(np.float32)
+    for spacing in (1.0, 3.0):
+        pair = nibabel.Nifti1Pair(array, np.diag([spacing, spacing, spacing, 1.0]))
+        nibabel.save(pair, tmp_path / "a.img")
+        (tmp_path / "t.csv").write_text("image\na.img\n")
+        prepare_store(Csv(root=tmp_path / "t.csv"), tmp_path / "s", num_workers=0, progress=False)
+        assert VolumeStore(tmp_path / "s").record(0).spacing_mm == (spacing,) * 3
 
 
 def test_cases_that_the_source_has_no_more_are_deleted_or_only_taken_off_the_index(tmp_path):

@@ -15,11 +15,20 @@ import numpy as np
 from jaxtyping import Int
 
 from medssl.data.formats import ReadError, stem
+from medssl.data.modality import by_channel
 from medssl.data.reading import check_label_file, read_label, read_volume
 from medssl.data.volume import Volume
 
 OUTLINE_BYTES = 4096
 """Bytes read at both ends of a file: they hold the header and, behind compressed voxels, their checksum."""
+
+PARTS = {
+    ".mhd": (".raw", ".zraw", ".raw.gz"),
+    ".nhdr": (".raw", ".zraw", ".raw.gz"),
+    ".hdr": (".img", ".IMG", ".mat"),
+    ".img": (".hdr", ".HDR", ".mat"),
+}
+"""Files that an image of several files usually has beside the one that names it, by its ending."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class Case:
         options = spacing | {"channels": channels, "min_side_voxel": min_side_voxel}
         volume = read_volume(files[0], **options, skip_label_maps=self.skip_label_maps)
         if len(files) > 1:
-            volume = _stack(volume, (read_volume(file, **options) for file in files[1:]))
+            volume = stacked(volume, (read_volume(file, **options) for file in files[1:]))
         return volume, None if self.label is None else read_label(self.label, volume, **spacing)
 
     def targets(self, volume: Volume, label: Int[np.ndarray, "x y z"] | None) -> dict[str, float]:
@@ -187,24 +196,33 @@ def _outline(path: Path) -> list[Any]:
             return [files, *(_outline(path / name) for name, _ in files[:1])]
         if not path.is_file():
             return ["no file"]  # a pipe would never end
-        with path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(0)
-            ends = stream.read(OUTLINE_BYTES)
-            stream.seek(max(len(ends), size - OUTLINE_BYTES))
-            beside = [p for p in (path.with_suffix(s) for s in (".raw", ".zraw", ".raw.gz")) if p != path]
-            detached: list[Any] = [p.stat().st_size for p in beside if path.suffix in (".mhd", ".nhdr") and p.is_file()]
-            if path.suffix.lower() == ".hdr":
-                detached = [_outline(p) for p in map(path.with_suffix, (".img", ".IMG", ".mat")) if p.is_file()]
-            return [size, hashlib.sha256(ends + stream.read()).hexdigest(), *detached]
+        parts = PARTS.get(path.suffix.lower(), ())
+        beside = [p for p in map(path.with_suffix, parts) if p.is_file()]
+        return [part for file in (path, *beside) for part in _ends(file)]
     except OSError as error:
         return [type(error).__name__]
 
 
-def _stack(first: Volume, others: Iterable[Volume]) -> Volume:
-    arrays = [first.array]
+def _ends(path: Path) -> tuple[int, str]:
+    """Return the size of a file and a hash of both of its ends."""
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        ends = stream.read(OUTLINE_BYTES)
+        stream.seek(max(len(ends), size - OUTLINE_BYTES))
+        return size, hashlib.sha256(ends + stream.read()).hexdigest()
+
+
+def stacked(first: Volume, others: Iterable[Volume]) -> Volume:
+    """Return the channels of several files as one volume, with what each header states and what lay beside each."""
+    volumes = [first]
     for other in others:
         if other.shape != first.shape or not np.allclose(other.affine, first.affine, atol=1e-2):
             raise ReadError(Path(other.source), f"the channel lies on another grid than {first.source}")
-        arrays.append(other.array)
-    return replace(first, array=np.concatenate(arrays))
+        volumes.append(other)
+    return replace(
+        first,
+        array=np.concatenate([volume.array for volume in volumes]),
+        stated_modality=tuple(word for v in volumes for word in by_channel(v.stated_modality, v.num_channels)),
+        left_out=tuple(row for volume in volumes for row in volume.left_out),
+    )

@@ -60,7 +60,7 @@ def measure(
     channels = volume.array
     for channel in range(number):
         stated, origin = next(((w[channel], who) for who, w in words if w[channel] is not None), (None, VOXELS))
-        here = find_padding(volume.array[channel], is_ct=stated == "ct")
+        here = find_padding(volume.array[channel], is_ct=None if stated in (None, "unknown") else stated == "ct")
         mask = is_padding(volume.array[channel], here) if here else None
         values = volume.array[channel] if mask is None else volume.array[channel][~mask]
         guess, doubt = guess_modality(values)

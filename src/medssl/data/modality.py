@@ -17,8 +17,8 @@ SYNONYMS = {
 """Words of lists and tables, in small letters."""
 
 CT_MINIMUM_HU = -200.0
-CORNER_HU, AIR_HU, LUNG_HU = -3100.0, -1100.0, -700.0
-LEAST_AIR, LEAST_TISSUE = 0.005, 0.01
+CORNER_HU, AIR_HU, PARTIAL_HU, LUNG_HU, DENSE_HU = -3100.0, -1100.0, -900.0, -700.0, 2000.0
+LEAST_AIR, LEAST_TISSUE, LEAST_PARTIAL, LEAST_LOWER = 0.005, 0.01, 0.005, 0.002
 WATER_AT = 1024
 """Stored value of water in a CT whose intercept is lost."""
 NARROW = 20.0
@@ -98,8 +98,9 @@ def guess_modality(values: Shaped[np.ndarray, "..."]) -> tuple[str, str]:
 
     - `ct`: the minimum lies below -200, and there is air or lung as CT has them: at least 0.5 % of the voxels from
       -1100 to -700, denser than the values from -600 to -250, few below but one value down to -3100, which scanners
-      fill corners with, and soft tissue.
-    - `ct` without air: at most 15 % lie below -200, 95 % below 500, at least 60 % are soft tissue (-200 to 300), and
+      fill corners with, soft tissue, and voxels that are in part air (`has_partial_air`), which an image that was
+      filled with -1000 does not have.
+    - `ct` without air: 0.2 % to 15 % lie below -200, 95 % below 500, at least 60 % are soft tissue (-200 to 300), and
       the most common value does not lie near 0, where all other images have their background.
     - `mr`: all else with less than 0.5 % below -700. An MR image may be negative where it was interpolated, corrected
       or subtracted.
@@ -114,7 +115,8 @@ def guess_modality(values: Shaped[np.ndarray, "..."]) -> tuple[str, str]:
         return "unknown", f"a range of {span} does not tell the modality: a normalised image?"
     if low < CT_MINIMUM_HU:
         soft = _is_soft_tissue(sample)
-        if _has_air(sample) or (soft and not _peaks_at_zero(sample)):
+        has_lower = _share(sample, -np.inf, CT_MINIMUM_HU) >= LEAST_LOWER
+        if _has_air(sample) or (soft and has_lower and not _peaks_at_zero(sample)):
             return "ct", ""
         if soft:
             return "unknown", f"values of {span} fit a piece of a CT as well as a difference of MR images"
@@ -128,7 +130,7 @@ def guess_modality(values: Shaped[np.ndarray, "..."]) -> tuple[str, str]:
 
 def doubt_about(stated: str, guess: str, doubt: str) -> str:
     """Return why a stated modality may be wrong; "" where the values do not speak against it."""
-    if stated == "ct" and "intercept" in doubt:
+    if stated == "ct" and ("intercept" in doubt or "range of" in doubt):
         return f"stated as CT, but {doubt}"
     if stated in ("mr", "pet", "us") and guess == "ct":
         return f"stated as {stated.upper()}, but its values look like CT"
@@ -146,13 +148,24 @@ def _share(sample: Float64[np.ndarray, " n"], low: float, high: float) -> float:
     return float(((sample >= low) & (sample <= high)).mean())
 
 
+def has_partial_air(sample: Float64[np.ndarray, " n"]) -> bool:
+    """Return whether voxels are in part air, as lungs, bowel and skin of CT are, beside tissue no denser than bone.
+
+    At least 0.5 % lie between -900 and -200 HU, and of those above 95 % are below 2000 HU.
+    """
+    above = sample[sample > CT_MINIMUM_HU]
+    partial = ((sample > PARTIAL_HU) & (sample < CT_MINIMUM_HU)).mean() >= LEAST_PARTIAL
+    return bool(partial and above.size and np.percentile(above, 95) <= DENSE_HU)
+
+
 def _has_air(sample: Float64[np.ndarray, " n"]) -> bool:
     corner = sample[(sample >= CORNER_HU) & (sample < AIR_HU)]
     filling = np.unique(corner, return_counts=True)[1].max() if corner.size else 0
     air, between = _share(sample, AIR_HU, LUNG_HU), _share(sample, -600, -250)
     is_denser = air / (LUNG_HU - AIR_HU) >= 1.2 * between / 350
     ends = (corner.size - filling) / sample.size <= 0.3 * air and _share(sample, -np.inf, CORNER_HU - 1) < LEAST_AIR
-    return bool(air >= LEAST_AIR and is_denser and ends and _share(sample, -200, 300) >= LEAST_TISSUE)
+    has_tissue = _share(sample, -200, 300) >= LEAST_TISSUE
+    return bool(air >= LEAST_AIR and is_denser and ends and has_tissue and has_partial_air(sample))
 
 
 def _is_soft_tissue(sample: Float64[np.ndarray, " n"]) -> bool:

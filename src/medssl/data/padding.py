@@ -5,30 +5,34 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float64, Shaped
 
-from medssl.data.modality import sampled
+from medssl.data.modality import has_partial_air, sampled
 
 MOST_VALUES = 4
 LEAST_VOXELS, LEAST_SHARE, LEAST_SHARE_TOP = 16, 1e-4, 0.05
 LEAST_DISTINCT = 16
 """An image with fewer values than this beside the padding is piecewise constant: none of its values is far out."""
-SENTINEL_SHARE, SENTINEL_GAP = 0.01, 0.25
+SENTINEL_SHARE, SENTINEL_GAP, AIR_GAP = 0.01, 0.25, 0.1
 AIR_HU = (-1100.0, -900.0)
 
 Padding = tuple[tuple[float, float], ...]
 """Values of a channel that are padding, each with its share of the voxels."""
 
 
-def find_padding(channel: Shaped[np.ndarray, "x y z"], *, is_ct: bool = False) -> Padding:
+def find_padding(channel: Shaped[np.ndarray, "x y z"], *, is_ct: bool | None = None) -> Padding:
     """Return the values of a channel that are padding, each with its share; usually none.
 
     At the low end these are up to four values that at least 16 voxels and 0.01 % of all share exactly, with a gap to
-    the next value as wide as the central 99 % of the rest. Where nothing else is negative and 1 % share the value, a
-    quarter of that width is enough. At the high end 5 % of all voxels have to share the value, on the faces too, as
-    otherwise saturated metal would count. The value 0 and the air of CT (-1100 to -900) are no padding.
+    the next value as wide as the central 99 % of the rest. Where 1 % share the value, a quarter of that width is enough
+    if nothing else is negative, and a tenth if it is a value that images are filled with like air (-1100 to -900).
+
+    At the high end 5 % of all voxels have to share the value, on the faces too, as otherwise saturated metal would
+    count. The value 0 is no padding, nor is the air of CT: a value from -1100 to -900 beside voxels that are in part
+    air (`has_partial_air`), which an image that was filled with such a value does not have.
 
     Args:
         channel: The voxels of a channel.
-        is_ct: Whether the channel is stated to be CT, so that its air counts as air whatever the rest looks like.
+        is_ct: Whether the channel is stated to be CT, whose air is air whatever the rest looks like; False means that
+            it is stated to be something else, which has no such air, and None that the values decide.
     """
     sample = np.sort(sampled(channel))
     low = _at_end(channel, sample, top=False, is_ct=is_ct)
@@ -41,7 +45,7 @@ def is_padding(channel: Shaped[np.ndarray, "x y z"], padding: Padding) -> Bool[n
 
 
 def _at_end(
-    channel: Shaped[np.ndarray, "x y z"], ordered: Float64[np.ndarray, " n"], *, top: bool, is_ct: bool
+    channel: Shaped[np.ndarray, "x y z"], ordered: Float64[np.ndarray, " n"], *, top: bool, is_ct: bool | None
 ) -> list[tuple[float, float]]:
     """Return the padding at one end; `ordered` is a sample of the values that begins at this end."""
     firsts = np.unique(ordered)
@@ -72,7 +76,7 @@ def _has_gap(ordered: Float64[np.ndarray, " n"], firsts: Float64[np.ndarray, " k
     """Return whether a sample has a gap near its end that may be that of padding; a full search needs one."""
     ends = firsts[: MOST_VALUES + 1]
     width = _width(ordered[np.isin(ordered, ends, invert=True)])
-    return bool(np.abs(np.diff(ends)).max() >= SENTINEL_GAP * width)
+    return bool(np.abs(np.diff(ends)).max() >= AIR_GAP * width)
 
 
 def _is_far(
@@ -83,18 +87,21 @@ def _is_far(
     *,
     share: float,
     top: bool,
-    is_ct: bool,
+    is_ct: bool | None,
 ) -> bool:
     sample = sampled(rest)
     if value == 0 or len(np.unique(sample)) < LEAST_DISTINCT:
         return False
     width, gap = _width(sample), abs(nearest - value)
-    if not top and AIR_HU[0] <= value <= AIR_HU[1] and (is_ct or (nearest < -10 and width >= 100)):
+    is_like_air = not top and AIR_HU[0] <= value <= AIR_HU[1]
+    if is_like_air and (has_partial_air(sample) if is_ct is None else is_ct):
         return False
     if top and not _meets_faces(channel, value, share):
         return False
-    is_sentinel = not top and value < 0 <= nearest and share >= SENTINEL_SHARE
-    return gap >= (SENTINEL_GAP if is_sentinel else 1.0) * width
+    least = 1.0
+    if not top and share >= SENTINEL_SHARE:
+        least = AIR_GAP if is_like_air else SENTINEL_GAP if value < 0 <= nearest else 1.0
+    return gap >= least * width
 
 
 def _width(values: Float64[np.ndarray, " n"]) -> float:

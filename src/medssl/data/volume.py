@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int32, Shaped
 
+from medssl.data.modality import Stated
 from medssl.data.resampling import resample_axis, resampling_matrix
 
 PERCENTILES = (0.5, 1.0, 5.0, 50.0, 95.0, 99.0, 99.5)
@@ -23,13 +24,14 @@ class Volume:
     """Voxels in RAS index order, (channel, x, y, z), contiguous, in the type of the file.
 
     `affine` turns a voxel index into RAS millimetres; `source` says where the voxels came from, `stated_modality` what
-    the header calls them ("ct", "mr" or "pet"), and `left_out` which files beside them were not read, and why.
+    the headers call them ("ct", "mr" or "pet", or one word a channel), and `left_out` which files beside them were not
+    read, and why.
     """
 
     array: Shaped[np.ndarray, "channel x y z"]
     affine: Float64[np.ndarray, "4 4"]
     source: str
-    stated_modality: str | None = None
+    stated_modality: Stated = None
     left_out: tuple[tuple[str, str], ...] = ()
 
     @property
