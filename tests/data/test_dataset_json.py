@@ -149,7 +149,7 @@ def test_a_channel_or_label_map_that_comes_twice_is_a_problem(tmp_path):
         ({"training": [{"image": ["i.nii.gz", 5]}]}, r'entry 1 has the image \["i\.nii\.gz", 5\]'),
         ({"training": [None]}, "training, entry 1 is null"),
         ({"test": [2024]}, "test, entry 1 is 2024"),
-        ({"training": []}, "lists no image; it needs the key training, validation or test"),
+        ({"training": []}, "lists no image; it needs the key training, validation, test or testing"),
         ({"test": "all"}, 'test is "all"; expected is a list'),
     ],
 )
@@ -179,6 +179,15 @@ def test_a_list_that_is_no_utf_8_is_said_to_be(tmp_path):
     (tmp_path / "dataset.json").write_bytes('{"name": "höhe"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"dataset\.json is not valid JSON: 'utf-8' codec can't decode"):
         Decathlon(root=tmp_path).scan()
+
+
+def test_the_key_testing_of_monai_lists_test_cases(tmp_path):
+    (tmp_path / "t.nii.gz").touch()
+    write(tmp_path, training=["a.nii.gz"], testing=[{"image": "t.nii.gz"}])
+    assert {(case.case, case.split) for case in Decathlon(root=tmp_path).scan().cases} == {
+        ("a", "train"),
+        ("t", "test"),
+    }
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -231,9 +231,18 @@ def test_a_file_named_like_a_slice_belongs_to_the_series_and_others_do_not(tmp_p
     path = series(tmp_path / "s", noise(0), name="CT.1.2.{}")
     (path / "notes").write_text("of no concern")
     (path / "CT.txt").write_text("of no concern")
-    assert loaded(path)[0].shape == (9, 8, 12)
+    assert read_volume(path).shape == (9, 8, 12)
+    assert read_volume(path).left_out == ((str(path / "notes"), "no DICOM file, and not named like a slice"),)
     (path / "CT.7.8.99").write_bytes(b"")
     assert reason(path) == "CT.7.8.99: the file is empty (0 bytes)"
+
+
+def test_an_empty_file_among_slices_with_names_of_letters_and_digits_is_a_fault(tmp_path):
+    path = series(tmp_path / "s", noise(0), name="IM{}")
+    for number, name in enumerate(("A7F3", "5FACE", "DEAF", "C0DE")):
+        (path / f"IM{number}").rename(path / name)
+    (path / "DEAF").write_bytes(b"")
+    assert reason(path) == "DEAF: the file is empty (0 bytes)"
 
 
 def test_zipped_slices_are_bounded_and_checked(tmp_path):

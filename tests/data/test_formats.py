@@ -3,6 +3,7 @@
 import gzip
 import os
 import stat
+import zlib
 
 import nibabel
 import numpy as np
@@ -95,8 +96,6 @@ def text_header(rng, path, array, affine):
     lps = lps / unit
     numbers = lambda row: " ".join(f"{v:.9g}" for v in row)  # noqa: E731
     if path.suffix in (".mha", ".mhd"):
-        import zlib
-
         lengths = np.linalg.norm(lps[:, :3], axis=0)
         types = {"u1": "UCHAR", "i1": "CHAR", "i2": "SHORT", "u2": "USHORT", "i4": "INT", "f4": "FLOAT", "f8": "DOUBLE"}
         detached = path.suffix == ".mhd"
@@ -237,12 +236,20 @@ def test_data_that_go_on_far_behind_their_voxels_are_named(suffix, voxels, tmp_p
         head, data = whole.split(b"\n\n", 1)
         path.write_bytes(head + b"\n\n" + gzip.compress(gzip.decompress(data) + bytes(3000)))
     elif suffix == "z.mha":
-        import zlib
-
         head, data = whole.split(b"LOCAL\n", 1)
         path.write_bytes(head + b"LOCAL\n" + zlib.compress(zlib.decompress(data) + bytes(3000)))
     else:
         path.write_bytes(whole + bytes(3000))
+    assert reason(path).startswith("the data go on far behind the voxels: ")
+
+
+def test_a_second_stream_behind_compressed_voxels_is_named(tmp_path):
+    path = tmp_path / "a.mha"
+    voxels = np.arange(10 * 12 * 14, dtype=np.int16).reshape(10, 12, 14)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path), True)
+    np.testing.assert_array_equal(loaded(path)[1][..., 0], voxels.T)
+    with path.open("ab") as file:
+        file.write(zlib.compress(bytes(3000)))
     assert reason(path).startswith("the data go on far behind the voxels: ")
 
 

@@ -23,11 +23,12 @@ def test_the_odd_ones_out_are_named_with_their_reasons(noise_store):
         {"shape": (400, 36, 32)},
         {"statistics": ({**usual.statistics[0], "p99_5": 9000.0},)},
         {"doubts": ("the body is 0.2 % of the volume",)},
+        {"modality": ("mr",), "modality_from": "voxels"},
         *[{}] * 4,
     )
     tables = overview([replace(usual, case=f"c{n:02d}", **change) for n, change in enumerate(changes)])
     odd = dict(map(tuple, tables.odd[1:]))
-    assert odd.keys() == {f"c{n:02d}" for n in range(1, 8)}
+    assert odd.keys() == {f"c{n:02d}" for n in range(1, 9)}
     assert odd["c01"] == "values of 0 to 1 do not tell the modality"
     assert odd["c02"] == "stated as of unknown modality"
     assert odd["c03"] == "padding -9999 (25 %) left out"
@@ -35,10 +36,11 @@ def test_the_odd_ones_out_are_named_with_their_reasons(noise_store):
     assert odd["c05"] == "size 400 x 36 x 32, that of the others is about 40 x 36 x 32"
     assert odd["c06"].startswith("range ")
     assert odd["c07"] == "the body is 0.2 % of the volume"
-    assert [row[:2] for row in tables.summary[1:]] == [["ct", "10"], ["unknown", "2"]]
+    assert odd["c08"] == "mr by its values, which 12 others are not"
+    assert [row[:2] for row in tables.summary[1:]] == [["ct", "10"], ["mr", "1"], ["unknown", "2"]]
     lines = str(tables).splitlines()
-    assert lines[3] == "to look at: 7 of 12 cases"
-    assert "c03: padding -9999" in lines[6]
+    assert lines[4] == "to look at: 8 of 13 cases"
+    assert "c03: padding -9999" in lines[7]
 
 
 def test_the_page_shows_each_case_escapes_names_and_repeats_its_bytes(noise_store):

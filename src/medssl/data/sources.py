@@ -22,7 +22,10 @@ SPLITS = {
     "val": "validation",
     "validation": "validation",
     "test": "test",
+    "testing": "test",
 }
+LISTS = ("training", "validation", "test", "testing")
+"""Keys of a dataset.json under which cases are listed; `testing` is that of MONAI's lists."""
 NNUNET_IMAGES = {"imagesTr": "train", "imagesTs": "test"}
 NNUNET_LABELS = {"labelsTr": "train", "labelsTs": "test"}
 CSV_COLUMNS = ("case", "image", "label", "group", "split", "modality")
@@ -95,9 +98,9 @@ class Decathlon:
         root, scan = existing_root(self.root), Scan()
         listed = DatasetJson.read(root)
         listed.label_names()  # what cannot be learnt is refused before an hour of preparing
-        entries = [(key, entry) for key in ("training", "validation", "test") for entry in listed.cases(key)]
+        entries = [(key, entry) for key in LISTS for entry in listed.cases(key)]
         if not entries:
-            raise ValueError(f"{listed.path} lists no image; it needs the key training, validation or test")
+            raise ValueError(f"{listed.path} lists no image; it needs the key training, validation, test or testing")
         group, modality = str(listed.content.get("name", root.name)), listed_modalities(listed.channel_names())
         for key, entry in entries:
             if not entry.images:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from medssl.data.atomic import write_text
+from medssl.data.measurements import VOXELS
 from medssl.data.padding import shown
 from medssl.data.store import Record, VolumeStore
 from medssl.evaluation.report import html_page, html_table
@@ -22,6 +23,8 @@ TITLE = "Prepared cases"
 MOST_PICTURES = 300
 """Cases up to which the page shows slices and histograms."""
 MOST_LISTED = 20
+RARE = 0.2
+"""Share of cases up to which a modality that is judged by the values is named as odd."""
 FAR = 3.0
 """Factor to the median of the other cases from which a spacing, a size, or a range in HU is odd."""
 FAR_WITHOUT_UNIT = 30.0
@@ -62,9 +65,11 @@ def overview(records: Sequence[Record]) -> Overview:
     summary = [["modality", "cases", "range (0.5 to 99.5 %)", "spacing (mm)", "size (voxels)"]]
     summary += [[name, str(len(found)), *_middle(found)] for name, found in sorted(by_modality.items())]
     reasons = {record.case: list(_reasons(record)) for record in records}
-    for found in by_modality.values():
+    for name, found in by_modality.items():
         for record, words in zip(found, _outliers(found), strict=True):
             reasons[record.case] += words
+            if record.modality_from == VOXELS and "unknown" not in name and len(found) <= RARE * len(records):
+                reasons[record.case].append(f"{name} by its values, which {len(records) - len(found)} others are not")
     odd = [["case", "reasons"], *([case, "; ".join(words)] for case, words in reasons.items() if words)]
     cases = [["case", "modality", "stated by", "range", "spacing (mm)", "size (voxels)", "body", "padding"]]
     return Overview(summary, odd, [*cases, *map(_row, records)])

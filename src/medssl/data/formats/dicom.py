@@ -79,7 +79,11 @@ def _series_in(folder: Path, left_out: list[tuple[str, str]]) -> list[DicomFile]
         else:
             objects.append(path)
     patterns = {_pattern(path) for path in images}
-    images += [path for path in others if has_dicom_suffix(path) or _pattern(path) in patterns]
+    for path in others:
+        if has_dicom_suffix(path) or _pattern(path) in patterns or (not path.suffix and _is_empty(path)):
+            images.append(path)
+        elif not path.suffix:
+            left_out.append((str(path), "no DICOM file, and not named like a slice"))
     series: dict[str, list[DicomFile]] = defaultdict(list)
     for path in sorted(images):
         file = read_dicom(path)
@@ -95,6 +99,10 @@ def _series_in(folder: Path, left_out: list[tuple[str, str]]) -> list[DicomFile]
                 raise ReadError(path, "its class is not one of images, and it belongs to the series")
         left_out.append((str(path), NO_IMAGE))
     return _chosen(folder, list(series.values()), left_out)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
 
 
 def _pattern(path: Path) -> str:

@@ -187,6 +187,8 @@ def _decompressed(data: DataPart) -> Iterator[bytes]:
             if not block:
                 raise EOFError("the data end early")
             yield decoder.decompress(block, 2**20)
+        if len(decoder.unused_data) + len(stream.read(2)) > 1:
+            raise ReadError(data.path, "the data go on far behind the voxels: more than one compressed stream")
 
 
 def check_channels_stated(path: Path, name: str, text: str) -> None:
