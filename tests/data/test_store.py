@@ -130,3 +130,12 @@ def test_missing_labels_and_derived_tables_name_what_to_run(make_store):
         store.read_label(0, (0, 0, 0), (2, 2, 2))
     with pytest.raises(ValueError, match="derive what=keypoints"):
         store.derived("keypoints", 0)
+
+
+def test_values_that_are_clipped_when_they_are_stored_are_a_doubt(make_store):
+    array = np.random.default_rng(0).random((1, 40, 36, 32)).astype(np.float32)
+    assert make_store(array).record(0).doubts == ()
+    array[0, 20, 20, 20] = 60.0
+    (doubt,) = make_store(array).record(0).doubts
+    assert doubt.startswith("values of ")
+    assert " to 60 are stored as " in doubt

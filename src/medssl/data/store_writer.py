@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def write_case(
         split=split,
         statistics=tuple(statistics),
         padding=tuple(map(tuple, padding)) or ((),) * volume.num_channels,
-        doubts=tuple(doubts),
+        doubts=(*doubts, *_clipped(statistics, slope, intercept)),
         body_lower=tuple(map(float, body.lower)),  # type: ignore[arg-type]
         body_upper=tuple(map(float, body.upper)),  # type: ignore[arg-type]
         voxel_hash=voxel_hash,
@@ -175,6 +175,18 @@ def _to_int16(
             out[:] = np.clip(np.rint((plane.astype(np.float64) - intercept) / slope), -32768, 32767)
         scales.append((slope, intercept))
     return stored, tuple(slope for slope, _ in scales), tuple(intercept for _, intercept in scales)
+
+
+def _clipped(
+    statistics: Sequence[dict[str, float]], slope: Sequence[float], intercept: Sequence[float]
+) -> Iterator[str]:
+    """Yield, for each channel with values beyond those that its integers can mean, what became of them."""
+    for number, (kept, step, shift) in enumerate(zip(statistics, slope, intercept, strict=True)):
+        low, high = shift - 32768 * step, shift + 32767 * step
+        if kept["minimum"] < low - step or kept["maximum"] > high + step:
+            where = f"channel {number}: " if len(statistics) > 1 else ""
+            span = f"{kept['minimum']:.6g} to {kept['maximum']:.6g}"
+            yield f"{where}values of {span} are stored as {low:.6g} to {high:.6g}, so that the others keep their steps"
 
 
 def _level_factors(shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[tuple[int, int, int], ...]:
