@@ -33,7 +33,7 @@ def test_a_located_image_says_where_in_the_body_each_voxel_lies(spacing_mm):
     array = np.full((1, 40, 40, 20), -1000, np.int16)
     array[:, 8:32, 12:28, 4:20] = 40
     volume, how = Volume(array, AFFINE, "synthetic"), reading(spacing_mm, window=(8, 8, 24))
-    record = record_of(volume, with_body=True)
+    record = record_of(volume, with_body=True, modality="ct")
     assert record.modality == ("ct",)
     assert record_of(volume).body.size.tolist() == [40, 40, 20]
     image = WorkingImage(record, how, fetch_from(array), CPU, located=True)
