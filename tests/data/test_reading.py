@@ -327,5 +327,5 @@ def test_label_maps_are_told_from_images_by_their_values(real_data):
 
 
 def test_read_errors_travel_between_processes_and_stems_lose_double_suffixes(tmp_path):
-    error = pickle.loads(pickle.dumps(ReadError(tmp_path / "a.nii.gz", "is broken")))
-    assert (error.reason, stem(error.path)) == ("is broken", "a")
+    error = pickle.loads(pickle.dumps(ReadError(tmp_path / "a.nii.gz", "is broken", lasting=False)))
+    assert (error.reason, stem(error.path), error.lasting) == ("is broken", "a", False)

@@ -5,8 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from medssl.data.cases import Scan
-from medssl.data.formats import dicom_class, has_dicom_suffix, has_image_suffix, is_image_class
-from medssl.data.formats.claims import NO_PERMISSION, irregularity
+from medssl.data.formats import (
+    NO_PERMISSION,
+    dicom_class,
+    has_dicom_suffix,
+    has_image_suffix,
+    irregularity,
+    is_image_class,
+)
 
 NUM_DICOM_PROBES = 256
 NUM_NAMED = 3

@@ -63,14 +63,14 @@ def measure(
         here = find_padding(volume.array[channel], is_ct=None if stated in (None, "unknown") else stated == "ct")
         mask = is_padding(volume.array[channel], here) if here else None
         values = volume.array[channel] if mask is None else volume.array[channel][~mask]
-        guess, doubt = guess_modality(values)
+        guess = guess_modality(values)
         if mask is not None:
             channels = channels.copy() if channels is volume.array else channels
             channels[channel][mask] = values.min()
-        doubt = doubt if stated is None else doubt_about(stated, guess, doubt)
+        doubt = guess.doubt if stated is None else doubt_about(stated, guess)
         doubts += [doubt if number == 1 else f"channel {channel}: {doubt}"] if doubt else []
-        modality.append(stated or guess)
-        looks.append(words[-1][1][channel] or guess)
+        modality.append(stated or guess.modality)
+        looks.append(words[-1][1][channel] or guess.modality)
         origins.append(origin)
         padding.append(here)
         masks.append(mask)

@@ -1,7 +1,7 @@
 """The modality of a channel: the words for it, who states it, and the guess from the values."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Shaped
@@ -91,8 +91,22 @@ def by_channel(stated: Stated, num_channels: int, *, chosen: str | int | None = 
     return words
 
 
-def guess_modality(values: Shaped[np.ndarray, "..."]) -> tuple[str, str]:
-    """Return the modality that the values of a channel look like, and a doubt about it ("" for none).
+class Guess(NamedTuple):
+    """What the values of a channel look like.
+
+    Args:
+        modality: One of `MODALITIES`.
+        doubt: A sentence on why it is doubtful; "" for no doubt.
+        may_be_hu: Whether the values can be Hounsfield units.
+    """
+
+    modality: str
+    doubt: str = ""
+    may_be_hu: bool = True
+
+
+def guess_modality(values: Shaped[np.ndarray, "..."]) -> Guess:
+    """Return the modality that the values of a channel look like, and a doubt about it.
 
     Padding should be left out of the values. The rules, in Hounsfield units, of a sample of 400,000 voxels:
 
@@ -112,27 +126,28 @@ def guess_modality(values: Shaped[np.ndarray, "..."]) -> tuple[str, str]:
     sample = sampled(values)
     span = f"{low:.6g} to {high:.6g}"
     if high - low <= NARROW:
-        return "unknown", f"a range of {span} does not tell the modality: a normalised image?"
+        return Guess("unknown", f"a range of {span} does not tell the modality: a normalised image?", may_be_hu=False)
     if low < CT_MINIMUM_HU:
         soft = _is_soft_tissue(sample)
         has_lower = _share(sample, -np.inf, CT_MINIMUM_HU) >= LEAST_LOWER
         if _has_air(sample) or (soft and has_lower and not _peaks_at_zero(sample)):
-            return "ct", ""
+            return Guess("ct")
         if soft:
-            return "unknown", f"values of {span} fit a piece of a CT as well as a difference of MR images"
+            return Guess("unknown", f"values of {span} fit a piece of a CT as well as a difference of MR images")
         if _share(sample, -np.inf, LUNG_HU) < LEAST_AIR:
-            return "mr", ""
-        return "unknown", f"values of {span} are spread neither as in CT nor as in MR"
+            return Guess("mr")
+        return Guess("unknown", f"values of {span} are spread neither as in CT nor as in MR")
     if low > -WATER_AT / 4 and _is_offset_ct(sample, high):
-        return "unknown", f"values of {span} look like a CT stored without its intercept (water near {WATER_AT})"
-    return "mr", ""
+        doubt = f"values of {span} look like a CT stored without its intercept (water near {WATER_AT})"
+        return Guess("unknown", doubt, may_be_hu=False)
+    return Guess("mr")
 
 
-def doubt_about(stated: str, guess: str, doubt: str) -> str:
+def doubt_about(stated: str, guess: Guess) -> str:
     """Return why a stated modality may be wrong; "" where the values do not speak against it."""
-    if stated == "ct" and ("intercept" in doubt or "range of" in doubt):
-        return f"stated as CT, but {doubt}"
-    if stated in ("mr", "pet", "us") and guess == "ct":
+    if stated == "ct" and not guess.may_be_hu:
+        return f"stated as CT, but {guess.doubt}"
+    if stated in ("mr", "pet", "us") and guess.modality == "ct":
         return f"stated as {stated.upper()}, but its values look like CT"
     return ""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medssl.data.cases import Case
-from medssl.data.formats import ReadError
+from medssl.data.formats import NO_MEMORY, ReadError
 from medssl.data.measurements import measure, resampled
 from medssl.data.reading import LabelMapError, check_sides
 from medssl.data.store import Record
@@ -17,7 +17,6 @@ from medssl.data.volume import (
     voxel_hash,
 )
 
-NO_MEMORY = "the image does not fit into memory"
 LEAST_BODY = 0.01
 """Share of the volume below which a body is doubtful."""
 

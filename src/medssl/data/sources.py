@@ -150,8 +150,9 @@ class NnUnet:
         labels = {split: self._labels(root / folder, scan) for folder, split in NNUNET_LABELS.items()}
         found = {split: by_case(image_files(root / folder), scan) for folder, split in NNUNET_IMAGES.items()}
         if not any(found.values()) and not scan.problems:
-            raise ValueError(
-                f"{root} has no imagesTr/CASE_0000.nii.gz; is it the folder DatasetXXX_NAME of nnUNet_raw?"
+            raise SourceMissingError(
+                f"data.root={root} has no imagesTr/CASE_0000.nii.gz; give the folder of one data set of nnUNet_raw, "
+                "such as Dataset003_Liver"
             )
         modality = listed_modalities(stated)
         channels = set(range(len(stated))) or {n for cases in found.values() for files in cases.values() for n in files}

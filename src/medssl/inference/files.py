@@ -14,8 +14,16 @@ from medssl.data.atomic import whole_file
 from medssl.data.cases import Case, Scan, case_names, file_name
 from medssl.data.channel_files import by_case, channel_of, in_order
 from medssl.data.dataset_json import FILE, DatasetJson
-from medssl.data.formats import NIFTI_SUFFIXES, ReadError, has_image_suffix, is_dicom, open_image, reasons_for, stem
-from medssl.data.formats.claims import irregularity
+from medssl.data.formats import (
+    NIFTI_SUFFIXES,
+    ReadError,
+    has_image_suffix,
+    irregularity,
+    is_dicom,
+    open_image,
+    reasons_for,
+    stem,
+)
 from medssl.data.geometry import apply
 from medssl.data.sources import Folder
 from medssl.data.volume import Volume

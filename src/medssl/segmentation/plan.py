@@ -354,7 +354,7 @@ def find_copies(store: VolumeStore, split: CaseSplit, training: Sequence[int], *
             if where != part:
                 copies.append(f"{record.case} ({part}) and {name} ({where}) hold the same voxels")
     if copies and not allowed:
-        more = f", as {len(copies) - 1} other pairs do" if copies[1:] else ""
+        more = f" ({len(copies)} such pairs)" if copies[1:] else ""
         raise ValueError(
             f"{copies[0]}{more}: results would be those of images that the network was trained on or selected by; drop"
             " one of the two from the data or from the split, or go on with allow_leakage=true, which marks every"
