@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from medssl import building
-from medssl.config import compose
+from medssl.config import compose, with_values
 from medssl.data.views import View
 from medssl.methods.alice import Alice
 from medssl.methods.base import Method, Progress
@@ -71,7 +71,10 @@ def written_out(who: str) -> Iterator[None]:
 def build(*overrides: str) -> tuple[Alice, torch.optim.Optimizer]:
     """The method of the published configuration with the weights of one seed, and its optimiser."""
     config = compose("pretrain", ["~data", "method=alice", "batch_size=1", *overrides])
-    config.facts = {"num_cases": 10, "num_channels": 1, "num_locations": None, "steps_per_epoch": STEPS_PER_EPOCH}
+    config = with_values(
+        config,
+        {"facts": {"num_cases": 10, "num_channels": 1, "num_locations": None, "steps_per_epoch": STEPS_PER_EPOCH}},
+    )
     values = OmegaConf.to_container(config, resolve=True)
     torch.manual_seed(0)
     method = building.build(values["method"], base=Method)

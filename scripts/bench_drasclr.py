@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from medssl import building
-from medssl.config import compose
+from medssl.config import compose, with_values
 from medssl.data.views import View
 from medssl.methods.base import Method, Progress
 from medssl.models.conditioned import ConditionedEncoder
@@ -91,13 +91,18 @@ def difference(dtype: torch.dtype, device: torch.device) -> list[float]:
 def whole_steps(impl: str, *, steps: int, device: torch.device) -> list[float]:
     """Median seconds of a step after a first one, and the process' peak memory in GB."""
     config = compose("pretrain", ["~data", "method=drasclr", f"method.encoder.impl={impl}"])
-    config.facts = {
-        "num_cases": SUBJECTS,
-        "num_channels": 1,
-        "num_locations": LOCATIONS,
-        "steps_per_epoch": SUBJECTS / config.batch_size,
-        "steps_per_round": LOCATIONS * (SUBJECTS // config.batch_size),
-    }
+    config = with_values(
+        config,
+        {
+            "facts": {
+                "num_cases": SUBJECTS,
+                "num_channels": 1,
+                "num_locations": LOCATIONS,
+                "steps_per_epoch": SUBJECTS / config.batch_size,
+                "steps_per_round": LOCATIONS * (SUBJECTS // config.batch_size),
+            }
+        },
+    )
     values = OmegaConf.to_container(config, resolve=True)
     torch.manual_seed(0)
     method = building.build(values["method"], base=Method).to(device).train()

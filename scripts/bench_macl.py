@@ -91,7 +91,7 @@ def step(who: str, repeats: int) -> dict[str, float]:
     from omegaconf import OmegaConf
 
     from medssl.building import build
-    from medssl.config import compose
+    from medssl.config import compose, with_values
     from medssl.data.views import View
     from medssl.methods.base import Method, Progress
 
@@ -99,7 +99,7 @@ def step(who: str, repeats: int) -> dict[str, float]:
     blocks = 2 if who == "two blocks" else 1
     size = f"views.groups.still.size=[{SIDE},{SIDE},{SIDE}]"
     config = compose("pretrain", ["~data", "method=macl", f"method.backbone.num_blocks={blocks}", size])
-    config.facts = {"num_channels": 1, "crop_voxel": [SIDE] * 3}
+    config = with_values(config, {"facts": {"num_channels": 1, "crop_voxel": [SIDE] * 3}})
     method = build(OmegaConf.to_container(config.method, resolve=True), base=Method).train()
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5)
 

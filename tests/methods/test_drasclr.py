@@ -311,7 +311,7 @@ def test_all_weights_have_one_group_and_pictures_show_the_location():
         (lambda: make(neighbour_reduce="max"), "neighbour_reduce is 'max', allowed are sum, mean"),
         (lambda: make(key_norm="none"), "key_norm is 'none', allowed are shuffle, split, plain"),
         (lambda: make(temperature=0.0), "temperature must be positive"),
-        (lambda: make(ema_momentum=1.5), r"ema_momentum must lie in \[0, 1\], got 1.5"),
+        (lambda: make(ema_momentum=1.5), "ema_momentum is a share, from 0 to 1; got 1.5"),
         (lambda: make(num_splits=0), "num_splits must be at least 1"),
         (lambda: make()(batch(b=1), at(0)), "at least 2 samples .* raise batch_size"),
         (lambda: make()({}, at(0)), "a view group `anchor` with two views"),

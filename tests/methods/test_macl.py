@@ -342,7 +342,7 @@ def test_crops_of_other_cohorts_are_not_compared():
         ({"coupling": "loose"}, "shared, independent, ema"),
         ({"downsample": "cubic"}, "linear, area"),
         ({"temperature": 0.0}, "positive"),
-        ({"momentum": 2.0}, r"\[0, 1\]"),
+        ({"momentum": 2.0}, "momentum is a share, from 0 to 1; got 2.0"),
         ({"crop_voxel": [12, 12, 12]}, r"multiples of \[8, 8, 8\]"),
         ({"dense_chunk": 0}, "dense_chunk must be at least 1 or null, got 0"),
         ({"crop_voxel": [16, 16, 4], "spatial_dims": 2}, r"\[x, y, 1\]; give views.groups.still.size=\[16,16,1\]"),

@@ -294,9 +294,9 @@ def test_the_command_derives_by_short_words_and_lists_what_failed(root):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["provider=magic"], "provider must be one of reference_affine, body_box, raw_grid, official_atlas"),
+        (["provider=magic"], "provider is 'magic', allowed are reference_affine, body_box, raw_grid, official_atlas"),
         (["reference=nobody"], "reference=nobody is neither an image file nor a case of"),
-        (["what.coordinate=max"], "what.coordinate must be one of auto, minmax, official_max"),
+        (["what.coordinate=max"], "what.coordinate is 'max', allowed are auto, minmax, official_max"),
         (["what.patch_voxel=999"], "a patch of 999 fits into more than that only"),
         (["what.spacing_mm=0"], "what.spacing_mm must be positive"),
         (["what.spacing_mm=abc"], "what.spacing_mm must be "),

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from medssl.checks import choice
+from medssl.checks import choice, share
 from medssl.data.views import View
 from medssl.losses.alignment import halved_mse, inter_volume_loss, intra_volume_loss
 from medssl.losses.consistency import centred_softmax, direction_spread, mean_entropy
@@ -108,8 +108,7 @@ class Alice(Method):
             raise ValueError("student_temperature, teacher_temperature and teacher_temperature_start must be positive")
         momenta = {"centre_momentum": centre_momentum, "ema_momentum": ema_momentum}
         for name, value in {**momenta, "ema_momentum_end": ema_momentum_end}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+            share(name, value)
         _check_widths(backbone, head, cafa)
         num_blocks((1, 1, 1), shape=mask_shape)  # refuses an unknown shape now, not in the first step
         self.backbone, self.head, self.cafa = backbone, head, cafa

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from medssl.checks import choice
+from medssl.checks import choice, share
 from medssl.data.views import View
 from medssl.losses.consistency import direction_spread
 from medssl.losses.instance import Negatives, discriminate, queue_logits
@@ -92,8 +92,7 @@ class DrasCLR(Method):
         choice("key_norm", key_norm, KEY_NORMS)
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        if not 0 <= ema_momentum <= 1:
-            raise ValueError(f"ema_momentum must lie in [0, 1], got {ema_momentum}")
+        share("ema_momentum", ema_momentum)
         if num_splits < 1:
             raise ValueError(f"num_splits must be at least 1, got {num_splits}")
         self.encoder, self.head, self.queue = encoder, head, queue

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medssl.checks import choice
+from medssl.checks import choice, share
 from medssl.data.views import View
 from medssl.losses.consistency import direction_spread
 from medssl.losses.dense_contrast import dense_contrast, equivariance_loss, segment_contrast
@@ -95,8 +95,7 @@ class MACL(Method):
             choice(name, value, allowed)
         if min(temperature, base_temperature) <= 0:
             raise ValueError("temperature and base_temperature must be positive")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
+        share("momentum", momentum)
         if not isinstance(gather, bool | None):  # any word would count as true
             raise ValueError(f"gather must be true, false or null, got {gather!r}")
         if dense_chunk is not None and dense_chunk < 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, Shaped
 
+from medssl.checks import choice
 from medssl.data.formats import open_image, reasons_for
 from medssl.data.geometry import apply
 
@@ -107,7 +108,7 @@ class AnchorTable:
         With `patch_anchor` "corner" the affine moves the first voxel of a patch, as in the released code. The rest of
         the patch then lies beside it along the axes of the reference.
         """
-        check_choice("patch_anchor", patch_anchor, PATCH_ANCHORS)
+        choice("patch_anchor", patch_anchor, PATCH_ANCHORS)
         if patch_anchor == "corner":
             return apply(reference_to_subject, self.corner_mm) + self._half_mm
         return apply(reference_to_subject, self.centre_mm)
@@ -194,7 +195,7 @@ def coordinates(index_voxel: Int64[np.ndarray, "location 3"], *, norm: str) -> F
 
     Source: data/copd_patch.py of the code released with arXiv:2302.10390.
     """
-    check_choice("coordinate", norm, NORMS)
+    choice("coordinate", norm, NORMS)
     low = index_voxel.min(axis=0) if norm == "minmax" else np.zeros(3, dtype=np.int64)
     span = index_voxel.max(axis=0) - low
     return np.where(span > 0, 2 * (index_voxel - low) / np.maximum(span, 1) - 1, 0).astype(np.float32)
@@ -317,9 +318,3 @@ def read_atlas(
         reference=str(mask_file.name),
     )
     return table, mask
-
-
-def check_choice(name: str, given: str, allowed: tuple[str, ...]) -> None:
-    """Raise a ValueError unless `given` is one of the allowed words."""
-    if given not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {given!r}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from medssl.checks import choice
 from medssl.data.formats import IMAGE_SUFFIXES, open_image, reasons_for
 from medssl.data.geometry import apply
 from medssl.data.measurements import measure
@@ -20,7 +21,6 @@ from medssl.tables.anchors import (
     PATCH_ANCHORS,
     AnchorTable,
     atlas_files,
-    check_choice,
     find_anchors,
     read_atlas,
     roi_on_grid,
@@ -108,9 +108,9 @@ class AnatomicalLocations:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_choice("provider", self.provider, PROVIDERS)
-        check_choice("what.coordinate", self.coordinate, ("auto", *NORMS))
-        check_choice("what.patch_anchor", self.patch_anchor, PATCH_ANCHORS)
+        choice("provider", self.provider, PROVIDERS)
+        choice("what.coordinate", self.coordinate, ("auto", *NORMS))
+        choice("what.patch_anchor", self.patch_anchor, PATCH_ANCHORS)
         for name in ("patch_voxel", "step_voxel", "max_anchors"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
