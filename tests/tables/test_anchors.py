@@ -102,7 +102,7 @@ def test_minmax_coordinates_reach_from_end_to_end_and_a_single_plane_lies_at_zer
         [1, 1, 0],
     ]
     assert coordinates(corners, norm="official_max")[:, 1].tolist() == [-1, -1, 1]
-    with pytest.raises(ValueError, match="minmax, official_max; got 'max'"):
+    with pytest.raises(ValueError, match="'max', allowed are minmax, official_max"):
         coordinates(corners, norm="max")
 
 
