@@ -5,6 +5,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from medssl.data.prepare import LOOKS
+
 
 def image(path, array=None, *, shape=(10, 11, 12), seed=0, affine=None):
     """Write an image, of noise where no array is given."""
@@ -35,5 +37,6 @@ def reasons(scan):
 
 
 def tree(root):
-    """All files below, hidden ones included, with their bytes."""
-    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(Path(root).rglob("*")) if f.is_file()}
+    """All files below with their bytes, hidden ones included but for the looks at the source, which name its times."""
+    files = (f for f in sorted(Path(root).rglob("*")) if f.is_file() and f.name != LOOKS)
+    return {str(f.relative_to(root)): f.read_bytes() for f in files}

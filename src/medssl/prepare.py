@@ -27,6 +27,7 @@ class PrepareSettings:
         recipe: How an image is prepared: `channels`, `spacing_mm`, `min_side_voxel`.
         max_rejected_fraction: Share of unreadable files above which the store is not finished.
         num_workers: Number of processes; None for one per core.
+        verify: Whether to read all files, also those whose size and time have not changed.
     """
 
     name: str
@@ -35,6 +36,7 @@ class PrepareSettings:
     recipe: dict[str, Any]
     max_rejected_fraction: float
     num_workers: int | None
+    verify: bool
 
     @classmethod
     def of(cls, config: DictConfig) -> PrepareSettings:
@@ -59,6 +61,7 @@ class PrepareSettings:
             recipe=preparation(data),
             max_rejected_fraction=checks.share("max_rejected_fraction", config.max_rejected_fraction),
             num_workers=checks.whole("num_workers", config.num_workers, or_null="for one a core"),
+            verify=checks.switch("verify", config.verify),
         )
 
 
@@ -77,6 +80,7 @@ def run(config: DictConfig) -> None:
         **settings.recipe,
         max_rejected_fraction=settings.max_rejected_fraction,
         num_workers=settings.num_workers,
+        verify=settings.verify,
     )
     store = VolumeStore(summary.root)
     tables = overview(list(store.records()))

@@ -10,6 +10,7 @@ from dicom_slices import dataset, saved, series
 from volume_files import image, label, names, reasons
 
 from medssl.data.cases import Case
+from medssl.data.fingerprints import Contents
 from medssl.data.prepare import prepare_store
 from medssl.data.sources import Csv, Decathlon, Folder, NnUnet
 
@@ -64,7 +65,7 @@ def test_a_pipe_is_noted_and_never_opened(name, tmp_path):
         (name, "a pipe, not a file; only files and folders are opened")
     ]
     assert names(scan) == ["good"]
-    assert Case("a", tmp_path / name).fingerprint()
+    assert Case("a", tmp_path / name).fingerprint(Contents())
 
 
 def test_a_table_that_lists_a_pipe_does_not_hang(tmp_path):

@@ -14,6 +14,7 @@ from volume_files import image, label, names, reasons
 from medssl.config import compose
 from medssl.data import image_tree
 from medssl.data.cases import Case
+from medssl.data.fingerprints import Contents
 from medssl.data.formats import ReadError
 from medssl.data.reading import LabelMapError
 from medssl.data.recipes import preparation
@@ -207,7 +208,7 @@ def test_a_file_name_that_is_no_utf_8_is_a_case_like_others(tmp_path):
     (case,) = Folder(root=tmp_path).scan().cases
     assert re.fullmatch(r"caf_-[0-9a-f]{8}", case.case)
     assert case.read(channels=None, min_side_voxel=8)[0].shape == (10, 11, 12)
-    assert len(case.fingerprint()) == 32
+    assert len(case.fingerprint(Contents())) == 32
 
 
 def test_nnunet_cases_of_one_name_in_train_and_test_keep_their_own_labels(tmp_path):
@@ -287,19 +288,19 @@ def test_a_fingerprint_follows_content_size_label_and_modality_but_not_time_or_g
     label(tmp_path / "l.nii.gz")
     label(tmp_path / "m.nii.gz", value=2)
     case = Case("x", tmp_path / "a.nii.gz")
-    first = case.fingerprint()
+    first = case.fingerprint(Contents())
     os.utime(tmp_path / "a.nii.gz", (0, 0))
-    assert replace(case, group="g", split="test").fingerprint() == first
+    assert replace(case, group="g", split="test").fingerprint(Contents()) == first
     others = {
-        replace(case, label=tmp_path / "l.nii.gz").fingerprint(),
-        replace(case, label=tmp_path / "m.nii.gz").fingerprint(),
-        replace(case, modality="mr").fingerprint(),
-        replace(case, more_channels=(tmp_path / "b.nii.gz",)).fingerprint(),
-        replace(case, image=tmp_path).fingerprint(),
-        replace(case, image=tmp_path / "none.nii.gz").fingerprint(),
+        replace(case, label=tmp_path / "l.nii.gz").fingerprint(Contents()),
+        replace(case, label=tmp_path / "m.nii.gz").fingerprint(Contents()),
+        replace(case, modality="mr").fingerprint(Contents()),
+        replace(case, more_channels=(tmp_path / "b.nii.gz",)).fingerprint(Contents()),
+        replace(case, image=tmp_path).fingerprint(Contents()),
+        replace(case, image=tmp_path / "none.nii.gz").fingerprint(Contents()),
     }
     image(tmp_path / "a.nii.gz", seed=1)
-    assert len({first, case.fingerprint(), *others}) == 8
+    assert len({first, case.fingerprint(Contents()), *others}) == 8
 
 
 def test_names_of_labels_are_read_in_both_directions_of_dataset_json(tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
+from medssl.data.fingerprints import Contents
 from medssl.data.prepare import prepare_store
 from medssl.data.store import VolumeStore
 from medssl.phantoms.emphysema import draw_severity, hole_share, low_attenuation
@@ -113,6 +114,6 @@ def test_without_emphysema_recipe_and_store_are_as_ever(tmp_path):
     assert "emphysema" not in Phantoms(**small).recipe()
     assert Phantoms(**small, emphysema=True).recipe()["emphysema"] == 1
     plain, ill = (Phantoms(**small, emphysema=emphysema).scan().cases[0] for emphysema in (False, True))
-    assert plain.fingerprint() == "7dcb10288bff6b9bdaea09c50090b368" != ill.fingerprint()
+    assert plain.fingerprint(Contents()) == "7dcb10288bff6b9bdaea09c50090b368" != ill.fingerprint(Contents())
     prepare_store(Phantoms(**small), tmp_path / "plain", num_workers=0, progress=False)
     assert not (tmp_path / "plain" / "targets.csv").exists()

@@ -14,21 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from medssl.data.fingerprints import Contents
 from medssl.data.formats import ReadError, stem
 from medssl.data.modality import by_channel
 from medssl.data.reading import check_label_file, read_label, read_volume
 from medssl.data.volume import Volume
-
-OUTLINE_BYTES = 4096
-"""Bytes read at both ends of a file: they hold the header and, behind compressed voxels, their checksum."""
-
-PARTS = {
-    ".mhd": (".raw", ".zraw", ".raw.gz"),
-    ".nhdr": (".raw", ".zraw", ".raw.gz"),
-    ".hdr": (".img", ".IMG", ".mat"),
-    ".img": (".hdr", ".HDR", ".mat"),
-}
-"""Files that an image of several files usually has beside the one that names it, by its ending."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +53,13 @@ class Case:
         """Whether `read` returns a label map."""
         return self.label is not None
 
-    def fingerprint(self) -> str:
-        """Return a hash that changes when the case must be prepared again: files, their sizes and ends, the modality.
+    def fingerprint(self, contents: Contents) -> str:
+        """Return a hash that changes when the case must be prepared again: files, their contents, the modality.
 
-        No times enter it, so copies of the files on another machine or day give the same hash.
+        No times enter it, so copies of the files on another day give the same hash.
         """
         files = [self.image, *self.more_channels, *([] if self.label is None else [self.label])]
-        facts = [self.has_label, self.modality, *([os.fsdecode(file), _outline(file)] for file in files)]
+        facts = [self.has_label, self.modality, *([os.fsdecode(file), contents.of(file)] for file in files)]
         return _hash(json.dumps(facts))[:32]
 
     def problem(self) -> tuple[Path, str] | None:
@@ -188,31 +178,6 @@ def _hash(text: str | Path) -> str:
     return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
-def _outline(path: Path) -> list[Any]:
-    """Return values that change with a file: size, hash of both ends; for a folder: names, sizes, its first file."""
-    try:
-        if path.is_dir():
-            files = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path) if entry.is_file())
-            return [files, *(_outline(path / name) for name, _ in files[:1])]
-        if not path.is_file():
-            return ["no file"]  # a pipe would never end
-        parts = PARTS.get(path.suffix.lower(), ())
-        beside = [p for p in map(path.with_suffix, parts) if p.is_file()]
-        return [part for file in (path, *beside) for part in _ends(file)]
-    except OSError as error:
-        return [type(error).__name__]
-
-
-def _ends(path: Path) -> tuple[int, str]:
-    """Return the size of a file and a hash of both of its ends."""
-    with path.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(0)
-        ends = stream.read(OUTLINE_BYTES)
-        stream.seek(max(len(ends), size - OUTLINE_BYTES))
-        return size, hashlib.sha256(ends + stream.read()).hexdigest()
-
-
 def stacked(first: Volume, others: Iterable[Volume]) -> Volume:
     """Return the channels of several files as one volume, with what each header states and what lay beside each."""
     volumes = [first]
@@ -225,4 +190,5 @@ def stacked(first: Volume, others: Iterable[Volume]) -> Volume:
         array=np.concatenate([volume.array for volume in volumes]),
         stated_modality=tuple(word for v in volumes for word in by_channel(v.stated_modality, v.num_channels)),
         left_out=tuple(row for volume in volumes for row in volume.left_out),
+        doubts=tuple(dict.fromkeys(doubt for volume in volumes for doubt in volume.doubts)),
     )

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from medssl.data.atomic import alone_in, clear_partial, read_lines, write_lines, write_text
 from medssl.data.cases import Case, Scan, Source
 from medssl.data.checksums import is_whole_line, sealed
 from medssl.data.description import write_description
+from medssl.data.fingerprints import Contents
 from medssl.data.modality import parsed_modalities
 from medssl.data.prepared_case import Job, Outcome, prepare_case
 from medssl.data.reading import check_channels
@@ -26,6 +29,8 @@ from medssl.data.workers import check_num_workers, run_all
 
 NUM_LISTED = 20
 TARGETS = "targets.csv"
+LOOKS = ".looks.json"
+"""The last looks at the files of the source; no part of what the store holds."""
 
 
 class PrepareError(ValueError):
@@ -82,6 +87,7 @@ def prepare_store(
     progress: bool = True,
     prune: bool = True,
     assume_spacing_mm: float | Sequence[float] | None = None,
+    verify: bool = False,
 ) -> PrepareSummary:
     """Bring the store up to date with the source: finished cases stay, the others are prepared.
 
@@ -100,6 +106,7 @@ def prepare_store(
         progress: Whether to show a bar and to list problems on stderr.
         prune: Whether to delete finished cases that the source no longer has. False only removes them from the index.
         assume_spacing_mm: Spacing along the axes of files whose headers state none; None rejects these files.
+        verify: Whether to read all files of finished cases, also those whose size and time are those of the last look.
 
     Raises:
         PrepareError: Too many cases were rejected, or none is usable.
@@ -127,22 +134,23 @@ def prepare_store(
     with alone_in(root):
         check_recipe(root, recipe)  # by now another process may have begun it
         _begin(root, recipe)
-        fingerprints, done = _finished(root, scan.cases)
+        contents, known = Contents.remembered(root / LOOKS, verify=verify), _remembered(root)
+        fingerprints, done = _finished(root, scan.cases, contents, remembered=known, progress=progress)
+        contents.save(root / LOOKS)
         scan = scan.checked(finished=set(done))
         news = _news(root, scan.problems)
         total = len(scan.cases) + len(scan.problems)
         if progress and news:
             _tell(f"{len(news)} of {total} cases cannot be used:", news)
         _check_share(root, scan.problems, total, max_rejected_fraction)
-        known = _remembered(root)
         outcomes, jobs = [], []
         for case in scan.cases:
             before = known.get(case.case)
-            if before is not None and before.fingerprint == fingerprints[case]:
+            if before is not None and before.fingerprint == fingerprints.get(case):
                 outcomes.append(before)
             elif case not in done:
                 options = channels, three_spacings(spacing_mm), min_side_voxel, stated, checksums
-                jobs.append(Job(case, root, fingerprints[case], *options))
+                jobs.append(Job(case, root, fingerprints.get(case), *options))
         outcomes += run_all(
             prepare_case,
             jobs,
@@ -151,6 +159,9 @@ def prepare_store(
             description="preparing",
             num_done=len(scan.cases) - len(jobs),
         )
+        for outcome in outcomes:
+            contents.add(outcome.looks)
+        contents.save(root / LOOKS)
         clear_partial(root)  # again: a worker of a killed run may have written a little longer
         _write_label_names(root, source)
         return _finish(
@@ -169,33 +180,38 @@ def _begin(root: Path, recipe: dict[str, Any]) -> None:
     clear_partial(root)
 
 
-def _finished(root: Path, cases: Sequence[Case]) -> tuple[dict[Case, str], dict[Case, Record]]:
-    """Return the fingerprint of each case, and the records of those that the store holds with this fingerprint.
+def _finished(
+    root: Path, cases: Sequence[Case], contents: Contents, *, remembered: Collection[str], progress: bool
+) -> tuple[dict[Case, str], dict[Case, Record]]:
+    """Return the fingerprints of the cases that the store has met, and the records that it holds with the same ones.
 
     The index is believed as far as the folders are there. Folders that it does not name, left by a run that was killed
-    before it wrote the index, are looked into.
+    before it wrote the index, are looked into. A case that the store has not met is hashed when it is prepared.
     """
+    indexed = {record.case: record for record in _indexed(root)}
+    folders: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(".zarr")):
+        folders[name.removesuffix(".zarr").rpartition("-")[0]].append(name)
+    met = [case for case in cases if case.case in folders or case.case in remembered]
+
+    def found(case: Case) -> tuple[str, Record | None]:
+        fingerprint = case.fingerprint(contents)
+        known, there = indexed.get(case.case), folders.get(case.case, [])
+        if known is not None and known.fingerprint == fingerprint and known.folder in there:
+            return fingerprint, known
+        for name in there:
+            if known is None or name != known.folder:
+                with contextlib.suppress(ValueError):
+                    record = read_case_record(root / name)
+                    if record.fingerprint == fingerprint:
+                        return fingerprint, record
+        return fingerprint, None
+
+    bar = {"total": len(met), "desc": "looking for changed files", "unit": " cases", "leave": False, "delay": 2}
     with ThreadPoolExecutor(8) as pool:
-        fingerprints = dict(zip(cases, pool.map(lambda case: case.fingerprint(), cases), strict=True))
-        indexed = {record.case: record for record in _indexed(root)}
-        folders: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(".zarr")):
-            folders[name.removesuffix(".zarr").rpartition("-")[0]].append(name)
-
-        def found(case: Case) -> Record | None:
-            known, there = indexed.get(case.case), folders.get(case.case, [])
-            if known is not None and known.fingerprint == fingerprints[case] and known.folder in there:
-                return known
-            for name in there:
-                if known is None or name != known.folder:
-                    with contextlib.suppress(ValueError):
-                        record = read_case_record(root / name)
-                        if record.fingerprint == fingerprints[case]:
-                            return record
-            return None
-
-        records = zip(cases, pool.map(found, cases), strict=True)
-        return fingerprints, {case: record for case, record in records if record is not None}
+        both = dict(zip(met, tqdm(pool.map(found, met), disable=not progress, **bar), strict=True))
+    records = {case: record for case, (_, record) in both.items() if record is not None}
+    return {case: fingerprint for case, (fingerprint, _) in both.items()}, records
 
 
 def _indexed(root: Path) -> list[Record]:

@@ -1,9 +1,10 @@
 """The preparation of one case: read, measure and store it, in any process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from medssl.data.cases import Case
+from medssl.data.fingerprints import Contents, Looks
 from medssl.data.formats import NO_MEMORY, ReadError
 from medssl.data.measurements import measure, resampled
 from medssl.data.reading import LabelMapError, check_sides
@@ -23,11 +24,11 @@ LEAST_BODY = 0.01
 
 @dataclass(frozen=True)
 class Job:
-    """One case and the settings of its preparation."""
+    """One case and the settings of its preparation; a fingerprint of None is not known yet."""
 
     case: Case
     root: Path
-    fingerprint: str
+    fingerprint: str | None
     channels: str | int | None
     spacing_mm: tuple[float, ...] | None
     min_side_voxel: int
@@ -43,6 +44,7 @@ class Outcome:
     """The result for one case: `kind` is done, rejected or skipped.
 
     An outcome with a fingerprint is valid as long as the case has this fingerprint. A case that is done has its record.
+    `looks` are those at its files, where they had to be read.
     """
 
     case: str
@@ -51,6 +53,7 @@ class Outcome:
     reason: str = ""
     fingerprint: str = ""
     record: Record | None = None
+    looks: Looks = field(default_factory=dict)
 
     def row(self) -> dict[str, str]:
         """Return the line in `rejected.jsonl` or `skipped.jsonl`."""
@@ -60,7 +63,14 @@ class Outcome:
 
 def prepare_case(job: Job) -> Outcome:
     """Read, measure and store one case; a problem with it becomes an outcome, not an exception."""
-    case = job.case
+    contents = Contents()
+    if job.fingerprint is None:
+        job = replace(job, fingerprint=job.case.fingerprint(contents))
+    return replace(_prepared(job), looks=contents.looks)
+
+
+def _prepared(job: Job) -> Outcome:
+    case, fingerprint = job.case, job.fingerprint or ""
     try:
         volume, label = case.read(channels=job.channels, min_side_voxel=job.min_side_voxel)
         digest = voxel_hash(volume.array)
@@ -74,7 +84,7 @@ def prepare_case(job: Job) -> Outcome:
             check_sides(case.image, measured.volume.shape, job.min_side_voxel)
     except ReadError as error:
         kind = "skipped" if isinstance(error, LabelMapError) else "rejected"
-        lasting = job.fingerprint if error.lasting else ""
+        lasting = fingerprint if error.lasting else ""
         return Outcome(case.case, kind, str(error.path), error.reason, lasting)
     except MemoryError:
         return Outcome(case.case, "rejected", str(case.image), NO_MEMORY)
@@ -114,7 +124,7 @@ def prepare_case(job: Job) -> Outcome:
         source=str(case.image),
         left_out=volume.left_out,
         targets=case.targets(volume, label),
-        fingerprint=job.fingerprint,
+        fingerprint=fingerprint,
         checksums=job.checksums,
     )
     return Outcome(case.case, "done", record=record)

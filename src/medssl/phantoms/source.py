@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from medssl.data.cases import Case, Scan
+from medssl.data.fingerprints import Contents
 from medssl.data.volume import Volume
 from medssl.phantoms.emphysema import VERSION as EMPHYSEMA_VERSION
 from medssl.phantoms.emphysema import draw_severity, low_attenuation
@@ -31,8 +32,8 @@ class PhantomCase(Case):
         """True: phantoms always have a label map."""
         return True
 
-    def fingerprint(self) -> str:
-        """Return a hash of the settings of the drawing."""
+    def fingerprint(self, contents: Contents) -> str:
+        """Return a hash of the settings of the drawing; there are no files."""
         facts = [self.size_voxel, self.spacing_mm, self.seed, *(["emphysema"] if self.emphysema else [])]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 

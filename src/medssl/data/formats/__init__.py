@@ -16,6 +16,7 @@ from medssl.data.formats.base import (
 from medssl.data.formats.claims import MAX_VOXELS, NO_PERMISSION, irregularity
 from medssl.data.formats.dicom_files import dicom_class, has_dicom_suffix, is_dicom, is_image_class
 from medssl.data.formats.image import open_image
+from medssl.data.formats.parts import other_parts
 from medssl.data.formats.reasons import NO_MEMORY, reasons_for
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "is_dicom",
     "is_image_class",
     "open_image",
+    "other_parts",
     "reasons_for",
     "size_text",
     "stem",
