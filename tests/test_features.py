@@ -276,5 +276,6 @@ def test_a_file_that_holds_no_features_is_refused(tmp_path):
 def test_features_are_pooled_over_what_a_subject_shows():
     feature = np.array([[[1.0, 2.0], [np.nan, np.nan], [3.0, 6.0]]], dtype=np.float32)
     row = {"feature": feature[0], "valid": np.array([True, False, True]), "centre_mm": np.zeros((3, 3), np.float32)}
+    row["voxel_hash"] = "h"
     found = Features.of(["a"], [row], coordinate=np.zeros((3, 3), np.float32))
     assert found.pooled.tolist() == [[2.0, 4.0]]

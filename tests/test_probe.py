@@ -4,12 +4,13 @@ import csv
 import json
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from medssl.config import main
-from medssl.extraction.feature_file import Features
+from medssl.extraction.feature_file import Features, load_features
 from medssl.probe import run
 
 FAST = ("num_repeats=2", "num_folds=3", "num_inner_folds=2", "num_bootstrap=200", "max_components=4")
@@ -26,8 +27,8 @@ def folder(tmp_path):
         valid = np.ones((30, 2), dtype=bool)
         valid[4, 1], feature[4, 1] = False, np.nan
         rows = [
-            {"feature": f, "valid": v, "centre_mm": np.zeros((2, 3), np.float32)}
-            for f, v in zip(feature, valid, strict=True)
+            {"feature": f, "valid": v, "centre_mm": np.zeros((2, 3), np.float32), "voxel_hash": f"h{n}"}
+            for n, (f, v) in enumerate(zip(feature, valid, strict=True))
         ]
         (tmp_path / name).mkdir()
         cases = [f"s{number:02d}" for number in range(30)]
@@ -152,3 +153,16 @@ def test_a_table_of_another_encoding_or_none_at_all_is_refused_in_one_line(folde
         error = capsys.readouterr().err
         assert error.startswith(f"error: {folder / name}, {said}"), error
         assert error.count("\n") == 1
+
+
+def test_one_image_under_two_names_is_never_in_training_and_test_at_once(folder, capsys):
+    features = load_features(folder / "a")
+    copied = replace(features, voxel_hash=np.where(np.arange(30) == 7, "h6", features.voxel_hash))
+    copied.save(folder / "a", {})
+    probe(folder, "target=severity", code=2)
+    assert "cases s06 and s07 hold the same voxels, in training and test at once" in capsys.readouterr().err
+    probe(folder, "target=severity", "subject=person")
+    with np.load(folder / "a" / "features.npz") as arrays:
+        earlier = {name: arrays[name] for name in arrays if name != "voxel_hash"}
+    np.savez(folder / "a" / "features.npz", **earlier)
+    probe(folder, "target=severity", "overwrite=true")

@@ -37,7 +37,7 @@ def run(config: DictConfig) -> None:
         score_values,
     )
     from medssl.probing.settings import OUTPUTS, ProbeSettings
-    from medssl.probing.targets import build_task, join, read_targets
+    from medssl.probing.targets import build_task, check_copies, join, read_targets
 
     check_extra()
     settings = ProbeSettings.of(config)
@@ -49,6 +49,7 @@ def run(config: DictConfig) -> None:
     num_folds, num_repeats = validation.num_folds, validation.num_repeats
     task = build_task(settings.task, joined, columns, num_folds=num_folds, max_components=settings.max_components)
     subject = joined.subject(columns.subject)
+    check_copies(loaded["features"], joined, subject)
     every = np.arange(len(subject))
     assign_folds(task, subject, every, num_folds=num_folds, seed=validation.seed)  # too many folds are refused now
     for note in joined.notes():

@@ -173,6 +173,7 @@ def test_names_of_images_and_lists_of_channels_are_read(tmp_path):
     volume, truth = scan.cases[0].read(channels="all", min_side_voxel=8)
     assert np.array_equal(volume.array, np.stack([first, second]))
     assert truth is None
+    assert "the key fold of 1 entries is not read: data.split chooses the parts" in {r["reason"] for r in scan.skipped}
 
 
 def test_a_list_that_is_no_utf_8_is_said_to_be(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hydra.utils import instantiate
 
 from medssl.config import compose
-from medssl.data.datasets import Amos, Btcv
+from medssl.data.datasets import LEFT_OUT, Amos, Btcv
 from medssl.data.prepare import prepare_store
 from medssl.data.recipes import locate_store
 from medssl.data.sources import SourceMissingError
@@ -123,6 +123,8 @@ def test_amos_keeps_its_official_split_and_tells_ct_from_mr_by_number(tmp_path, 
         scan = Amos(root=tmp_path, modality=modality).scan()
         assert sorted(table(scan)) == expected
         assert scan.problems == []
+        left_out = {Path(row["file"]).name for row in scan.skipped if row["reason"] == LEFT_OUT}
+        assert left_out == {row[4] or f"{row[0]}.nii.gz" for row in sorted(ct + mr) if row not in expected}
 
 
 def test_an_amos_modality_that_is_not_there_is_told(tmp_path):

@@ -9,7 +9,9 @@ from pydicom.pixels import compress
 from pydicom.uid import RLELossless
 
 from medssl.data.formats import ReadError, open_image
+from medssl.data.formats.dicom import LOW_IS_BRIGHT
 from medssl.data.formats.dicom_files import begins_as_dicom
+from medssl.data.measurements import measure
 from medssl.data.reading import read_volume
 
 
@@ -282,3 +284,21 @@ def test_values_beyond_the_stated_bits_are_refused(tmp_path):
         tmp_path / "s", noise(0), BitsStored=lambda z: 8 if z == 5 else 16, HighBit=lambda z: 7 if z == 5 else 15
     )
     assert reason(path).startswith("IM005.dcm: values lie beyond the 8 bits up to bit 7 that the header states")
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR", "US"])
+def test_bright_low_values_are_a_doubt_unless_values_are_hounsfield_units(modality, tmp_path):
+    voxels = noise(0)
+    series(tmp_path / "s", voxels, modality=modality, PhotometricInterpretation="MONOCHROME1")
+    header, found = loaded(tmp_path / "s")
+    assert np.array_equal(found, voxels)
+    assert header.modality == modality.lower()
+    assert header.doubts == (() if modality == "CT" else (LOW_IS_BRIGHT,))
+    volume = read_volume(tmp_path / "s", min_side_voxel=2)
+    assert measure(volume).doubts[: len(header.doubts)] == header.doubts
+    series(tmp_path / "t", voxels, modality=modality, PhotometricInterpretation=lambda z: f"MONOCHROME{1 + (z > 0)}")
+    if modality == "CT":
+        assert np.array_equal(loaded(tmp_path / "t")[1], voxels)
+    else:
+        with pytest.raises(ReadError, match=f"1 of {voxels.shape[2]} slices are MONOCHROME1, the others MONOCHROME2"):
+            loaded(tmp_path / "t")

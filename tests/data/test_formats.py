@@ -331,3 +331,27 @@ def test_a_metaimage_that_made_the_decoder_crash_is_refused(voxels, tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path), True)
     path.write_bytes(path.read_bytes().replace(b"NDims = 3", b"NDims =-3").replace(b"BinaryData ", b"BinaryDcta "))
     assert reason(path) == "the header states -3 dimensions; 2 to 4 are read"
+
+
+def test_a_qform_that_places_voxels_elsewhere_than_the_sform_is_a_doubt(tmp_path):
+    array = np.random.default_rng(0).integers(0, 100, (8, 7, 6)).astype(np.int16)
+    made = nibabel.Nifti1Image(array, np.diag([-2.0, 2, 3, 1]))
+    for code, shift, expected in ((1, 0, ()), (1, 0.9, ()), (0, 9, ()), (1, 9, (9,)), (2, 30, (30,))):
+        other = np.diag([-2.0, 2, 3, 1])
+        other[1, 3] = shift
+        made.set_sform(made.affine, 1)
+        made.set_qform(other, code)
+        nibabel.save(made, tmp_path / "a.nii.gz")
+        header, _ = loaded(tmp_path / "a.nii.gz")
+        np.testing.assert_allclose(header.affine, made.affine)
+        told = tuple(f"sform and qform place voxels up to {mm} mm apart; the sform is used" for mm in expected)
+        assert header.doubts == told
+
+
+def test_a_damaged_qform_beside_a_sform_is_a_doubt(tmp_path):
+    made = nibabel.Nifti1Image(np.arange(210, dtype=np.int16).reshape(7, 6, 5), np.eye(4))
+    made.header["qform_code"], made.header["quatern_b"], made.header["quatern_c"] = 1, 3, 3
+    made.to_filename(tmp_path / "a.nii")
+    header, _ = loaded(tmp_path / "a.nii")
+    assert header.doubts == ("the qform is damaged; the sform is used",)
+    np.testing.assert_allclose(header.affine, np.eye(4))

@@ -240,3 +240,21 @@ def test_a_ct_that_is_stated_and_not_in_hounsfield_units_is_doubtful(low, high):
     measured = measure(Volume(raw, np.eye(4), ""), setting="ct")
     assert measured.modality == ("ct",)
     assert measured.doubts[0].startswith("stated as CT, but a range of")
+
+
+@pytest.mark.parametrize("number", range(50))
+def test_a_ct_that_was_cut_to_a_window_is_unknown_whatever_the_window_and_type(number):
+    volume, _ = draw_phantom(number, size_voxel=(40, 36, 32), spacing_mm=(8.0, 10.0, 12.0)[number % 3])
+    low, high = ((-160, 240), (-200, 300), (-500, 500))[number % 3]
+    array = volume.array[0].astype(np.float32).clip(low, high)
+    if number % 2 and (array == high).mean() > 0.01:  # else it is like an image with an empty background
+        array = np.rint(255 * (array - low) / (high - low)).astype(np.uint8)
+    modality, doubt, _ = guess_modality(array)
+    assert modality == "unknown"
+    assert "cut off at the ends" in doubt or "fit a piece of a CT" in doubt
+
+
+def test_an_mr_image_with_a_saturated_vessel_stays_mr():
+    array = mr(3).clip(min=0)
+    array.reshape(-1)[:: array.size // 20] = array.max()
+    assert guess_modality(array)[:2] == ("mr", "")

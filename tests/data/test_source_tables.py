@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from volume_files import image, label, names, reasons
 
@@ -97,3 +99,18 @@ def test_a_table_that_cannot_be_read_is_said_so(raw, message, tmp_path):
     (tmp_path / "t.csv").write_bytes(raw)
     with pytest.raises(ValueError, match=message):
         Csv(root=tmp_path / "t.csv").scan()
+
+
+def test_images_that_a_table_does_not_name_are_noted(tmp_path):
+    for name in ("in/a", "in/b", "in/more/c", "elsewhere/d"):
+        image(tmp_path / f"{name}.nii.gz")
+    (tmp_path / "t.csv").write_text("image\nin/a.nii.gz\n")
+
+    def noted(root):
+        return sorted(Path(row["file"]).name for row in Csv(root=root).scan().skipped)
+
+    assert noted(tmp_path) == ["b.nii.gz", "c.nii.gz", "d.nii.gz"]
+    assert noted(tmp_path / "t.csv") == ["b.nii.gz", "c.nii.gz"]
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "t.csv").write_text(f"image\n{tmp_path}/in/a.nii.gz\n")
+    assert noted(tmp_path / "lists" / "t.csv") == [], "a table of files elsewhere makes no claim on what lies there"

@@ -53,6 +53,7 @@ def test_the_page_shows_each_case_escapes_names_and_repeats_its_bytes(noise_stor
     assert "<img src=x" not in text
     assert text.count("data:image/png;base64,") == 3 * len(noise_store)
     assert text.count('<svg class="histogram"') == len(noise_store)
+    assert "channel" not in text.split("Slices</h2>")[1].replace("of each channel", "")
     assert not re.search(r"""(src|href)=["'](?!data:)""", text), "a page that loads nothing"
     page.unlink()
     assert write_report(noise_store, overview(doubtful)).read_bytes() == first
@@ -88,3 +89,12 @@ def test_prepare_ends_with_the_table_and_the_same_page_at_every_place(tmp_path, 
     main("prepare", run, arguments=[*arguments, f"store={tmp_path / 't'}"])
     assert (tmp_path / "t" / REPORT).read_bytes() == page
     assert len(VolumeStore(tmp_path / "t")) == 3
+
+
+def test_each_channel_has_slices_and_a_histogram(make_store):
+    array = np.random.default_rng(0).normal(0, 9, (2, 12, 11, 10)).astype(np.float32)
+    store = make_store(array)
+    text = write_report(store, overview(list(store.records()))).read_text()
+    assert text.count("data:image/png;base64,") == 6
+    for channel in (0, 1):
+        assert text.count(f", channel {channel} (") == 1

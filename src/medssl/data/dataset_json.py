@@ -1,7 +1,7 @@
 """The file `dataset.json` of the Medical Segmentation Decathlon and of nnU-Net: cases, channels, label values."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class DatasetJson:
     def find(cls, root: Path) -> "DatasetJson | None":
         """Return the `dataset.json` in a folder; None where there is none."""
         return cls.read(root) if (root / FILE).is_file() else None
+
+    def num_folds_stated(self, keys: Iterable[str]) -> int:
+        """Return how many entries of some lists name a fold of their own, as those of MONAI do."""
+        lists = (self.content.get(key) or [] for key in keys)
+        return sum(isinstance(entry, dict) and "fold" in entry for listed in lists for entry in listed)
 
     def cases(self, key: str) -> list[ListedCase]:
         """Return the entries of the list `key`; there may be no such list.

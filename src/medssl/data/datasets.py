@@ -22,6 +22,7 @@ AMOS_ORGANS = (
 )  # fmt: skip
 LAST_CT = 500
 """The largest case number of a CT in AMOS; cases above it are MR."""
+LEFT_OUT = "of the modality that data.modality leaves out"
 NUM_NAMED = 6
 
 
@@ -146,6 +147,8 @@ def _by_number(scan: Scan, folder: Path, prefixes: tuple[str, ...], numbers: ran
             scan.reject(file, "", f"{found[number].name} lies beside it; drop one of the two")
         elif number in numbers:
             found[number] = file
+        else:
+            scan.skip(file, LEFT_OUT)
     return found
 
 

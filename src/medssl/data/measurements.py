@@ -56,7 +56,8 @@ def measure(
     number = volume.num_channels
     words = [(SETTING, by_channel(setting, number, chosen=chosen)), (SOURCE, by_channel(source, number, chosen=chosen))]
     words.append((HEADER, by_channel(volume.stated_modality, number)))
-    modality, origins, padding, masks, statistics, doubts, looks = [], [], [], [], [], [], []  # type: ignore[var-annotated]
+    modality, origins, padding, masks, statistics, looks = [], [], [], [], [], []  # type: ignore[var-annotated]
+    doubts = list(volume.doubts)
     channels = volume.array
     for channel in range(number):
         stated, origin = next(((w[channel], who) for who, w in words if w[channel] is not None), (None, VOXELS))

@@ -17,10 +17,12 @@ SYNONYMS = {
 """Words of lists and tables, in small letters."""
 
 CT_MINIMUM_HU = -200.0
-CORNER_HU, AIR_HU, PARTIAL_HU, LUNG_HU, DENSE_HU = -3100.0, -1100.0, -900.0, -700.0, 2000.0
+CORNER_HU, AIR_HU, PARTIAL_HU, LUNG_HU, FAT_HU, DENSE_HU = -3100.0, -1100.0, -900.0, -700.0, -100.0, 2000.0
 LEAST_AIR, LEAST_TISSUE, LEAST_PARTIAL, LEAST_LOWER = 0.005, 0.01, 0.005, 0.002
 WATER_AT = 1024
 """Stored value of water in a CT whose intercept is lost."""
+LEAST_AT_LOW, LEAST_AT_HIGH, LEAST_AT_HIGH_ALONE = 0.05, 0.002, 0.005
+"""Shares of voxels at both ends of a range that was cut off there, and at its upper end alone."""
 NARROW = 20.0
 """A range that images have after normalisation and hardly ever before."""
 SAMPLE = 400_000
@@ -119,8 +121,9 @@ def guess_modality(values: Shaped[np.ndarray, "..."]) -> Guess:
     - `mr`: all else with less than 0.5 % below -700. An MR image may be negative where it was interpolated, corrected
       or subtracted.
     - `unknown`: all else; CT without air whose most common value is near 0; values that look like CT stored without its
-      intercept (air near 0, water near 1024); and a range under 20, which a normalised image or a PET in SUV may have.
-      All of them are named as doubtful.
+      intercept (air near 0, water near 1024); a range that was cut off, such as that of CT in a window
+      (`_is_cut_off`); and a range under 20, which a normalised image or a PET in SUV may have. All of them are named as
+      doubtful. PET in other units cannot be told from MR by its values.
     """
     low, high = float(values.min()), float(values.max())
     sample = sampled(values)
@@ -134,12 +137,13 @@ def guess_modality(values: Shaped[np.ndarray, "..."]) -> Guess:
             return Guess("ct")
         if soft:
             return Guess("unknown", f"values of {span} fit a piece of a CT as well as a difference of MR images")
-        if _share(sample, -np.inf, LUNG_HU) < LEAST_AIR:
-            return Guess("mr")
-        return Guess("unknown", f"values of {span} are spread neither as in CT nor as in MR")
-    if low > -WATER_AT / 4 and _is_offset_ct(sample, high):
+        if _share(sample, -np.inf, LUNG_HU) >= LEAST_AIR:
+            return Guess("unknown", f"values of {span} are spread neither as in CT nor as in MR")
+    elif low > -WATER_AT / 4 and _is_offset_ct(sample, high):
         doubt = f"values of {span} look like a CT stored without its intercept (water near {WATER_AT})"
         return Guess("unknown", doubt, may_be_hu=False)
+    if _is_cut_off(sample, low, high):
+        return Guess("unknown", f"values of {span} are cut off at the ends: a CT in a window?")
     return Guess("mr")
 
 
@@ -199,6 +203,18 @@ def _is_offset_ct(sample: Float64[np.ndarray, " n"], high: float) -> bool:
     if high < WATER_AT + 100 or not _has_air(hu) or body.size < LEAST_TISSUE * hu.size or not _are_whole(sample):
         return False
     return _share(body, -150, 250) >= 0.4 and _share(hu, -600, -250) <= 0.25 * _share(hu, -np.inf, LUNG_HU)
+
+
+def _is_cut_off(sample: Float64[np.ndarray, " n"], low: float, high: float) -> bool:
+    """Return whether values pile up at an end: 0.5 % at the largest one, or 5 % at a smallest one below 0.
+
+    In the second case 0.2 % lie at the largest one too, or the smallest is -100 or less and most others lie from -200
+    to 300.
+    """
+    at_low, at_high = _share(sample, low, low), _share(sample, high, high)
+    is_soft = low <= FAT_HU and _share(sample, CT_MINIMUM_HU, 300) >= 0.6 * (1 - at_low)
+    is_low_cut = low < 0 and at_low >= LEAST_AT_LOW and (is_soft or at_high >= LEAST_AT_HIGH)
+    return at_high >= LEAST_AT_HIGH_ALONE or is_low_cut
 
 
 def _are_whole(sample: Float64[np.ndarray, " n"]) -> bool:

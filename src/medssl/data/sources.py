@@ -110,6 +110,8 @@ class Decathlon:
             first, *more = (root / file for file in entry.images)
             name, label = file_name(stem(first)), root / entry.label if entry.label else None
             scan.cases.append(Case(name, first, label, group, SPLITS[key], modality, tuple(more)))
+        if number := listed.num_folds_stated(LISTS):
+            scan.skip(listed.path, f"the key fold of {number} entries is not read: data.split chooses the parts")
         note_unlisted(root, scan)
         return scan
 
@@ -220,7 +222,16 @@ class Csv:
         names = case_names([Path(*(p for p in r.parts if p not in ("/", ".."))) for r in relative], table.stem)
         for i, name in zip(without, names, strict=True):
             scan.cases[i] = replace(scan.cases[i], case=name)
+        self._note_unlisted(scan, table)
         return scan
+
+    def _note_unlisted(self, scan: Scan, table: Path) -> None:
+        """Note image files that the table does not name: below `root`, or else around its images below its folder."""
+        folders = [case.image.parent.resolve() for case in scan.cases]
+        if resolved_root(self.root).is_dir():
+            note_unlisted(table.parent, scan)
+        elif folders and (around := Path(os.path.commonpath(folders))).is_relative_to(table.parent) and around.is_dir():
+            note_unlisted(around, scan)
 
     @staticmethod
     def _add(scan: Scan, entry: dict[str, str], number: int, table: Path) -> None:

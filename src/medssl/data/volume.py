@@ -24,8 +24,8 @@ class Volume:
     """Voxels in RAS index order, (channel, x, y, z), contiguous, in the type of the file.
 
     `affine` turns a voxel index into RAS millimetres; `source` says where the voxels came from, `stated_modality` what
-    the headers call them ("ct", "mr" or "pet", or one word a channel), and `left_out` which files beside them were not
-    read, and why.
+    the headers call them ("ct", "mr", "pet" or "us", or one word a channel), `left_out` which files beside them were
+    not read, and why, and `doubts` what the headers say in two ways.
     """
 
     array: Shaped[np.ndarray, "channel x y z"]
@@ -33,6 +33,7 @@ class Volume:
     source: str
     stated_modality: Stated = None
     left_out: tuple[tuple[str, str], ...] = ()
+    doubts: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:

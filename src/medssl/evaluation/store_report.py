@@ -86,9 +86,7 @@ def write_report(store: VolumeStore, tables: Overview) -> Path:
     lines += ["<h2>Cases</h2>", html_table(tables.cases)]
     if len(store) <= MOST_PICTURES:
         lines.append("<h2>Slices</h2>")
-        lines.append(
-            "<p>Axial, coronal and sagittal slice through the middle, and the histogram, of the first channel.</p>"
-        )
+        lines.append("<p>Axial, coronal and sagittal slice through the middle, and the histogram, of each channel.</p>")
         lines += [_pictures(store, number) for number in range(len(store))]
     path = store.root / REPORT
     write_text(path, html_page(TITLE, lines))
@@ -154,25 +152,33 @@ def _row(record: Record) -> list[str]:
 
 
 def _pictures(store: VolumeStore, number: int) -> str:
-    """Return three slices and the histogram of a case, read from its coarsest level."""
+    """Return three slices and the histogram of each channel of a case, read from its coarsest level."""
     record = store.record(number)
     factor = np.array(record.level_factors[-1])
     sides = -(-np.array(record.shape) // factor)
-    stored = store.read(number, len(record.level_factors) - 1, [0, 0, 0], sides.tolist()).result()[:1]
-    values = record.values(stored)[0]
-    kept = record.statistics[0]
-    low, high = WINDOW_HU if record.modality[0] == "ct" else (kept["p0_5"], kept["p99_5"])
+    stored = store.read(number, len(record.level_factors) - 1, [0, 0, 0], sides.tolist()).result()
+    figures = []
+    for channel, values in enumerate(record.values(stored)):
+        which = "" if record.channels == 1 else f", channel {channel} ({record.modality[channel]})"
+        caption = f"<figcaption>{html.escape(record.case + which)}</figcaption>"
+        figures.append(f"<figure>{caption}{_row_of(record, channel, values)}</figure>")
+    return "".join(figures)
+
+
+def _row_of(record: Record, channel: int, values: Float[np.ndarray, "x y z"]) -> str:
+    kept = record.statistics[channel]
+    low, high = WINDOW_HU if record.modality[channel] == "ct" else (kept["p0_5"], kept["p99_5"])
     grey = (255 * ((values - low) / max(high - low, 1e-12)).clip(0, 1)).astype(np.uint8)
     extent_mm = np.array(record.shape) * record.spacing_mm
     parts = []
     for axis in (2, 1, 0):
         width, height = (SIDE_PIXEL * extent_mm[other] / extent_mm.max() for other in range(3) if other != axis)
-        shown_plane = np.flipud(grey.take(sides[axis] // 2, axis=axis).T)
+        shown_plane = np.flipud(grey.take(grey.shape[axis] // 2, axis=axis).T)
         source = base64.b64encode(_png(shown_plane)).decode()
         size = f'width="{max(1, round(width))}" height="{max(1, round(height))}"'
         parts.append(f'<img alt="" {size} src="data:image/png;base64,{source}">')
     parts.append(_histogram(values.reshape(-1), kept["p0_5"], kept["p99_5"]))
-    return f"<figure><figcaption>{html.escape(record.case)}</figcaption>{''.join(parts)}</figure>"
+    return "".join(parts)
 
 
 def _histogram(values: Float[np.ndarray, " n"], low: float, high: float) -> str:

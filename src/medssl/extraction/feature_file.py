@@ -26,6 +26,7 @@ class Features:
         coordinate: Coordinates of the locations, in [-1, 1] along each axis, the same for all subjects.
         centre_mm: Centres of the locations in each subject, RAS mm.
         pooled: The mean over the locations that a subject shows.
+        voxel_hash: Hash of the voxels of each subject as read; "" where it is not known.
     """
 
     case: Shaped[np.ndarray, " n"]
@@ -34,16 +35,18 @@ class Features:
     coordinate: Float32[np.ndarray, "location 3"]
     centre_mm: Float32[np.ndarray, "n location 3"]
     pooled: Float32[np.ndarray, "n dim"]
+    voxel_hash: Shaped[np.ndarray, " n"]
 
     @classmethod
     def of(
         cls, cases: Sequence[str], rows: Sequence[Mapping[str, Any]], *, coordinate: Float32[np.ndarray, "location 3"]
     ) -> "Features":
-        """Return the features of several subjects, each with `feature`, `valid` and `centre_mm`."""
+        """Return the features of several subjects, each with `feature`, `valid`, `centre_mm`, `voxel_hash`."""
         feature, valid, centre_mm = (np.stack([row[key] for row in rows]) for key in ("feature", "valid", "centre_mm"))
         total = np.where(valid[..., None], feature, 0).sum(1, dtype=np.float64)
         pooled = (total / valid.sum(1, keepdims=True)).astype(np.float32)
-        return cls(np.array(cases), feature, valid, coordinate, centre_mm, pooled)
+        hashes = np.array([str(row["voxel_hash"]) for row in rows])
+        return cls(np.array(cases), feature, valid, coordinate, centre_mm, pooled, hashes)
 
     def of_location(self, location: int | None) -> Float32[np.ndarray, "n dim"]:
         """Return the features at a location, NaN where it is not shown, or the pooled ones.
@@ -75,8 +78,10 @@ def load_features(path: str | Path) -> Features:
         raise ValueError(f"there are no features at {file}; python -m medssl.features makes them")
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return Features(**{field.name: arrays[field.name] for field in fields(Features)})
-    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
+            values = {field.name: arrays[field.name] for field in fields(Features) if field.name in arrays}
+        values.setdefault("voxel_hash", np.full(len(values["case"]), ""))  # written before there was one
+        return Features(**values)
+    except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"{file} is no file of features ({error}); python -m medssl.features makes them") from error
 
 

@@ -122,6 +122,22 @@ def join(
     return Joined(cases, [rows[case] for case in cases], lacking)
 
 
+def check_copies(features: Features, joined: Joined, subject: Int[np.ndarray, " n"]) -> None:
+    """Check that cases of the same voxels are of one subject, which is never in training and test folds at once.
+
+    Raises:
+        ValueError: Two subjects share voxels.
+    """
+    hash_of = dict(zip(features.case.tolist(), features.voxel_hash.tolist(), strict=True))
+    first: dict[str, tuple[str, int]] = {}
+    for case, number in zip(joined.cases, subject.tolist(), strict=True):
+        if hash_of[case]:
+            name, other = first.setdefault(hash_of[case], (case, number))
+            if other != number:
+                ways = "drop one of them from the targets, or give both one subject (subject=COLUMN)"
+                raise ValueError(f"cases {name} and {case} hold the same voxels, in training and test at once; {ways}")
+
+
 def build_task(kind: str, joined: Joined, columns: Columns, *, num_folds: int = 5, max_components: int = 32) -> Task:
     """Return the task that predicts the target of the joined cases, with at least `num_folds` of each kind.
 

@@ -41,9 +41,10 @@ class Header:
         affine: Map from voxel index to RAS mm.
         voxel_bytes: Bytes of a value.
         integer: Whether all values are whole numbers.
-        modality: "ct", "mr" or "pet" where the header says so.
+        modality: "ct", "mr", "pet" or "us" where the header says so.
         left_out: Files beside the image that are not read, and why.
         spacing_is_assumed: Whether the file states no spacing along an axis.
+        doubts: Sentences on what the header says in two ways, or in an unusual one.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +55,7 @@ class Header:
     modality: str | None = None
     left_out: tuple[tuple[str, str], ...] = ()
     spacing_is_assumed: bool = False
+    doubts: tuple[str, ...] = ()
 
 
 Spacing = Sequence[float]

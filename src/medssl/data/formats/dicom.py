@@ -24,6 +24,7 @@ from medssl.data.formats.dicom_voxels import grey_type, grey_values
 
 MAX_SCOUT_SLICES = 7
 """A series this short beside a longer one in its folder is a scout view or a report, not a second scan."""
+LOW_IS_BRIGHT = "MONOCHROME1: low values are shown bright; the values are read as they are stored"
 NO_IMAGE = "a DICOM object that is no image (structures, a plan, a report, ...)"
 
 
@@ -44,7 +45,16 @@ def open_dicom(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, L
         modality = modality_of(files[0])
     kind, pixels = grey_type(frames), frames[0].pixels
     shape = (pixels.columns, pixels.rows, len(frames))
-    header = Header(shape, 1, affine, kind.itemsize, kind.kind in "iu", modality, tuple(sorted(left_out)))
+    header = Header(
+        shape,
+        1,
+        affine,
+        kind.itemsize,
+        kind.kind in "iu",
+        modality=modality,
+        left_out=tuple(sorted(left_out)),
+        doubts=(LOW_IS_BRIGHT,) if pixels.low_is_bright and modality != "ct" else (),
+    )
     check_claim(path, header, held_in=None)  # the length of each file's voxels was looked at
 
     def load(channel: int | None) -> Shaped[np.ndarray, "x y z 1"]:
@@ -132,6 +142,9 @@ def _check_kinds(path: Path, files: Sequence[DicomFile], frames: Sequence[DicomS
     kinds = {modality_of(file) for file in files}
     if len(kinds) > 1:
         raise ReadError(path, f"files of several modalities ({', '.join(map(str, kinds))}) in one series")
+    num_bright = sum(frame.pixels.low_is_bright for frame in frames)
+    if 0 < num_bright < len(frames) and kinds != {"ct"}:  # the values of CT are HU, however they are shown
+        raise ReadError(path, f"{num_bright} of {len(frames)} slices are MONOCHROME1, the others MONOCHROME2")
     without = [frame.name for frame in frames if not frame.scaled]
     if 0 < len(without) < len(frames):
         share = f"{len(without)} of {len(frames)} slices, such as {without[0]}"

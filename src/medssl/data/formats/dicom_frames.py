@@ -12,9 +12,9 @@ from jaxtyping import Float64
 from medssl.data.formats.base import ReadError
 from medssl.data.formats.dicom_files import UNDEFINED, DicomFile
 
-MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pet"}
+MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pet", "US": "us"}
 GREY = ("MONOCHROME1", "MONOCHROME2")
-"""MONOCHROME1 says that low values are shown bright. Values are read as they are stored, so both read alike."""
+"""MONOCHROME1 says that low values are shown bright: a rule of display. Values are read as they are stored."""
 NEEDED = ("SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated", "BitsStored",
           "PixelRepresentation")  # fmt: skip
 """Entries without which no decoder knows what the voxels are."""
@@ -34,6 +34,7 @@ class Pixels:
         bits_stored: Bits of these that it uses.
         high_bit: Number of the highest of these.
         signed: Whether values are in two's complement.
+        low_is_bright: Whether the header says MONOCHROME1.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Pixels:
     bits_stored: int
     high_bit: int
     signed: bool
+    low_is_bright: bool
 
     @property
     def num_bytes(self) -> int:
@@ -126,7 +128,7 @@ def _pixels(file: DicomFile) -> Pixels:
         raise ReadError(path, f"PixelRepresentation is {signed}; it says 0 (unsigned) or 1 (signed)")
     if _value(path, dataset, "ModalityLUTSequence"):
         raise ReadError(path, "grey values are stated by a table (ModalityLUTSequence), which is not read")
-    return Pixels(rows, columns, num_frames, allocated, stored, high, signed == 1)
+    return Pixels(rows, columns, num_frames, allocated, stored, high, signed == 1, photometric == GREY[0])
 
 
 def _check_length(file: DicomFile, pixels: Pixels) -> None:
@@ -201,7 +203,7 @@ def _directions(path: Path, orientation: Sequence[float]) -> Float64[np.ndarray,
 
 
 def modality_of(file: DicomFile) -> str | None:
-    """Return "ct", "mr" or "pet" where the header says so."""
+    """Return "ct", "mr", "pet" or "us" where the header says so."""
     return MODALITIES.get(_text(file.path, file.dataset, "Modality", ""))
 
 

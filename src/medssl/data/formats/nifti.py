@@ -1,6 +1,7 @@
 """NIfTI files and pairs, Analyze pairs and FreeSurfer's MGH files, by nibabel."""
 
 import gzip
+import itertools
 import logging
 import math
 import zlib
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from medssl.data.formats.base import NO_SPACING, Header, Load, ReadError, Spacing, sides_and_channels
+from medssl.data.formats.base import NO_SPACING, Header, Load, ReadError, Spacing, sides_and_channels, three_sides
 from medssl.data.formats.claims import MAX_BEHIND, check_claim, check_memory, irregularity
 from medssl.data.formats.text_header import UNITS_MM, far_behind
 
@@ -45,7 +46,9 @@ def open_nifti(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, L
     scaled = (slope, inter) != (1, 0)
     whole = dtype.kind in "iu" and float(slope).is_integer() and float(inter).is_integer()
     affine, is_assumed = _affine(path, stored, header_file, zipped=zipped, assumed=assumed)
-    header = Header(shape, num_channels, affine, dtype.itemsize, whole, spacing_is_assumed=is_assumed)
+    header = Header(
+        shape, num_channels, affine, dtype.itemsize, whole, spacing_is_assumed=is_assumed, doubts=_doubts(stored)
+    )
     found = data_file.stat().st_size
     check_claim(path, header, held_in=found if zipped else None)
     num_values = math.prod(shape) * num_channels
@@ -184,6 +187,23 @@ def _affine(
         affine[:3, :3] = turned
     affine[:3] *= unit
     return affine, bool(missing.any())
+
+
+def _doubts(stored: Stored) -> tuple[str, ...]:
+    """Return a sentence where both maps to space that a header holds place a voxel more than half a voxel apart."""
+    header = stored.header
+    if "sform_code" not in header or min(int(header["sform_code"]), int(header["qform_code"])) <= 0:
+        return ()
+    sides = three_sides(stored.shape)
+    corners = np.array(list(itertools.product(*((0, side - 1) for side in sides), (1,))))
+    try:
+        other = header.get_qform()
+    except Exception:  # nibabel raises many kinds for a quaternion that is none; the sform is the one in use
+        return ("the qform is damaged; the sform is used",)
+    apart = np.linalg.norm((corners @ (stored.affine - other).T)[:, :3], axis=1).max()
+    if apart <= np.linalg.norm(stored.affine[:3, :3], axis=0).max() / 2:
+        return ()
+    return (f"sform and qform place voxels up to {apart:.3g} mm apart; the sform is used",)
 
 
 def _missing_spacing(path: Path, found: Any, raw: bytes) -> tuple[np.ndarray, float]:
