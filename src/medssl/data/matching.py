@@ -43,7 +43,7 @@ class BodyCoordinateMatcher:
         self.scale_mm, self.low_hu, self.margin_voxel = scale_mm, low_hu, margin_voxel
 
     def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-        """See `Matcher`."""
+        """Return a pair of points (RAS mm) and its score."""
         (first, second), case = scene.records[:2], scene.request.cases[0]
         point = draw_body_point(scene.store, case, rng=rng, low_hu=self.low_hu, margin_voxel=self.margin_voxel)
         counterpart = second.body.to_volume(first.body.to_body(point))
@@ -70,7 +70,7 @@ class SelfMatcher:
         self.low_hu, self.margin_voxel = low_hu, margin_voxel
 
     def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-        """See `Matcher`."""
+        """Return a pair of points (RAS mm) and its score."""
         if len(set(scene.request.cases)) != 1:
             raise ValueError("SelfMatcher matches a case with itself; use sampler Pairs with partner=self")
         case, to_mm = scene.request.cases[0], scene.record(0).volume_to_mm
@@ -94,7 +94,7 @@ class TableMatcher:
         self.table = table
 
     def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-        """See `Matcher`."""
+        """Return a pair of points (RAS mm) and its score."""
         query, key = scene.record(0).case, scene.record(1).case
         if query == key:
             return SelfMatcher().propose(scene, rng)

@@ -80,7 +80,7 @@ class Shuffled:
     def batch(
         self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> list[Request]:
-        """See `CaseSampler`."""
+        """Return the requests of one rank at one step."""
         samples = range(step * batch_size, (step + 1) * batch_size)
         return _of_rank([Request((_nth(index, n, seed),), n) for n in samples], rank, world)
 
@@ -106,7 +106,7 @@ class Pairs:
     def batch(
         self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> list[Request]:
-        """See `CaseSampler`."""
+        """Return the requests of one rank at one step."""
         requests = []
         known = frozenset(index) if self.partner == "linked" else frozenset()
         for n in range(step * batch_size, (step + 1) * batch_size):
@@ -184,7 +184,7 @@ class SameLocation:
     def batch(
         self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> list[Request]:
-        """See `CaseSampler`."""
+        """Return the requests of one rank at one step."""
         each, rest = divmod(batch_size, self.locations_per_batch)
         if rest:
             raise ValueError(
@@ -228,7 +228,7 @@ class Anchored:
     def batch(
         self, step: int, *, index: Sequence[int], batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> list[Request]:
-        """See `CaseSampler`; the cases of one anchor lie next to each other in the global batch."""
+        """Return the requests of one rank at one step; the cases of an anchor are neighbours in the global batch."""
         anchors: list[np.ndarray] = []
         generator = counter_generator("anchors", seed, step)
         while len(anchors) * self.volumes_per_anchor < batch_size:

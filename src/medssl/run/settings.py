@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +15,7 @@ from medssl import checks
 from medssl.config import to_yaml, with_values
 from medssl.moved import refuse_moved
 
+Settings = TypeVar("Settings", bound="RunSettings")
 _EVERY = partial(checks.whole, least=1, or_null="for never")
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("seed", "data.fold", "data.labelled_seed", "deep_supervision"), checks.whole),
@@ -58,7 +59,7 @@ def check_settings(config: DictConfig) -> None:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings that every training run has, resolved and checked.
+    """The settings that every training run has, resolved and checked; those of one command are a subclass.
 
     Args:
         seed: Everything random follows from it.
@@ -72,7 +73,7 @@ class RunSettings:
         optimizer: The `optimizer` part of the configuration.
         trainer: Arguments of the trainer.
         logger: The logger, as a recipe; None for none.
-        values: All settings as plain values, for files and cards.
+        values: All settings as plain values, for the files that a run writes.
     """
 
     seed: int
@@ -89,23 +90,20 @@ class RunSettings:
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, config: DictConfig, facts: Mapping[str, Any]) -> "RunSettings":
+    def of(cls: type[Settings], config: DictConfig, facts: Mapping[str, Any]) -> Settings:
         """Return the settings of a configuration, resolved with the `facts` of the data.
 
         Raises:
             ValueError: A setting is missing or wrong.
         """
         values = resolved(config, facts)
-        names = ("seed", "batch_size", "accumulate", "checkpoint_every", "validate_every", "compile")
-        return cls(
-            **{name: values[name] for name in names},
-            max_steps=values["trainer"]["max_steps"],
-            steps_per_epoch=values["facts"]["steps_per_epoch"],
-            optimizer=values["optimizer"],
-            trainer=values["trainer"],
-            logger=values["logger"],
-            values=values,
-        )
+        known = {
+            **values,
+            "max_steps": values["trainer"]["max_steps"],
+            "steps_per_epoch": values["facts"]["steps_per_epoch"],
+            "values": values,
+        }
+        return cls(**{field.name: known[field.name] for field in fields(cls)})
 
 
 def resolved(config: DictConfig, facts: Mapping[str, Any]) -> dict[str, Any]:

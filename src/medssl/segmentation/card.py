@@ -27,7 +27,7 @@ def build_card(plan: Plan, store: VolumeStore, recipe: Mapping[str, Any]) -> dic
         "reading": plan.reading,
         "method": plan.initial.name,
         "data": {
-            "name": plan.settings.values["data"]["name"],
+            "name": plan.settings.data["name"],
             "num_cases": len(plan.subset.cases),
             "split": {"name": plan.split.name, "hash": plan.split.hash},
             "labelled": plan.subset.hash,

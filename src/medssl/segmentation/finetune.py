@@ -1,7 +1,6 @@
 """A segmentation run from its configuration: plan, network, loop, report."""
 
 import shutil
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -107,15 +106,15 @@ def build(plan: Plan) -> tuple[Plan, Segmenter, dict[str, Any]]:
     Raises:
         ValueError: A class is not trusted, parts do not fit together, or a given crop does not fit the network.
     """
-    values = plan.settings.values
-    torch.manual_seed(counter_key("weights", plan.settings.seed))
+    settings = plan.settings
+    torch.manual_seed(counter_key("weights", settings.seed))
     segmenter, recipe = build_segmenter(
-        values["model"]["encoder"],
-        values["model"].get("decoder"),
+        settings.model["encoder"],
+        settings.model.get("decoder"),
         num_classes=len(plan.classes),
-        in_channels=values["facts"]["num_channels"],
-        deep_supervision=values["deep_supervision"],
-        allow_modules=values["allow_modules"],
+        in_channels=settings.values["facts"]["num_channels"],
+        deep_supervision=settings.deep_supervision,
+        allow_modules=settings.allow_modules,
     )
     return plan.fitted(segmenter.multiple_voxel), segmenter, recipe
 
@@ -126,28 +125,28 @@ def build_method(plan: Plan, segmenter: Segmenter) -> Segmentation:
     Raises:
         ValueError: A choice does not exist, or the encoder cannot be trained that way.
     """
-    values = plan.settings.values
+    settings = plan.settings
     return Segmentation(
         segmenter=segmenter,
         label_values=list(plan.classes),
         ignored_label=plan.ignored_label,
-        loss=instantiate(values["loss"]),
-        freeze=values["freeze"],
-        layer_decay=values["layer_decay"],
-        decoder_lr_scale=decoder_lr_scale(values),
+        loss=instantiate(settings.loss),
+        freeze=settings.freeze,
+        layer_decay=settings.layer_decay,
+        decoder_lr_scale=settings.decoder_lr_scale,
     )
 
 
 def build_data(plan: Plan, store: VolumeStore) -> VolumeDataModule:
     """Return the labelled crops that a plan trains on: the group `crop`."""
-    values = plan.settings.values
-    augment = [*values["augment"]["spatial"], *values["normalise"], *values["augment"]["intensity"]]
+    settings = plan.settings
+    augment = [*settings.augment["spatial"], *settings.normalise, *settings.augment["intensity"]]
     crop = RandomCrop(
         size=plan.crop_voxel,
         spacing_mm=plan.spacing_mm,
-        outside=values["outside"],
+        outside=settings.outside,
         label=True,
-        label_share=values["label_share"],
+        label_share=settings.label_share,
         labels=list(plan.classes)[1:],
         augment=[instantiate(recipe, _convert_="all") for recipe in augment],
     )
@@ -155,24 +154,11 @@ def build_data(plan: Plan, store: VolumeStore) -> VolumeDataModule:
         store=store,
         views=ViewPlan(groups={"crop": crop}),
         sampler=Shuffled(),
-        batch_size=plan.settings.batch_size,
-        seed=plan.settings.seed,
-        accumulate=plan.settings.accumulate,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        accumulate=settings.accumulate,
         training_cases=plan.subset.cases,
     )
-
-
-def decoder_lr_scale(values: Mapping[str, Any]) -> float:
-    """Return the learning rate of the decoder over that of the encoder.
-
-    Raises:
-        ValueError: The learning rate of the encoder is 0.
-    """
-    if values["decoder_lr"] is None:
-        return 1.0
-    if not values["optimizer"]["lr"]:
-        raise ValueError("decoder_lr counts relative to optimizer.lr, which is 0; freeze=encoder keeps the encoder")
-    return values["decoder_lr"] / values["optimizer"]["lr"]
 
 
 def keep_best(run: Run) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from medssl.checks import choice, triple
 from medssl.data.splits import CaseSplit, LabelledSubset, few_labels, resolve_split
 from medssl.data.store import VolumeStore
-from medssl.run.settings import RunSettings
+from medssl.segmentation.finetune_settings import FinetuneSettings
 from medssl.segmentation.initial_weights import Initial
 from medssl.segmentation.reading_differences import other_reading
 
@@ -43,7 +43,7 @@ class Plan:
         other_reading: Differences in how images were read in pre-training, a line each.
     """
 
-    settings: RunSettings
+    settings: FinetuneSettings
     initial: Initial
     split: CaseSplit
     subset: LabelledSubset
@@ -85,7 +85,7 @@ class Plan:
             "spacing_mm": spacing_mm,
             "crop_voxel": crop_voxel,
         }
-        settings = RunSettings.of(initial.completed(config), facts)
+        settings = FinetuneSettings.of(initial.completed(config), facts)
         plan = cls(
             settings=settings,
             initial=initial,
@@ -97,7 +97,7 @@ class Plan:
             crop_voxel=crop_voxel,
             modality=modality(store, subset.cases),
             leakage=leakage,
-            choice=weights_to_report(settings.values["report"], split, validates=bool(settings.validate_every)),
+            choice=weights_to_report(settings.report, split, validates=bool(settings.validate_every)),
             unlearnable=unlearnable(store, subset.cases, classes),
             other_reading=(),
         )
@@ -111,7 +111,7 @@ class Plan:
         """
         sides, values = self.crop_voxel, self.settings.values
         fitting = [-(-side // step) * step for side, step in zip(sides, multiple_voxel, strict=True)]
-        if values["crop_voxel"] is not None and fitting != sides:
+        if self.settings.crop_voxel is not None and fitting != sides:
             raise ValueError(
                 f"crop_voxel={sides} does not fit the network, whose crops are multiples of {list(multiple_voxel)};"
                 f" give {fitting}, or null"
@@ -132,13 +132,13 @@ class Plan:
     @property
     def reading(self) -> dict[str, Any]:
         """Return how images are read, as the card of the network says it."""
-        values = self.settings.values
+        settings = self.settings
         return {
-            "channels": values["data"].get("channels"),
+            "channels": settings.data.get("channels"),
             "spacing_mm": self.spacing_mm,
             "crop_voxel": self.crop_voxel,
-            "outside": values["outside"],
-            "normalise": values["normalise"],
+            "outside": settings.outside,
+            "normalise": settings.normalise,
             "modality": None if self.modality is None else list(self.modality),
         }
 
@@ -196,7 +196,7 @@ def format_plan(plan: Plan, store: VolumeStore, *, model: str) -> list[str]:
     if plan.leakage["overlap"]:
         lines.append(f"leakage: {plan.leakage['overlap']} of the {where} cases were seen in pre-training (allowed)")
     lines += [f"leakage: {copies} (allowed)" for copies in plan.leakage["same_voxels"]]
-    if plan.settings.values["freeze"] == "all_but_head" and plan.initial.path is not None:
+    if plan.settings.freeze == "all_but_head" and plan.initial.path is not None:
         lines.append("freeze: decoder layers that no file filled stay as they were drawn")
     return lines
 

@@ -70,7 +70,7 @@ def report_run(
     seconds["evaluation"] = round(time.perf_counter() - begin, 1)
     subset = plan.subset
     results |= {
-        "data": {"name": plan.settings.values["data"]["name"], "store": str(evaluator.store.root)},
+        "data": {"name": plan.settings.data["name"], "store": str(evaluator.store.root)},
         "split": {
             "name": plan.split.name,
             "hash": plan.split.hash,
@@ -103,7 +103,7 @@ def report_run(
     pictures = write_pictures(
         found.pictures, folder.figures, name=where, step=step, num_classes=len(evaluator.label_values)
     )
-    print(format_results(results, folder, pictures, allow_modules=plan.settings.values["allow_modules"]))
+    print(format_results(results, folder, pictures, allow_modules=plan.settings.allow_modules))
 
 
 def training_seconds(metrics: Path, batch_size: int) -> float:

@@ -47,7 +47,7 @@ class Embeddings:
         return [self.points]
 
     def check(self) -> None:
-        """See `PairPoints.check`."""
+        """Load the network of the points now, so that an unusable file is refused early."""
         self.points.check()
 
     def __call__(self, store: VolumeStore, case: int) -> Table:
@@ -97,7 +97,7 @@ class OnlineMatcher:
         self.load = lru_cache(maxsize=num_cached)(_load)
 
     def propose(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-        """See `Matcher`."""
+        """Return a pair of points (RAS mm) and its score."""
         query_case, key_case = scene.request.cases[:2]
         query, points_mm = self.load(scene.store.derived_file(self.table, query_case))
         key, _ = self.load(scene.store.derived_file(self.table, key_case))

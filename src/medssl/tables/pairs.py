@@ -208,7 +208,7 @@ class PairTable:
         return "pairs"
 
     def check(self) -> None:
-        """See `PairPoints.check`."""
+        """Load the network of the points now, so that an unusable file is refused early."""
         self.points.check()
 
     @property

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.utils import instantiate
@@ -23,6 +24,21 @@ from medssl.training.export import Export, build_card
 from medssl.training.figures import Pictures
 from medssl.training.fit import check_trainer, fit, quiet
 from medssl.training.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class PretrainSettings(RunSettings):
+    """The settings of a pre-training run, resolved and checked.
+
+    Args:
+        method: Recipe of the method with its networks.
+        figures_every: Steps between two pictures; None for never.
+        export_every: Steps between two exports of the encoder; None for never.
+    """
+
+    method: dict[str, Any]
+    figures_every: int | None
+    export_every: int | None
 
 
 def pretrain(run: Run) -> None:
@@ -61,18 +77,17 @@ def pretrain(run: Run) -> None:
         validation_cases=validation_cases,
     )
     facts = data.facts()
-    settings = RunSettings.of(config, facts | method_facts(with_facts(config, facts), data, world=world))
-    values = settings.values
-    method = method_of(values["method"], seed=settings.seed)
+    settings = PretrainSettings.of(config, facts | method_facts(with_facts(config, facts), data, world=world))
+    method = method_of(settings.method, seed=settings.seed)
     metrics = Metrics(
         folder.metrics,
         batch_size=settings.batch_size,
         validation="validation_loss" if settings.validate_every else None,
     )
-    card = build_card(method, values, store, training_cases)
+    card = build_card(method, settings.values, store, training_cases)
     callbacks = [
-        Pictures(folder.figures, every=values["figures_every"]),
-        Export(folder.encoder, card, every=values["export_every"]),
+        Pictures(folder.figures, every=settings.figures_every),
+        Export(folder.encoder, card, every=settings.export_every),
         LastCheckpoint(folder.last_checkpoint, every=settings.checkpoint_every, signals=run.signals),
     ]
     trainer = fit(run, method, data, settings=settings, metrics=metrics, callbacks=callbacks, validates=True)

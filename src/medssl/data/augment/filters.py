@@ -53,7 +53,7 @@ class GaussianBlur(IntensityAugmentation):
         return [uniform(rng, self.sigma_voxel)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         sigmas = [[s if axis in self.axes else 0.0 for s in parameters[:, 0].tolist()] for axis in range(3)]
         return _filtered(
             image, [[self._matrix(n, s) for s in row] for n, row in zip(image.shape[2:], sigmas, strict=True)]
@@ -92,7 +92,7 @@ class LowResolution(IntensityAugmentation):
         return [uniform(rng, self.zoom)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         zooms = [[s if axis in self.axes else 1.0 for s in parameters[:, 0].tolist()] for axis in range(3)]
         return _filtered(
             image, [[self._matrix(n, s) for s in row] for n, row in zip(image.shape[2:], zooms, strict=True)]
@@ -127,7 +127,7 @@ class GaussianNoise(IntensityAugmentation):
         return [uniform(rng, self.std)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         noise = hash_normal(image[0].numel(), keys).view_as(image)
         return image.addcmul_(noise, column(parameters, 0))
 
@@ -155,7 +155,7 @@ class BiasField(IntensityAugmentation):
         return rng.standard_normal(self.NUM_NODES**3) * uniform(rng, self.strength)
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         nodes = parameters.view(-1, 1, *[self.NUM_NODES] * 3)
         weights = [
             torch.from_numpy(spline_weights(side, node_spacing_voxel=max(side - 1, 1), num_nodes=self.NUM_NODES))
@@ -193,7 +193,7 @@ class Cutout(IntensityAugmentation):
         return np.concatenate([lower, lower + side], axis=1).reshape(-1)
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         fill = (
             getattr(measured, self.fill) if isinstance(self.fill, str) else image.new_full((1, 1, 1, 1, 1), self.fill)
         )

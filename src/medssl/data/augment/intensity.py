@@ -34,7 +34,7 @@ class Brightness(IntensityAugmentation):
         return [uniform(rng, self.factor), uniform(rng, self.shift)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         return image.mul_(column(parameters, 0)).add_(column(parameters, 1))
 
 
@@ -60,7 +60,7 @@ class Contrast(IntensityAugmentation):
         return [uniform(rng, self.factor)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         limits = (measured.minimum, measured.maximum) if self.keep_range else None
         factor, mean = column(parameters, 0), measured.mean
         image.mul_(factor).add_(mean * (1 - factor))
@@ -89,7 +89,7 @@ class Gamma(IntensityAugmentation):
         return [uniform(rng, self.gamma)]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         low, high = measured.minimum, measured.maximum
         spread = high - low
         image.sub_(low).div_(spread + 1e-7).clamp_min_(0)

@@ -37,7 +37,7 @@ class LinearNormalisation(Normalisation):
         return True
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         scale, shift, low, high = parameters.unflatten(1, (4, -1))[..., None, None, None].unbind(
             1
         )  # each (view c 1 1 1)
@@ -146,7 +146,7 @@ class MinMax(Normalisation):
         return ()
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         low, high = measured.minimum, measured.maximum
         return image.sub_(low).div_((high - low).clamp_min_(1e-8))
 
@@ -160,6 +160,6 @@ class Standardise(Normalisation):
         return ()
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
-        """See `IntensityAugmentation`."""
+        """Return the changed views."""
         mean, std = measured.mean, measured.std
         return image.sub_(mean).div_(std.clamp_min_(1e-8))

@@ -23,7 +23,7 @@ class Flip(SpatialAugmentation):
         check_axes("Flip: axes", self.axes)
 
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
-        """See `SpatialAugmentation`."""
+        """Return the moved pose."""
         matrix = np.eye(4)
         for axis in self.axes:
             if rng.uniform() < self.probability:
@@ -46,7 +46,7 @@ class Rotate90(SpatialAugmentation):
             check_axes("Rotate90: planes", plane)
 
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
-        """See `SpatialAugmentation`."""
+        """Return the moved pose."""
         acts, plane, turns = rng.uniform() < self.probability, rng.integers(len(self.planes)), rng.integers(4)
         if not acts:
             return pose
@@ -92,7 +92,7 @@ class Affine(SpatialAugmentation):
             raise ValueError(f"Affine: balanced needs a scale range around 1, got {list(self.scale)}")
 
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
-        """See `SpatialAugmentation`."""
+        """Return the moved pose."""
         acts, angles, scale, side, shift = (
             rng.uniform(),
             rng.uniform(size=3),
@@ -139,7 +139,7 @@ class Elastic(SpatialAugmentation):
         check_range("Elastic: rms_voxel", self.rms_voxel, low=0.0)
 
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
-        """See `SpatialAugmentation`."""
+        """Return the moved pose."""
         if pose.displacement is not None:
             raise ValueError("a view can be bent once: leave one Elastic in its augmentations")
         acts, spacing = (
@@ -170,7 +170,7 @@ class Sometimes(SpatialAugmentation):
                 raise ValueError(f"Sometimes holds spatial augmentations without a share of their own, got {kind}")
 
     def move(self, pose: Pose, rng: np.random.Generator, *, record: Record) -> Pose:
-        """See `SpatialAugmentation`."""
+        """Return the moved pose."""
         if rng.uniform() < self.probability:
             for augmentation in self.augment:
                 pose = augmentation.move(pose, rng, record=record)
