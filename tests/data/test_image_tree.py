@@ -103,3 +103,12 @@ def test_images_that_a_list_or_layout_does_not_name_are_noted(tmp_path):
     (tmp_path / "dataset.json").write_text('{"training": ["./imagesTr/a_0000.nii.gz"]}')
     scan = Decathlon(root=tmp_path).scan()
     assert skipped(scan) == {("a.nii.gz", why), ("b_0000.nii.gz", why), ("c.nii.gz", why)}
+
+
+def test_a_prepared_store_below_the_root_is_passed_over(tmp_path):
+    image(tmp_path / "good.nii.gz", noise())
+    prepare_store(Folder(root=tmp_path), tmp_path / "store", num_workers=0, progress=False)
+    image(tmp_path / "store" / "report.nii.gz", noise())
+    scan = Folder(root=tmp_path).scan()
+    assert names(scan) == ["good"]
+    assert scan.skipped == scan.problems == []

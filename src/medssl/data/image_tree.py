@@ -16,6 +16,8 @@ from medssl.data.formats import (
 
 NUM_DICOM_PROBES = 256
 NUM_NAMED = 3
+STORE = "store.json"
+"""The file by which a folder is a prepared store, such as the one that is being made."""
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 ARCHIVES = (".7z", ".rar", ".tar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tgz", ".zip")
 UNREAD = (
@@ -32,7 +34,7 @@ NEVER_DICOM = {
 
 
 def images_below(root: Path, scan: Scan) -> Iterator[Path]:
-    """Yield image files and DICOM folders, sorted, without hidden names and .zarr folders; follow links once.
+    """Yield image files and DICOM folders, sorted, without hidden names, .zarr folders and stores; follow links once.
 
     What is of an image kind and is not yielded is noted in `scan`.
     """
@@ -44,7 +46,7 @@ def images_below(root: Path, scan: Scan) -> Iterator[Path]:
     for name, below, files in os.walk(root, followlinks=True, onerror=unreadable):
         folder = Path(name)
         state = folder.stat()
-        if (state.st_dev, state.st_ino) in seen:
+        if (state.st_dev, state.st_ino) in seen or STORE in files:
             below.clear()
             continue
         seen.add((state.st_dev, state.st_ino))
