@@ -17,7 +17,7 @@ import yaml
 import medssl
 from medssl.config import main
 from medssl.pretrain import run
-from medssl.training.optim import warmup_cosine
+from medssl.training.optim import rate_share
 
 PROBE = """
 import hashlib, os, signal, time
@@ -209,7 +209,7 @@ def test_another_run_is_not_replaced_by_a_resumed_one(workplace, straight, tmp_p
     rows = metrics(other)
     assert len(rows) == STEPS + 2
     warmup, peak = 40 * (STEPS + 2) / 1600, 2e-3
-    rates = [peak * warmup_cosine(step, total_steps=STEPS + 2, warmup_steps=warmup) for step in (STEPS, STEPS + 1)]
+    rates = [peak * rate_share(step, total_steps=STEPS + 2, warmup_steps=warmup) for step in (STEPS, STEPS + 1)]
     assert [float(row["learning_rate"]) for row in rows[STEPS:]] == pytest.approx(rates)  # as the longer run has them
 
 

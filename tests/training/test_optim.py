@@ -4,22 +4,22 @@ import pytest
 import torch
 
 from medssl.config import user_message
-from medssl.training.optim import build_optimizer, rescale, warmup_cosine
+from medssl.training.optim import build_optimizer, rate_share, rescale
 
 
 def test_the_rate_rises_linearly_and_falls_as_half_a_cosine():
-    shares = [warmup_cosine(step, total_steps=110, warmup_steps=10) for step in (0, 5, 10, 35, 60, 110, 200)]
+    shares = [rate_share(step, total_steps=110, warmup_steps=10) for step in (0, 5, 10, 35, 60, 110, 200)]
     assert shares == pytest.approx([0, 0.5, 1, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0, 0])
 
 
 def test_the_cosine_ends_at_the_final_fraction():
-    assert warmup_cosine(100, total_steps=100, final_fraction=0.1) == pytest.approx(0.1)
-    assert warmup_cosine(0, total_steps=100, final_fraction=0.1) == 1
+    assert rate_share(100, total_steps=100, final_fraction=0.1) == pytest.approx(0.1)
+    assert rate_share(0, total_steps=100, final_fraction=0.1) == 1
 
 
 def test_the_cosine_stops_at_the_least_fraction_and_the_warm_up_starts_below():
-    shares = [warmup_cosine(step, total_steps=110, warmup_steps=10, least_fraction=0.25) for step in (5, 60, 80, 110)]
-    assert warmup_cosine(1, total_steps=110, warmup_steps=10, least_fraction=0.25) == 0.1
+    shares = [rate_share(step, total_steps=110, warmup_steps=10, least_fraction=0.25) for step in (5, 60, 80, 110)]
+    assert rate_share(1, total_steps=110, warmup_steps=10, least_fraction=0.25) == 0.1
     assert shares == pytest.approx([0.5, 0.5, 0.25, 0.25])
 
 
@@ -71,11 +71,11 @@ def test_a_restored_optimiser_goes_on_with_the_settings_of_now():
     rescale(after, schedule, settings=build_optimizer(now, [{"params": [weight]}], total_steps=8)[0])
     (group,) = after.param_groups
     assert group["weight_decay"] == 0.25
-    assert group["lr"] == 0.4 * warmup_cosine(2, total_steps=8)
+    assert group["lr"] == 0.4 * rate_share(2, total_steps=8)
     after.step()
     schedule.step()
-    assert group["lr"] == 0.4 * warmup_cosine(3, total_steps=8)
-    assert before.param_groups[0]["lr"] == 0.2 * warmup_cosine(2, total_steps=4)
+    assert group["lr"] == 0.4 * rate_share(3, total_steps=8)
+    assert before.param_groups[0]["lr"] == 0.2 * rate_share(2, total_steps=4)
 
 
 DECAYING = {"_target_": "torch.optim.AdamW", "lr": 0.1, "weight_decay": 0.04, "weight_decay_end": 0.4}
@@ -145,3 +145,28 @@ def test_a_restored_run_goes_on_with_the_decay_of_its_settings(tmp_path):
 def test_an_end_of_the_decay_without_a_beginning_is_refused():
     with pytest.raises(ValueError, match=r"weight_decay_end=0\.4 .* starts at optimizer\.weight_decay=None"):
         decaying(weight_decay=None)
+
+
+def test_the_rate_of_poly_falls_with_the_share_of_epochs_that_are_left_and_by_stairs():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    settings = {"_target_": "torch.optim.SGD", "lr": 0.01, "shape": "poly", "exponent": 0.9, "hold_steps": 250}
+    optimizer, schedule = build_optimizer(settings, [{"params": [parameter]}], total_steps=1000 * 250)
+    rate = schedule.lr_lambdas[0]
+    for step, epoch in ((0, 0), (249, 0), (250, 1), (125_000, 500), (249_999, 999)):
+        assert rate(step) == pytest.approx((1 - epoch / 1000) ** 0.9, rel=1e-12)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_poly_goes_on_after_a_warm_up():
+    shares = [rate_share(step, total_steps=110, warmup_steps=10, shape="poly") for step in (5, 10, 60, 110)]
+    assert shares == pytest.approx([0.5, 1, 0.5**0.9, 0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"shape": "step"}, r"optimizer\.shape is 'step'"), ({"shape": "poly", "exponent": 0}, r"optimizer\.exponent")],
+)
+def test_a_shape_that_is_not_known_is_refused(settings, message):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    with pytest.raises(ValueError, match=message):
+        build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.01, **settings}, groups, total_steps=10)

@@ -8,27 +8,34 @@ from hydra.utils import instantiate
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from medssl import checks
 from medssl.ops import schedules
 
+SHAPES = ("cosine", "poly")
 
-def warmup_cosine(
+
+def rate_share(
     step: float,
     *,
     total_steps: int,
     warmup_steps: float = 0,
     final_fraction: float = 0.0,
     least_fraction: float = 0.0,
+    shape: str = "cosine",
+    exponent: float = 0.9,
 ) -> float:
-    """Return the share of the peak learning rate at `step`: linear from 0, then half a cosine down to `final_fraction`.
+    """Return the share of the peak learning rate at `step`: linear from 0, then down to `final_fraction`.
 
-    The share stays at `least_fraction` where the cosine would fall below it.
+    The way down is half a cosine, or `(1 - done) ** exponent` for `shape="poly"`. The share stays at `least_fraction`
+    where it would fall below it.
 
-    Source: arXiv:2111.06377, appendix A.1; updated every step.
+    Source: arXiv:2111.06377, appendix A.1, updated every step; arXiv:1809.10486 for `poly`.
     """
     if step < warmup_steps:
         return step / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return max(least_fraction, final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * done)))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else (1 - done) ** exponent
+    return max(least_fraction, final_fraction + (1 - final_fraction) * left)
 
 
 class RateAndDecay(LambdaLR):
@@ -73,7 +80,8 @@ def build_optimizer(
         settings: `_target_` and arguments of a torch optimiser, with `warmup_steps`, `final_fraction` and `clip_norm`
             beside them (clipping is done by the trainer). `weight_decay_end` lets `weight_decay` follow half a cosine
             that ends there; without it the decay is constant. `hold_steps` keeps each value for that many steps.
-            `least_fraction` is the share of the rate below which the schedule does not fall after the warm-up.
+            `least_fraction` is the share of the rate below which the schedule does not fall after the warm-up. `shape`
+            is that of the way down, `cosine` or `poly` with `exponent`.
         groups: Parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`, and its `lr_scale` is
             a share of the learning rate there.
         total_steps: Length of the run, where the cosine ends.
@@ -82,7 +90,8 @@ def build_optimizer(
         ValueError: The warm-up is as long as the run, the optimiser does not know a key, or a decay is to move and has
             no beginning.
     """
-    ours = ("warmup_steps", "final_fraction", "clip_norm", "weight_decay_end", "hold_steps", "least_fraction")
+    ours = ("warmup_steps", "final_fraction", "clip_norm", "weight_decay_end", "hold_steps", "least_fraction",
+            "shape", "exponent")  # fmt: skip
     arguments = {key: value for key, value in settings.items() if key not in ours}
     warmup_steps, final_fraction = settings.get("warmup_steps", 0), settings.get("final_fraction", 0.0)
     if warmup_steps and warmup_steps >= total_steps:
@@ -90,6 +99,8 @@ def build_optimizer(
             f"optimizer.warmup_steps={warmup_steps} leaves nothing of trainer.max_steps={total_steps};"
             " lower the first or raise the second"
         )
+    shape = checks.choice("optimizer.shape", settings.get("shape", "cosine"), SHAPES)
+    exponent = checks.number("optimizer.exponent", settings.get("exponent", 0.9), above=0)
     start, end = settings.get("weight_decay"), settings.get("weight_decay_end")
     if end is not None and (start is None or end < 0):
         raise ValueError(
@@ -113,12 +124,14 @@ def build_optimizer(
     hold = settings.get("hold_steps") or 1
 
     def share(step: int) -> float:
-        return warmup_cosine(
+        return rate_share(
             step // hold * hold,
             total_steps=total_steps,
             warmup_steps=warmup_steps,
             final_fraction=final_fraction,
             least_fraction=settings.get("least_fraction", 0.0),
+            shape=shape,
+            exponent=exponent,
         )
 
     if end is None or start is None:
