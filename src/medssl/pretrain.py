@@ -5,6 +5,7 @@ Examples:
     python -m medssl.pretrain method=glmae data=decathlon data.root=/data/Task04 trainer=gpu
     python -m medssl.pretrain method=glmae data=folder data.root=/scans trainer=ddp trainer.devices=4
     python -m medssl.pretrain method=glmae_tiny data=phantoms resume=runs/first
+    python -m medssl.pretrain method=glmae_tiny data=phantoms weights=FILE    # starts from the encoder in FILE
     python -m medssl.pretrain --config-dir ./conf method=mine        # a method of your own
 """
 
@@ -22,7 +23,7 @@ def run(config: DictConfig) -> None:
     """Claim the run folder, then import torch and other slow packages, and train."""
     from medssl.run.start import start
 
-    with start(config, command="pretrain") as run:
+    with start(config, command="pretrain", files={"weights.path": "weight file"}) as run:
         from medssl.training.pretraining import pretrain
 
         pretrain(run)

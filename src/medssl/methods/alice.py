@@ -206,6 +206,10 @@ class Alice(Method):
                 module.eval()
         return self
 
+    def copies_of_encoder(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the teacher's backbone with the student's."""
+        return [(self.teacher_backbone, self.backbone)]
+
     def parts(self) -> dict[str, nn.Module]:
         """Return the student's networks and, as an alternative, the teacher's encoder and decoder."""
         teacher = self.teacher_backbone

@@ -128,6 +128,10 @@ class Method(nn.Module, ABC):
         """Return the networks that pre-training exports, by name."""
         return {"encoder": self.encoder}
 
+    def copies_of_encoder(self) -> Iterable[tuple[nn.Module, nn.Module]]:
+        """Return each network that starts as a copy of one with the encoder, such as a teacher, with that network."""
+        return ()
+
     def transfers(self) -> Transfer:
         """Return which of `parts` fine-tuning starts from: the encoder, unless a method overrides this."""
         return Transfer({"encoder": "encoder"})

@@ -145,6 +145,10 @@ class DrasCLR(Method):
         for old, new in ((self.key_encoder, self.encoder), (self.key_head, self.head)):
             update_ema(old, new, momentum=self.ema_momentum, copy_buffers=False)  # arXiv:1911.05722, eq. 2
 
+    def copies_of_encoder(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the key encoder with the encoder."""
+        return [(self.key_encoder, self.encoder)]
+
     def parts(self) -> dict[str, nn.Module]:
         """Return encoder and head, and the key encoder as teacher."""
         return {"encoder": self.encoder, "head": self.head, "teacher_encoder": self.key_encoder}

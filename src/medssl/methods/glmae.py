@@ -179,6 +179,10 @@ class GLMAE(Method):
         self.teacher_head.eval()
         return self
 
+    def copies_of_encoder(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the teacher's encoder with the student's."""
+        return [(self.teacher_encoder, self.encoder)]
+
     def parts(self) -> dict[str, nn.Module]:
         """Return the student's networks and, as an alternative, the teacher's encoder."""
         parts = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}

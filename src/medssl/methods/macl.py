@@ -162,6 +162,10 @@ class MACL(Method):
         if self.coupling == "ema" and self.auxiliary_encoder is not None:
             update_ema(self.auxiliary_encoder, self.encoder, momentum=self.momentum, copy_buffers=False)
 
+    def copies_of_encoder(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the auxiliary encoder, where there is one, with the dominant one."""
+        return [] if self.auxiliary_encoder is None else [(self.auxiliary_encoder, self.encoder)]
+
     def parts(self) -> dict[str, nn.Module]:
         """Return the networks of the dominant branch, the heads, and the auxiliary encoder if it is separate."""
         parts = {"encoder": self.backbone.encoder, "decoder": self.backbone.decoder, "heads": self.heads}

@@ -15,28 +15,38 @@ from medssl.methods.base import Method
 from medssl.run.settings import short_hash
 from medssl.training.callback import StepCallback
 from medssl.training.method_module import MethodModule
+from medssl.training.parent import Parent
 from medssl.weights import save_weights
 
 COURSE = ("method", "views", "sampler", "optimizer", "batch_size", "accumulate")
 """Settings that distinguish one training from another, besides data, length and seed; the card holds their hash."""
 
 
-def build_card(method: Method, config: Mapping[str, Any], store: VolumeStore, cases: Sequence[int]) -> dict[str, Any]:
+def build_card(
+    method: Method,
+    config: Mapping[str, Any],
+    store: VolumeStore,
+    cases: Sequence[int],
+    parent: Parent | None = None,
+) -> dict[str, Any]:
     """Return the card of a run: architecture, reading recipe, data, versions.
 
     `transfers` names the parts that a segmenter starts from, as the method says. The fingerprint of the data covers
-    the volumes that are trained on, `cases`, and no held-out ones.
+    the volumes that are trained on, `cases` and those of the parent, and no held-out ones.
 
     Args:
         method: The method that is trained.
         config: The resolved settings of the run.
         store: The data.
         cases: Numbers of the cases that are trained on.
+        parent: The file that the run starts from.
     """
     settings, data, transfer = config["method"], config["data"], method.transfers()
     places = {"encoder": "encoder", "decoder": "decoder", **transfer.recipes}
     recipes = {part: _recipe_at(settings, place) for part, place in places.items()}
     networks = {part: recipe for part, recipe in recipes.items() if isinstance(recipe, Mapping)}
+    seen = [] if parent is None else parent.voxel_hashes
+    own = {store.record(case).voxel_hash[:16] for case in cases}
     return {
         **networks,
         "transfers": [part for part in transfer.recipes if part in networks],
@@ -52,8 +62,9 @@ def build_card(method: Method, config: Mapping[str, Any], store: VolumeStore, ca
         "data": {
             "name": data["name"],
             "num_cases": len(cases),
-            "voxel_hashes": sorted(store.record(case).voxel_hash[:16] for case in cases),  # to find overlap by
+            "voxel_hashes": None if seen is None else sorted({*own, *seen}),  # to find overlap by
         },
+        **({} if parent is None else {"parent": parent.entries()}),
         "versions": {package: version(package) for package in ("medssl", "torch", "monai", "numpy")},
     }
 

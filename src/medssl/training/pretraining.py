@@ -24,6 +24,7 @@ from medssl.training.export import Export, build_card
 from medssl.training.figures import Pictures
 from medssl.training.fit import check_trainer, fit, quiet
 from medssl.training.metrics import Metrics
+from medssl.training.parent import Parent
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def pretrain(run: Run) -> None:
     views = instantiate(config.views, _convert_="all")
     if not views.tables:
         instantiate(with_facts(config, {"num_locations": views.num_locations}).sampler, _convert_="all")
+    parent = Parent.of(OmegaConf.to_container(config.weights, resolve=True))  # type: ignore[arg-type]
     if not is_prepared(config):
         try_method(config, views)
     store = open_store(config, is_resumed=run.checkpoint is not None)
@@ -79,12 +81,16 @@ def pretrain(run: Run) -> None:
     facts = data.facts()
     settings = PretrainSettings.of(config, facts | method_facts(with_facts(config, facts), data, world=world))
     method = method_of(settings.method, seed=settings.seed)
+    if parent is not None:
+        lines = parent.load(method)
+        if process_rank() == 0:
+            print("\n".join(lines), flush=True)
     metrics = Metrics(
         folder.metrics,
         batch_size=settings.batch_size,
         validation="validation_loss" if settings.validate_every else None,
     )
-    card = build_card(method, settings.values, store, training_cases)
+    card = build_card(method, settings.values, store, training_cases, parent)
     callbacks = [
         Pictures(folder.figures, every=settings.figures_every),
         Export(folder.encoder, card, every=settings.export_every),

@@ -1,0 +1,97 @@
+"""Continued pre-training: the networks of a file, what was loaded, and what the new card says."""
+
+import pytest
+import torch
+
+from medssl.config import main
+from medssl.methods.build import build_method
+from medssl.pretrain import run
+from medssl.training.parent import Parent
+from medssl.weights import load_encoder, read_card, save_weights
+
+SETTINGS = {"path": None, "layout": None, "branch": "student", "parts": ["encoder"]}
+METHODS = ("glmae_tiny", "alice_tiny", "drasclr_tiny", "macl_tiny", "kaf_tiny", "sam_embed_tiny")
+
+
+def written(path, method, **card):
+    save_weights(path, method.parts(), {"method": "medssl.methods.x.X", "step": 7, **card})
+    return path
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_encoder_of_a_file_is_that_of_the_method_and_of_its_teacher(name, tmp_path):
+    first, second = (build_method(name, num_cases=20, steps_per_round=4, seed=seed) for seed in (1, 2))
+    path = written(tmp_path / "a.safetensors", first)
+    parent = Parent.of({**SETTINGS, "path": str(path)})
+    lines = parent.load(second)
+    assert lines[0] == f"weights: {path}"
+    assert "encoder: " in lines[1]
+    assert "from scratch: " in lines[1] or len(second.parts()) == 1
+    wanted = first.parts()["encoder"].state_dict()
+    found = [second.parts()["encoder"], *(copy for copy, _ in second.copies_of_encoder())]
+    assert len(found) == 1 + (name in ("glmae_tiny", "alice_tiny", "drasclr_tiny"))
+    for network in found:
+        state = getattr(network, "encoder", network).state_dict()
+        assert all(torch.equal(state[key], value) for key, value in wanted.items())
+
+
+def test_a_separate_auxiliary_encoder_starts_as_the_dominant_one():
+    method = build_method("macl_tiny", overrides=["method.coupling=ema"])
+    ((copy, original),) = method.copies_of_encoder()
+    assert copy is method.auxiliary_encoder
+    assert original is method.encoder
+
+
+def test_further_networks_are_taken_by_name_and_unknown_ones_refused(tmp_path):
+    first, second = (build_method("macl_tiny", seed=seed) for seed in (1, 2))
+    path = written(tmp_path / "a.safetensors", first)
+    Parent.of({**SETTINGS, "path": str(path), "parts": ["encoder", "decoder"]}).load(second)
+    for part in ("encoder", "decoder"):
+        state = second.parts()[part].state_dict()
+        assert all(torch.equal(state[key], value) for key, value in first.parts()[part].state_dict().items())
+    with pytest.raises(ValueError, match=r"weights\.parts names tail; MACL has encoder, decoder, heads"):
+        Parent.of({**SETTINGS, "path": str(path), "parts": ["tail"]}).load(second)
+    with pytest.raises(ValueError, match=r"weights\.parts takes names of networks such as \[encoder\]; got 'encoder'"):
+        Parent.of({**SETTINGS, "parts": "encoder"})
+    with pytest.raises(ValueError, match=r"weights\.branch is 'both'"):
+        Parent.of({**SETTINGS, "branch": "both"})
+
+
+def test_an_encoder_of_another_class_is_named(tmp_path):
+    path = written(tmp_path / "a.safetensors", build_method("sam_embed_tiny"), encoder={"_target_": "a.b.SAMResNet"})
+    with pytest.raises(ValueError, match="the file holds a SAMResNet, the method trains a VisionTransformer"):
+        Parent.of({**SETTINGS, "path": str(path)}).load(build_method("glmae_tiny"))
+
+
+def test_the_command_starts_from_a_file_and_its_card_names_the_parent(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["method=glmae_tiny", "data.num_cases=3", "data.size_voxel=48", "batch_size=2", "figures_every=null"]
+    small += ["store=s", "views.groups.local.count=1", "validate_every=null"]
+    main("pretrain", run, arguments=[*small, "output_dir=a", "trainer.max_steps=1", "optimizer.lr=0"])
+    main(
+        "pretrain",
+        run,
+        arguments=[*small, "output_dir=b", "trainer.max_steps=1", "seed=5", "optimizer.lr=0", "data.seed=0",
+                   "weights=a/encoder.safetensors"],
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "weights: a/encoder.safetensors" in printed
+    assert "from scratch: decoder, head, teacher_encoder" in printed
+    first, second = (load_encoder(f"{name}/encoder.safetensors").state_dict() for name in "ab")
+    assert all(torch.equal(first[key], value) for key, value in second.items())
+    cards = [read_card(f"{name}/encoder.safetensors") for name in "ab"]
+    assert "parent" not in cards[0]
+    parent = cards[1]["parent"]
+    assert parent == {
+        "file": "encoder.safetensors",
+        "parts": ["encoder"],
+        "method": "medssl.methods.glmae.GLMAE",
+        "training": cards[0]["training"],
+        "step": 1,
+        "data": "phantoms",
+    }
+    assert cards[1]["data"]["voxel_hashes"] == cards[0]["data"]["voxel_hashes"]
+    with pytest.raises(SystemExit) as stop:
+        main("pretrain", run, arguments=[*small, "output_dir=c", "weights=none.safetensors"])
+    assert stop.value.code == 2
+    assert "there is no weight file none.safetensors" in capsys.readouterr().err
