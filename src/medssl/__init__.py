@@ -18,6 +18,7 @@ _HOME = {
     "Progress": "medssl.methods.base",
     "StepOutput": "medssl.methods.base",
     "GLMAE": "medssl.methods.glmae",
+    "MAE": "medssl.methods.mae",
     "Alice": "medssl.methods.alice",
     "DrasCLR": "medssl.methods.drasclr",
     "KAF": "medssl.methods.kaf",
@@ -42,6 +43,7 @@ _HOME = {
     "contrast_of_positives": "medssl.losses.position_contrast",
     "PositionRule": "medssl.methods.positions",
     "masked_mse": "medssl.losses.reconstruction",
+    "voxel_error": "medssl.losses.reconstruction",
     "AttentionUNetDecoder": "medssl.models.attention_unet",
     "ConditionedEncoder": "medssl.models.conditioned",
     "MLPHead": "medssl.models.heads",
@@ -169,6 +171,7 @@ if TYPE_CHECKING:
     from medssl.losses.optimal_transport import matching_loss as matching_loss
     from medssl.losses.position_contrast import contrast_of_positives as contrast_of_positives
     from medssl.losses.reconstruction import masked_mse as masked_mse
+    from medssl.losses.reconstruction import voxel_error as voxel_error
     from medssl.methods.alice import Alice as Alice
     from medssl.methods.base import Method as Method
     from medssl.methods.base import Progress as Progress
@@ -178,6 +181,7 @@ if TYPE_CHECKING:
     from medssl.methods.glmae import GLMAE as GLMAE
     from medssl.methods.kaf import KAF as KAF
     from medssl.methods.macl import MACL as MACL
+    from medssl.methods.mae import MAE as MAE
     from medssl.methods.positions import PositionRule as PositionRule
     from medssl.methods.sam_embed import SamEmbed as SamEmbed
     from medssl.models.attention_unet import AttentionUNetDecoder as AttentionUNetDecoder

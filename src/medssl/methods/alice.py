@@ -20,7 +20,7 @@ from medssl.ops import schedules
 from medssl.ops.clipping import clip_each
 from medssl.ops.ema import frozen_copy, update_ema
 from medssl.ops.gather import sum_over_ranks
-from medssl.ops.masking import block_mask, num_blocks
+from medssl.ops.masking import block_mask, num_blocks, voxel_mask
 from medssl.ops.patches import patch_grid, triple
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class Alice(Method):
         mask, reconstruction = (
             extras[name][::num_pairs] for name in ("mask", "reconstruction")
         )  # all queries, all keys
-        hidden = seen.masked_fill(_upsampled(mask, seen), float("nan"))
+        hidden = seen.masked_fill(voxel_mask(mask, seen.shape[2:]), float("nan"))
         panels: dict[str, Tensor] = {}
         for title, volumes in (("", image), ("masked ", hidden), ("rebuilt ", reconstruction.to(image))):
             panels |= {f"{title}{name}": volume[0] for name, volume in zip(("query", "key"), volumes, strict=True)}
@@ -311,11 +311,3 @@ def _check_widths(backbone: Backbone, head: AliceHead, cafa: CAFA) -> None:
         found = ", ".join(f"{name} is {got}" for name, (_, got) in wrong.items())
         settings = " ".join(f"method.{name}={width}" for name, (width, _) in wrong.items())
         raise ValueError(f"{found}, which does not fit the other networks; set {settings}")
-
-
-def _upsampled(
-    mask: Bool[Tensor, "row 1 i j k"], image: Float[Tensor, "row channel x y z"]
-) -> Bool[Tensor, "row 1 x y z"]:
-    for axis, side in enumerate(image.shape[2:], start=2):
-        mask = mask.repeat_interleave(side // mask.shape[axis], dim=axis)
-    return mask

@@ -13,6 +13,7 @@ from medssl.checks import choice
 from medssl.models.alice_backbones import Backbone
 from medssl.models.nnformer_blocks import SelfAttention, SkipAttention, SkipBlock, WindowBlock, initialise
 from medssl.models.stem import fit_stem
+from medssl.models.transformer_blocks import path_rates
 from medssl.models.unet import blocks_to_run, run
 from medssl.models.vit import resize_positions, sincos_positions
 from medssl.ops.patches import Triple, patch_grid, triple
@@ -370,5 +371,5 @@ def _clipped(window: int, grid: Triple) -> Triple:
 
 def _drop_rates(largest: float, depths: Sequence[int]) -> list[list[float]]:
     """Return the rates of the blocks of each stage, growing evenly from 0 over all blocks."""
-    rates = (largest * number / max(1, sum(depths) - 1) for number in itertools.count())
+    rates = iter(path_rates(largest, sum(depths)))
     return [list(itertools.islice(rates, depth)) for depth in depths]

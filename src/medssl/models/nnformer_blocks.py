@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from medssl.checks import choice
-from medssl.models.vit import Mlp
+from medssl.models.transformer_blocks import Mlp, drop_path
 from medssl.ops.patches import Triple
 from medssl.ops.window_attention import WindowMask, window_attention
 
@@ -181,10 +181,7 @@ class WindowBlock(nn.Module):
         return tokens + self._dropped(self.mlp(self.norm2(tokens)))
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        if not self.training or self.drop_path == 0:
-            return branch
-        keep = 1 - self.drop_path
-        return branch * (branch.new_empty(len(branch), 1, 1, 1, 1).bernoulli_(keep) / keep)
+        return drop_path(branch, self.drop_path, training=self.training)
 
 
 class SkipBlock(WindowBlock):

@@ -1,14 +1,12 @@
 """The backbone of MACL: an encoder with the first blocks of a decoder, and the law of crop size, strides and blocks."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from medssl.models.segmenter import build_usual_decoder, channels_read, complete_recipe, levels, names_of_blocks
+from medssl.models.shape_trial import try_shape
 
 DEPTHS = range(2, 7)
 """Numbers of levels that an error proposes."""
@@ -127,11 +125,8 @@ class PartialUNet(nn.Module):
             ValueError: The crop does not fit, or a network refuses the small image, as instance norm a single voxel.
         """
         small = self.law.reduced(size_voxel, setting=setting)
-        state = {name: tensor.to("meta") for name, tensor in (*self.named_parameters(), *self.named_buffers())}
-        image = torch.empty((2, channels_read(self.encoder), *small), device="meta")
         try:
-            with torch.no_grad(), suppress(RuntimeError):  # networks that need values are left to the first batch
-                functional_call(self, state, (image,))
+            try_shape(self, small, in_channels=channels_read(self.encoder))
         except ValueError as error:
             raise ValueError(
                 f"{setting}={_with_slices(size_voxel)} is {list(small)} where it is made smaller, which the "

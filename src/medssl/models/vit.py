@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medssl.checks import choice
 from medssl.models.stem import fit_stem
+from medssl.models.transformer_blocks import Block, path_rates
 from medssl.models.unet import halvings
 from medssl.ops.patches import Triple, patch_grid, patchify, triple
 
@@ -66,56 +67,6 @@ def skip_depths(depth: int, num_maps: int) -> list[int]:
     return [depth * part // num_maps + 1 for part in range(1, num_maps)] + [depth]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"a width of {dim} cannot be split over {num_heads} attention heads; choose a divisor")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Mix the tokens `(batch, token, dim)` of each sample."""
-        heads = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, head, token, channel)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them."""
-
-    def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Transform each token on its own."""
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(tokens)))))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, dropout=dropout)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), dropout=dropout)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Apply attention, then the MLP, each added to its input."""
-        tokens = tokens + self.attn(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))
-
-
 class PositionedTransformer(nn.Module):
     """Base of encoder and decoder: blocks, final norm and a frozen position table for a home grid.
 
@@ -136,6 +87,8 @@ class PositionedTransformer(nn.Module):
         dropout: float,
         checkpoint_activations: bool,
         class_token: bool = True,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         choice("position", position, POSITIONS)
@@ -143,7 +96,10 @@ class PositionedTransformer(nn.Module):
         self.checkpoint_activations, self.num_class_rows = checkpoint_activations, int(class_token)
         rows = torch.cat([torch.zeros(self.num_class_rows, dim), sincos_positions(grid, dim).float()])
         self.pos_embed = nn.Parameter(rows[None], requires_grad=False)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio, dropout=dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio=mlp_ratio, dropout=dropout, layer_scale=layer_scale, drop_path=rate)
+            for rate in path_rates(drop_path, depth)
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def positions(self, grid: Triple) -> Float[Tensor, "row dim"]:
@@ -207,7 +163,12 @@ class VisionTransformer(PositionedTransformer):
     names other numbers of finished blocks. `channels` and `strides` (voxels, per axis) describe the maps. The network
     uses the axes as given, without a meaning of x, y or z.
 
-    Source: arXiv:2010.11929; state-dict keys as in published masked-autoencoder weights.
+    With `mask_token` it has a learned vector that stands for hidden patches, see `tokens`. `layer_scale` is the first
+    value of learned factors on all residual branches, and `drop_path` the rate at which those of the last block are
+    dropped in training; it grows evenly from 0 in the first block.
+
+    Source: arXiv:2010.11929; state-dict keys as in published masked-autoencoder weights; arXiv:2111.09886 for the mask
+    token.
     """
 
     def __init__(
@@ -224,6 +185,9 @@ class VisionTransformer(PositionedTransformer):
         dropout: float = 0.0,
         feature_depths: Sequence[int] | None = None,
         class_token: bool = True,
+        mask_token: bool = False,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
         checkpoint_activations: bool = False,
     ) -> None:
         patch = triple(patch_voxel)
@@ -237,6 +201,8 @@ class VisionTransformer(PositionedTransformer):
             dropout=dropout,
             checkpoint_activations=checkpoint_activations,
             class_token=class_token,
+            layer_scale=layer_scale,
+            drop_path=drop_path,
         )
         self.patch_voxel, self.in_channels = patch, in_channels
         self.feature_depths = tuple(feature_depths or (max(1, round(depth * k / 4)) for k in (1, 2, 3, 4)))
@@ -249,16 +215,17 @@ class VisionTransformer(PositionedTransformer):
         self.patch_embed = PatchEmbedding(in_channels=in_channels, dim=dim, patch_voxel=patch)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim)) if mask_token else None
 
     @classmethod
     def segmentation_recipe(cls, recipe: Mapping[str, Any], decoder: type | None) -> dict[str, Any]:
-        """Return the recipe as a segmenter takes it: without CLS token, unless it names `class_token`.
+        """Return the recipe as a segmenter takes it: without CLS token, unless it names `class_token`, or mask token.
 
         A decoder that `takes_patch_grid` (UNETR's, the usual one) gets the maps that it has steps for, see
         `skip_depths`, unless the recipe names `feature_depths`.
         """
         stated = {name: one.default for name, one in inspect.signature(cls).parameters.items()} | dict(recipe)
-        completed = {"class_token": False, **recipe}
+        completed = {"class_token": False, **recipe} | ({"mask_token": False} if "mask_token" in recipe else {})
         takes_patch_grid = decoder is None or getattr(decoder, "takes_patch_grid", False)
         if takes_patch_grid and stated["feature_depths"] is None:
             num_steps = len(halvings(triple(stated["patch_voxel"])))
@@ -270,13 +237,21 @@ class VisionTransformer(PositionedTransformer):
         return patch_grid(image.shape[2:], self.patch_voxel)
 
     def tokens(
-        self, image: Float[Tensor, "batch channel x y z"], keep: Int[Tensor, "batch kept"] | None = None
+        self,
+        image: Float[Tensor, "batch channel x y z"],
+        keep: Int[Tensor, "batch kept"] | None = None,
+        *,
+        masked: Bool[Tensor, "batch patch"] | None = None,
     ) -> Float[Tensor, "batch token dim"]:
         """Return normed output tokens, CLS (if any) first, then all patches or the kept ones in the order of `keep`.
 
-        A patch that is not kept is neither embedded nor attended to.
+        A patch that is not kept is neither embedded nor attended to. A `masked` patch is attended to as the mask token
+        at its position, whatever its voxels.
+
+        Raises:
+            ValueError: Patches are masked, and the network has no mask token.
         """
-        tokens = self._embed(image, keep)
+        tokens = self._embed(image, keep, masked)
         for block in self.blocks:
             tokens = self.run_block(block, tokens)
         return self.norm(tokens)
@@ -285,7 +260,7 @@ class VisionTransformer(PositionedTransformer):
         self, image: Float[Tensor, "batch channel x y z"], coordinate: Tensor | None = None
     ) -> list[Float[Tensor, "batch dim i j k"]]:
         """Return feature maps, shallow to deep, all on the patch grid; `coordinate` is accepted and not used."""
-        tokens, states = self._embed(image, None), {}
+        tokens, states = self._embed(image), {}
         for done, block in enumerate(self.blocks, start=1):
             tokens = states[done] = self.run_block(block, tokens)
         chosen = [states[done] for done in self.feature_depths[:-1]] + [self.norm(tokens)]
@@ -295,21 +270,29 @@ class VisionTransformer(PositionedTransformer):
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights fitted as in the base class, and the patch weight to this network's input channels.
 
-        A network without a CLS token leaves out that of the file and its row of the position table.
+        A network without a CLS token leaves out that of the file and its row of the position table, and one without a
+        mask token that of the file.
         """
+        if self.mask_token is None and "mask_token" in tensors:
+            tensors = {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
         if self.cls_token is None and {"cls_token", "pos_embed"} <= tensors.keys():
             tensors = {**tensors, "pos_embed": tensors["pos_embed"][:, 1:]}
             del tensors["cls_token"]
         return fit_stem(super().adapt(tensors), "patch_embed.proj.weight", self.in_channels)
 
-    def _embed(self, image: Tensor, keep: Tensor | None) -> Tensor:
+    def _embed(self, image: Tensor, keep: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         if image.shape[1] != self.in_channels:
             raise ValueError(f"the encoder reads {self.in_channels} channels, the image has {image.shape[1]}")
         patches, positions = patchify(image, self.patch_voxel), self.positions(self.grid_of(image))
         rows = positions[self.num_class_rows :]
         if keep is not None:
             patches, rows = patches.take_along_dim(keep[..., None], dim=1), rows[keep]
-        tokens = self.patch_embed(patches) + rows
+        tokens = self.patch_embed(patches)
+        if masked is not None:
+            if self.mask_token is None:
+                raise ValueError("patches are masked, and the encoder has no mask token; build it with mask_token=true")
+            tokens = torch.where(masked[..., None], self.mask_token.to(tokens), tokens)
+        tokens = tokens + rows
         if self.cls_token is None:
             return tokens
         first = (self.cls_token + positions[0]).expand(len(tokens), -1, -1)

@@ -1,15 +1,17 @@
-"""Random masks over a token sequence and over the blocks of a volume."""
+"""Random masks over a token sequence and over the blocks of a volume, and images without what a mask hides."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from medssl.checks import choice
+from medssl.checks import choice, is_number
 from medssl.ops.patches import Triple
 
 BLOCK_SHAPES = ("column", "cube")
+FILLS = ("zero", "mean")
 
 
 class TokenMask(NamedTuple):
@@ -78,3 +80,53 @@ def block_mask(
     masked = random_mask(noise, ratio=ratio).masked
     cells = masked.unflatten(1, grid) if shape == "cube" else masked.unflatten(1, (*grid[:2], 1))
     return cells[:, None].expand(-1, -1, -1, -1, grid[2])
+
+
+def ratio_range(name: str, ratio: float | Sequence[float]) -> tuple[float, float]:
+    """Return the lowest and the highest mask ratio of a setting: one number, or two.
+
+    Raises:
+        ValueError: `ratio` is neither a number in (0, 1) nor two such numbers in rising order.
+    """
+    ends = list(ratio) if isinstance(ratio, Sequence) else [ratio, ratio]
+    if len(ends) != 2 or not all(is_number(end) and 0 < end < 1 for end in ends) or ends[0] > ends[1]:
+        raise ValueError(f"{name}={ratio} must lie between 0 and 1: a number, or [low, high] to draw one for each step")
+    return ends[0], ends[1]
+
+
+def drawn_ratio(ends: tuple[float, float], generator: torch.Generator) -> float:
+    """Return a ratio drawn evenly between both ends on the CPU; nothing is drawn where they are equal."""
+    low, high = ends
+    return low if low == high else low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def voxel_mask(cells: Bool[Tensor, "batch 1 i j k"], size_voxel: Sequence[int]) -> Bool[Tensor, "batch 1 x y z"]:
+    """Return the mask of the voxels of an image: each cell is repeated along every axis.
+
+    Raises:
+        ValueError: A side of the image is no multiple of the number of cells.
+    """
+    grid = cells.shape[2:]
+    if any(side % number for side, number in zip(size_voxel, grid, strict=True)):
+        raise ValueError(f"an image of {tuple(size_voxel)} voxels does not consist of {tuple(grid)} equal cells")
+    for axis, (side, number) in enumerate(zip(size_voxel, grid, strict=True), start=2):
+        cells = cells.repeat_interleave(side // number, dim=axis)
+    return cells
+
+
+def without_hidden(
+    image: Float[Tensor, "batch channel x y z"], hidden: Bool[Tensor, "batch 1 x y z"], *, fill: str = "zero"
+) -> Float[Tensor, "batch channel x y z"]:
+    """Return the image with its hidden voxels set to 0 or, for `fill="mean"`, to the mean of the visible ones.
+
+    The mean is that of each sample and channel. The hidden voxels do not enter it.
+
+    Raises:
+        ValueError: The fill is not known.
+    """
+    if choice("fill", fill, FILLS) == "zero":
+        return image.masked_fill(hidden, 0.0)
+    exact = torch.promote_types(image.dtype, torch.float32)  # half precision is too coarse for sums over a crop
+    total = image.masked_fill(hidden, 0.0).sum((2, 3, 4), keepdim=True, dtype=exact)
+    mean = total / (~hidden).sum((2, 3, 4), keepdim=True).clamp(min=1)
+    return torch.where(hidden, mean.to(image.dtype), image)
