@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -5,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from medssl.ops.masking import block_mask, num_blocks, num_kept, random_mask
+from medssl.ops.masking import (
+    block_mask,
+    drawn_ratio,
+    num_blocks,
+    num_kept,
+    random_mask,
+    ratio_range,
+    voxel_mask,
+    without_hidden,
+)
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "glmae.json").read_text())
 
@@ -77,3 +87,62 @@ def test_a_mask_of_another_shape_or_size_is_refused():
         num_blocks((4, 3, 2), shape="ball")
     with pytest.raises(ValueError, match=r"a column mask over \(4, 3, 2\) has 12 blocks, the noise is for 24"):
         block_mask(torch.rand(1, 24), grid=(4, 3, 2), ratio=0.5)
+
+
+@pytest.mark.parity
+def test_counts_of_cells_are_those_of_the_card_and_one_more_at_nine_tenths():
+    """References card, 0.4 (G2): the released code masks int(r * cells), ours keeps int(cells * (1 - r))."""
+    for size, ratio, released, ours in ((160, 0.75, 750, 750), (96, 0.75, 162, 162), (160, 0.9, 900, 901)):
+        num_cells = (size // 16) ** 3
+        assert int(ratio * num_cells) == released
+        assert random_mask(torch.rand(2, num_cells), ratio=ratio).masked.sum(1).tolist() == [ours] * 2
+
+
+def test_each_voxel_has_the_mask_of_its_cell():
+    cells = torch.rand(2, 1, 3, 2, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    voxels = voxel_mask(cells, (12, 4, 4))
+    assert voxels.shape == (2, 1, 12, 4, 4)
+    for sample, x, y, z in itertools.product(range(2), range(12), range(4), range(4)):
+        assert voxels[sample, 0, x, y, z] == cells[sample, 0, x // 4, y // 2, z]
+
+
+def test_an_image_that_does_not_consist_of_the_cells_is_refused():
+    with pytest.raises(ValueError, match=r"an image of \(12, 5, 4\) voxels does not consist of \(3, 2, 4\) equal"):
+        voxel_mask(torch.ones(1, 1, 3, 2, 4, dtype=torch.bool), (12, 5, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_hidden_voxels_become_zero_or_the_mean_of_the_visible_ones_of_sample_and_channel(dtype):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, 3, 4, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
+    hidden = torch.rand(2, 1, 4, 4, 4, generator=generator) < 0.5
+    zero, mean = without_hidden(image, hidden), without_hidden(image, hidden, fill="mean")
+    assert zero.dtype == mean.dtype == dtype
+    for sample, channel in itertools.product(range(2), range(3)):
+        hole = hidden[sample, 0]
+        whole = image[sample, channel]
+        expected = whole[~hole].double().mean().item()
+        for filled, value in ((zero[sample, channel], 0.0), (mean[sample, channel], expected)):
+            assert torch.equal(filled[~hole], whole[~hole])
+            assert filled[hole].double().tolist() == pytest.approx([value] * int(hole.sum()), rel=4e-3)
+    changed = torch.where(hidden, image + 5, image)
+    assert torch.equal(without_hidden(changed, hidden, fill="mean"), mean)
+    with pytest.raises(ValueError, match="fill is 'noise', allowed are zero, mean"):
+        without_hidden(image, hidden, fill="noise")
+
+
+def test_a_ratio_is_one_number_or_drawn_evenly_between_two():
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert drawn_ratio(ratio_range("mask_ratio", 0.75), generator) == 0.75
+    assert torch.equal(generator.get_state(), before)
+    drawn = [drawn_ratio(ratio_range("mask_ratio", [0.6, 0.9]), generator) for _ in range(2000)]
+    assert 0.6 <= min(drawn) < 0.61
+    assert 0.89 < max(drawn) <= 0.9
+    assert sum(drawn) / len(drawn) == pytest.approx(0.75, abs=0.01)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, [0.6], [0.9, 0.6], [0.6, 1.0], [0.2, 0.3, 0.4], True])
+def test_a_ratio_that_hides_nothing_or_everything_is_refused(ratio):
+    with pytest.raises(ValueError, match=r"mask_ratio=.* must lie between 0 and 1"):
+        ratio_range("mask_ratio", ratio)
