@@ -16,8 +16,10 @@ from medssl.finetune import run as finetune
 from medssl.methods.base import Method
 from medssl.methods.mae import MAE
 from medssl.models.reconstructor import Reconstructor
+from medssl.models.segmenter import build_segmenter
 from medssl.models.unet import UNetDecoder
 from medssl.pretrain import run
+from medssl.segmentation.initial_weights import find_initial, load_initial
 from medssl.training.optim import build_optimizer
 from medssl.weights import read_card
 
@@ -218,14 +220,27 @@ def test_the_encoder_loads_and_starts_a_segmentation(where, straight, capsys):
     encoder = medssl.load_encoder(straight / "encoder.safetensors")
     assert [level.shape[1] for level in encoder(torch.zeros(1, 1, 16, 16, 16))] == [8, 16, 32]
     card = read_card(straight / "encoder.safetensors")
-    assert card["transfers"] == ["encoder"]
-    assert card["decoder"]["_target_"].endswith("UNetDecoder")  # in the file, for those who want it
+    assert (card["transfers"], card["decoder_part"]) == (["encoder", "decoder"], "none")
     budget = ["trainer.max_steps=2", "crop_voxel=[16,16,16]", "validate_every=null", "data.labelled=2"]
     places = [f"store={where / 'store'}", f"output_dir={where / 'tuned'}"]
     main("finetune", finetune, arguments=[f"weights={straight / 'encoder.safetensors'}", *SMALL, *budget, *places])
     said = capsys.readouterr().out
     assert f"encoder: {len(encoder.state_dict())} tensors matched" in said
+    assert "from scratch: decoder, head" in said
     assert (where / "tuned" / "segmenter.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("settings", "part"), [((), "none"), (("weights.decoder=all",), "all")])
+def test_fine_tuning_takes_the_decoder_where_the_user_says_so(straight, settings, part):
+    config = compose("finetune", [f"weights.path={straight / 'encoder.safetensors'}", *settings])
+    initial = find_initial(config)
+    model = initial.completed(config).model
+    network, _ = build_segmenter(model.encoder, model.decoder, num_classes=3, in_channels=1)
+    before = network.decoder.state_dict()["ups.0.weight"].clone()
+    said = load_initial(initial, network)[-1]
+    assert initial.decoder == part
+    assert (f"decoder: {len(network.decoder.state_dict())} tensors matched" in said) == (part == "all")
+    assert torch.equal(network.decoder.state_dict()["ups.0.weight"], before) == (part == "none")
 
 
 @pytest.mark.slow

@@ -82,7 +82,8 @@ class Transfer:
 
     Args:
         recipes: Place of each network's recipe in the method's settings: `encoder`, or `backbone.encoder`.
-        facts: Further entries of the card, such as how many blocks of the decoder were trained.
+        facts: Further entries of the card, such as how many blocks of the decoder were trained. `decoder_part` says
+            what a segmenter takes of the decoder unless the user states it, see `weights.decoder`.
     """
 
     recipes: Mapping[str, str]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medssl.checks import choice, switch, triple
 from medssl.data.views import View
 from medssl.losses.reconstruction import ERRORS, patch_statistics, voxel_error
-from medssl.methods.base import Method, Progress, StepOutput
+from medssl.methods.base import Method, Progress, StepOutput, Transfer
 from medssl.models.masked_transformer import MaskedAutoencoder, SimMIM
 from medssl.models.reconstructor import Reconstructor
 from medssl.models.segmenter import channels_read, complete_recipe, levels
@@ -135,6 +135,12 @@ class MAE(Method):
     def parts(self) -> dict[str, nn.Module]:
         """Return encoder, decoder and output layer, as far as the form has them."""
         return dict(self.network.named_children())
+
+    def transfers(self) -> Transfer:
+        """Return that segmenters start from the encoder, and from the decoder of a U-Net where the user wishes it."""
+        if self.form != "cnn":
+            return super().transfers()
+        return Transfer({"encoder": "encoder", "decoder": "decoder"}, {"decoder_part": "none"})
 
     def figures(
         self, batch: Mapping[str, View], extras: Mapping[str, Tensor], progress: Progress

@@ -67,10 +67,11 @@ def find_initial(config: DictConfig) -> Initial:
         ValueError: A file cannot be read, or a choice does not exist.
     """
     branch = choice("weights.branch", config.weights.branch, BRANCHES)
-    decoder = choice("weights.decoder", config.weights.decoder, DECODERS)
     layout = config.weights.layout
     path = None if config.weights.path is None else Path(config.weights.path).expanduser()
     card = None if path is None else card_of(path, layout=layout, branch=branch)
+    usual = (card or {}).get("decoder_part", "all")
+    decoder = choice("weights.decoder", config.weights.decoder, (None, *DECODERS)) or usual
     if card is not None and decoder == "trained" and "decoder_blocks" not in card:
         raise ValueError(
             f"weights.decoder=trained: {path} does not say which blocks of a decoder were trained; give all or none"
