@@ -21,7 +21,16 @@ from medssl.training.method_module import MethodModule
 
 PAGE = (Path(__file__).parent.parent / "docs" / "your-own-loop.md").read_text()
 TENSORS, *LOOPS = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.S | re.M)
-METHODS = ["glmae_tiny", "mae_tiny", "alice_tiny", "drasclr_tiny", "kaf_tiny", "macl_tiny", "sam_embed_tiny"]
+METHODS = [
+    "glmae_tiny",
+    "mae_tiny",
+    "alice_tiny",
+    "drasclr_tiny",
+    "kaf_tiny",
+    "macl_tiny",
+    "sam_embed_tiny",
+    "models_genesis_tiny",
+]
 MOST_LINES = 20
 
 

@@ -24,6 +24,7 @@ _HOME = {
     "KAF": "medssl.methods.kaf",
     "MACL": "medssl.methods.macl",
     "SamEmbed": "medssl.methods.sam_embed",
+    "ModelsGenesis": "medssl.methods.models_genesis",
     "halved_mse": "medssl.losses.alignment",
     "inter_volume_loss": "medssl.losses.alignment",
     "intra_volume_loss": "medssl.losses.alignment",
@@ -62,6 +63,7 @@ _HOME = {
     "UNetDecoder": "medssl.models.unet",
     "UNetEncoder": "medssl.models.unet",
     "UNETRDecoder": "medssl.models.unetr",
+    "Reconstructor": "medssl.models.reconstructor",
     "MaskedDecoder": "medssl.models.vit",
     "VisionTransformer": "medssl.models.vit",
     "Affine": "medssl.data.augment",
@@ -182,6 +184,7 @@ if TYPE_CHECKING:
     from medssl.methods.kaf import KAF as KAF
     from medssl.methods.macl import MACL as MACL
     from medssl.methods.mae import MAE as MAE
+    from medssl.methods.models_genesis import ModelsGenesis as ModelsGenesis
     from medssl.methods.positions import PositionRule as PositionRule
     from medssl.methods.sam_embed import SamEmbed as SamEmbed
     from medssl.models.attention_unet import AttentionUNetDecoder as AttentionUNetDecoder
@@ -194,6 +197,7 @@ if TYPE_CHECKING:
     from medssl.models.macl_unet import MACLUNetEncoder as MACLUNetEncoder
     from medssl.models.nnformer import NnFormerDecoder as NnFormerDecoder
     from medssl.models.nnformer import NnFormerEncoder as NnFormerEncoder
+    from medssl.models.reconstructor import Reconstructor as Reconstructor
     from medssl.models.resenc import ResidualEncoder as ResidualEncoder
     from medssl.models.sam_resnet import SamResNet as SamResNet
     from medssl.models.segmenter import Segmenter as Segmenter
