@@ -15,7 +15,7 @@ from medssl.losses.consistency import direction_spread
 from medssl.losses.optimal_transport import REDUCTIONS, log_transport, matching_accuracy, matching_loss
 from medssl.losses.position_contrast import contrast_of_positives, equal_labels
 from medssl.methods.base import Method, Progress, StepOutput
-from medssl.methods.kaf_points import PointPair, PointRule
+from medssl.methods.kaf_points import PointPair, PointRule, flat
 from medssl.methods.positions import AXES, PositionRule, Positions
 from medssl.methods.watch import WATCHED_STEPS, Watch
 from medssl.models.kaf_heads import KAFHeads
@@ -39,6 +39,8 @@ class KAF(Method):
     The view groups `first` and `second` hold one view each, of neighbouring places in one volume. Views of any volumes
     whose places are near each other are positives, for the embedding of the coarsest map and for that of the mean of
     the keypoints. A matcher then finds the partners of the keypoints of both views, with a dustbin for unmatched ones.
+
+    A network of two axes takes views of one voxel along z: slices, whose place is (i + 1) / N for slice i of N.
 
     Args:
         encoder: U-Net encoder with keypoints.
@@ -104,25 +106,32 @@ class KAF(Method):
             raise ValueError(
                 f"negative_threshold={negative_threshold} needs positives=position; positives is {positives!r}"
             )
-        if encoder.spatial_dims != 3:
-            raise ValueError(f"KAF pre-trains on volumes; model.encoder.spatial_dims={encoder.spatial_dims} must be 3")
-        if crop_voxel is not None and any(s % step for s, step in zip(crop_voxel, encoder.strides[-1], strict=True)):
+        if matcher.spatial_dims != encoder.spatial_dims:
             raise ValueError(
-                f"views.groups.first.size={list(crop_voxel)}: sides must be multiples of {list(encoder.strides[-1])}"
+                f"method.matcher.spatial_dims={matcher.spatial_dims} must be that of the encoder, "
+                f"{encoder.spatial_dims}"
             )
+        if crop_voxel is not None:
+            _check_crop(list(crop_voxel), encoder)
         self.encoder, self.heads, self.matcher = encoder, heads, matcher
         if (weight_local > 0) != (heads.local is not None):
             raise ValueError(
                 f"method.weight_local={weight_local} and method.heads.local={heads.local is not None} do not fit: "
                 "single keypoints are embedded just where they are contrasted"
             )
-        self.points = points or PointRule()
+        self.points, self.spatial_dims = points or PointRule(), encoder.spatial_dims
+        if self.spatial_dims == 2 and self.points.match == "shared":
+            raise ValueError(
+                "method.points.match=shared: slices hardly show a point of a table; find points in the slices with "
+                "method.points.match=carried views.groups.first.points=null"
+            )
         self.weights = {"image": weight_image, "keypoints": weight_keypoints, "matching": weight_matching}
         self.weights |= {"local": weight_local} if weight_local else {}
         self.positives, self.position_per_view = positives, position_per_view
+        self.frame = "volume" if self.spatial_dims == 2 else "reachable"
         self.positions = PositionRule(
             axes=AXES[2:] if metric == "axial" else AXES,
-            frame="body" if metric == "overlap" else "reachable",
+            frame="body" if metric == "overlap" else self.frame,
             threshold=threshold,
             norm="overlap" if metric == "overlap" else "linf",
             cross_group="compare",
@@ -136,9 +145,9 @@ class KAF(Method):
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
         """Return the weighted sum of both contrasts and of the matching loss."""
         views = _views(batch)
-        points = self.points(*views, progress, is_random=self.training)
+        points = self.points(*views, progress, is_random=self.training, spatial_dims=self.spatial_dims)
         embedded = [
-            self.heads(self.encoder.encode(view.image[:, 0], *chosen))
+            self.heads(self.encoder.encode(flat(view.image[:, 0], self.spatial_dims), *chosen))
             for view, chosen in zip(views, _by_view(points), strict=True)
         ]
         with torch.autocast(points.first.device.type, enabled=False):
@@ -189,22 +198,25 @@ class KAF(Method):
         true = points.pairs[(points.pairs[:, 0] == 0) & (points.pairs >= 0).all(1), 1:]
         partner, dustbin = plan[:-1].argmax(1).tolist(), plan.shape[1] - 1
         shown = MatchedPoints(
-            points.first[0].cpu(),
-            points.second[0].cpu(),
+            _upright(points.first[0].cpu()),
+            _upright(points.second[0].cpu()),
             points.first_valid[0].cpu(),
             points.second_valid[0].cpu(),
             found={(i, partner[i]) for i in points.first_valid[0].nonzero()[:, 0].tolist() if partner[i] != dustbin},
             true={(i, j) for i, j in true.tolist()},
         )
         title = f"keypoints and their matches, step {progress.step}"
-        return {"matches": matched_points(views[0].image[0, 0, 0], views[1].image[0, 0, 0], shown, title=title)}
+        images = [view.image[0, 0, 0] for view in views]
+        if self.spatial_dims == 2:
+            images = [image.transpose(1, 2) for image in images]
+        return {"matches": matched_points(*images, shown, title=title)}
 
     def _plan(self, tokens: list[Tensor], points: PointPair, view: View) -> Float[Tensor, "b rows columns"]:
         scores = self.matcher(
             *tokens,
             points=(points.first, points.second),
             valid=(points.first_valid, points.second_valid),
-            size_voxel=tuple(view.image.shape[3:]),
+            size_voxel=tuple(view.image.shape[3 : 3 + self.spatial_dims]),
         )
         return log_transport(
             scores.float(),
@@ -238,7 +250,7 @@ class KAF(Method):
             return positive, torch.ones_like(positive)
         located = views if self.position_per_view else (views[0], views[0])
         if self.positives == "partition":
-            height = torch.cat([gather_ranks(Positions.of_view(view).along("reachable")[:, 2]) for view in located])
+            height = torch.cat([gather_ranks(Positions.of_view(view).along(self.frame)[:, 2]) for view in located])
             positive = equal_labels((height * NUM_PARTITIONS).long().clamp(0, NUM_PARTITIONS - 1))
             return positive, torch.ones_like(positive)
         return self.positions(*located, gather=True)
@@ -293,6 +305,29 @@ def _views(batch: Mapping[str, View]) -> tuple[View, View]:
     if not {"first", "second"} <= found.keys() or found["first"] != found["second"] or found["first"][0] != 1:
         raise ValueError(f"KAF needs view groups `first` and `second` with one view of one size; the batch has {found}")
     return batch["first"], batch["second"]
+
+
+def _check_crop(crop_voxel: list[int], encoder: KAFEncoder) -> None:
+    """Check that the network takes views of this size.
+
+    Raises:
+        ValueError: A side is no multiple of the coarsest stride, or a network of slices is given volumes.
+    """
+    sides, steps = crop_voxel[: encoder.spatial_dims], list(encoder.strides[-1])
+    if encoder.spatial_dims == 2 and crop_voxel[2:] != [1]:
+        raise ValueError(
+            f"views.groups.first.size={crop_voxel}: a 2D network takes slices, [x, y, 1]; give "
+            f"views.groups.first.size=[{sides[0]},{sides[1]},1]"
+        )
+    if any(side % step for side, step in zip(sides, steps, strict=True)):
+        raise ValueError(f"views.groups.first.size={crop_voxel}: sides must be multiples of {steps}")
+
+
+def _upright(points: Float[Tensor, "n axis"]) -> Float[Tensor, "n 3"]:
+    """Return points for a picture of x and z; those of slices with y in the place of z."""
+    if points.shape[1] == 3:
+        return points
+    return torch.stack([points[:, 0], torch.zeros_like(points[:, 0]), points[:, 1]], dim=1)
 
 
 def _by_view(points: PointPair) -> list[tuple[Tensor, Tensor]]:

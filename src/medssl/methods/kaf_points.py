@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
@@ -12,17 +13,19 @@ from medssl import checks
 from medssl.data.views import View
 from medssl.methods.base import Progress
 from medssl.models.keypoints import DifferenceOfGaussians, Foerstner, detect
-from medssl.ops.correspondence import choose_shared, mutual_nearest, patch_descriptors
+from medssl.ops.correspondence import choose_shared, descriptors_at, mutual_nearest, patch_descriptors
 
-MATCHES = ("shared", "geometric", "descriptor")
+MATCHES = ("shared", "geometric", "descriptor", "carried")
 CHOICES = ("random", "strongest", "grid")
+PATCH_SIDE = 5
+"""Side of the surroundings of a point that `carried` compares, in voxels of the volume."""
 
 
 class PointPair(NamedTuple):
     """Keypoints of two views in voxels of each, which of them count, and pairs (sample, first, second); -1 is none."""
 
-    first: Float[Tensor, "b n 3"]
-    second: Float[Tensor, "b m 3"]
+    first: Float[Tensor, "b n axis"]
+    second: Float[Tensor, "b m axis"]
     first_valid: Bool[Tensor, "b n"]
     second_valid: Bool[Tensor, "b m"]
     pairs: Int64[Tensor, "pair 3"]
@@ -40,7 +43,9 @@ class PointRule:
     Args:
         match: `shared`: points of the volume's table, the same in both views by their number. `geometric`: points found
             in each view, matched to the nearest in the volume. `descriptor`: points found in each view, matched by
-            similar surroundings within a gate, without a transform.
+            similar surroundings within a gate, without a transform. `carried`: points found in each view, matched by
+            similar surroundings within a gate, both as they lie in the volume: for slices, whose points no other slice
+            shows.
         table: Name of the table that the views carry, for `shared`; null where they carry none.
         max_points: Largest number of points in a view.
         min_points: Smallest number of points in a view; random voxels without a partner fill it up.
@@ -51,9 +56,10 @@ class PointRule:
             that the first view has `max_points` of them.
         validation_choice: Which points are taken in validation, for `shared`: `strongest` or `grid`.
         radius_voxel: Largest distance of a pair in voxels of the first view, for `geometric`.
-        gate_share: Largest distance of a pair, its components added, in shares of the view's side, for `descriptor`.
-        detector: Detector for `geometric` and `descriptor`, for views in [0, 1]. Null is `Foerstner` for `geometric`,
-            because it finds the same points again most often, and `DifferenceOfGaussians` for `descriptor`.
+        gate_share: Largest distance of a pair, its components added, in shares of the view's side, for `descriptor` and
+            `carried`. Distances are measured in the plane of slices.
+        detector: Detector of points in views, for views in [0, 1]. Null is `Foerstner` for `geometric`, because it
+            finds the same points again most often, and `DifferenceOfGaussians` for the others.
 
     Source: arXiv:2310.01680, section 3.3; repository zshyang/kaf, dataset/match_utils.py.
     """
@@ -95,13 +101,18 @@ class PointRule:
         self.choice, self.validation_choice = choice, validation_choice
         self.radius_voxel, self.gate_share, self.detector = radius_voxel, gate_share, detector
 
-    def __call__(self, first: View, second: View, progress: Progress, *, is_random: bool) -> PointPair:
-        """Return the points of two views of one volume, chosen as in training or, if not random, as in validation."""
+    def __call__(
+        self, first: View, second: View, progress: Progress, *, is_random: bool, spatial_dims: int = 3
+    ) -> PointPair:
+        """Return the points of two views of one volume, chosen as in training or, if not random, as in validation.
+
+        Views of two `spatial_dims` are slices of one voxel along z; their points have no z.
+        """
         with torch.no_grad():
             found = (
                 self._shared(first, second, progress, is_random=is_random)
                 if self.match == "shared"
-                else self._found(first, second)
+                else self._found(first, second, spatial_dims)
             )
             return self._filled(found, (first, second), progress)
 
@@ -146,19 +157,28 @@ class PointRule:
         place = replace(view, displacement=None).to_view(view.points)[:, 0].nan_to_num()  # known beyond the view too
         return grid_order(place, inside[0] + 2 * inside[1], cell_voxel=cell_voxel)
 
-    def _found(self, first: View, second: View) -> PointPair:
+    def _found(self, first: View, second: View, spatial_dims: int) -> PointPair:
         kind = Foerstner if self.match == "geometric" else DifferenceOfGaussians
         detector = self.detector or kind(value_range=(0, 1))
-        images = [view.image[:, 0].float() for view in (first, second)]
+        images = [flat(view.image[:, 0], spatial_dims).float() for view in (first, second)]
         found = [detect(image, max_points=self.max_points, detector=detector) for image in images]
         (a, b), (a_valid, b_valid) = ([f.points.float() for f in found], [f.valid for f in found])
+        sides = a.new_tensor(images[0].shape[2:])
         if self.match == "geometric":
-            moved = first.to_view(second.to_volume(b[:, None]))[:, 0].float()
+            moved = first.to_view(_in_volume(second, b)[:, None])[:, 0, :, :spatial_dims].float()
             cost = torch.cdist(a, moved.nan_to_num(nan=1e6))
             allowed = cost < self.radius_voxel
+        elif self.match == "carried":  # sec. 3.3: slices as they are, before augmentation
+            placed = [_in_volume(view, points) for view, points in ((first, a), (second, b))]
+            looks = [
+                descriptors_at(image, _surroundings(view, points, spatial_dims))
+                for view, image, points in zip((first, second), images, placed, strict=True)
+            ]
+            cost = torch.cdist(*looks)
+            here, there = (points[..., :spatial_dims] for points in placed)
+            allowed = ((here[:, :, None] - there[:, None]) / sides).abs().sum(-1) < self.gate_share
         else:
             cost = torch.cdist(patch_descriptors(images[0], a), patch_descriptors(images[1], b))
-            sides = a.new_tensor(images[0].shape[2:])
             allowed = ((a[:, :, None] - b[:, None]) / sides).abs().sum(-1) < self.gate_share
         pairs = mutual_nearest(cost, allowed, first_valid=a_valid, second_valid=b_valid)
         return PointPair(a, b, a_valid, b_valid, pairs)
@@ -175,11 +195,12 @@ class PointRule:
                 noise = torch.rand(image.shape, generator=generator, device=image.device)
                 noise = torch.where(image > image.amin(1, keepdim=True), noise, -1.0)  # voxels of the background last
                 drawn = noise.topk(self.min_points, dim=1).indices
-                extra = torch.stack(torch.unravel_index(drawn, view.image.shape[3:]), dim=2).to(points)
+                place = torch.unravel_index(drawn, view.image.shape[3:])[: points.shape[2]]  # slices have no z
+                extra = torch.stack(place, dim=2).to(points)
                 extra_valid = torch.arange(self.min_points, device=drawn.device) < missing[:, None]
-                sample, place = extra_valid.nonzero().unbind(1)
+                sample, number = extra_valid.nonzero().unbind(1)
                 row = torch.full((len(sample), 3), -1, device=sample.device)
-                row[:, 0], row[:, 1 + column] = sample, points.shape[1] + place
+                row[:, 0], row[:, 1 + column] = sample, points.shape[1] + number
                 pairs.append(row)
                 points, valid = torch.cat([points, extra], dim=1), torch.cat([valid, extra_valid], dim=1)
             filled.append((points, valid))
@@ -192,6 +213,33 @@ def _places(view: View, number: Int64[Tensor, "b n"]) -> Float[Tensor, "b n 3"]:
     assert view.points is not None
     points = view.points.gather(2, number[:, None, :, None].expand(-1, -1, -1, 3))
     return view.to_view(points)[:, 0].nan_to_num().float()  # only of the chosen points: displacements are slow
+
+
+def _in_volume(view: View, points: Float[Tensor, "b n axis"]) -> Float64[Tensor, "b n 3"]:
+    """Return where points of a view lie in its volume; those of slices lie in their plane."""
+    return view.to_volume(F.pad(points, (0, 3 - points.shape[2]))[:, None])[:, 0]
+
+
+def _surroundings(view: View, points: Float64[Tensor, "b n 3"], spatial_dims: int) -> Float64[Tensor, "b n voxel axis"]:
+    """Return the voxels of the volume around its points, in voxels of the view; those of slices lie in their plane."""
+    reach = torch.arange(PATCH_SIDE, device=points.device) - PATCH_SIDE // 2
+    offsets = torch.cartesian_prod(*[reach] * spatial_dims)
+    around = points[:, :, None] + F.pad(offsets, (0, 3 - spatial_dims))
+    placed = view.to_view(around.flatten(1, 2)[:, None])[:, 0].nan_to_num()
+    return placed.unflatten(1, around.shape[1:3])[..., :spatial_dims]
+
+
+def flat(image: Float[Tensor, "b c x y z"], spatial_dims: int) -> Float[Tensor, "b c *spatial"]:
+    """Return images for a network of `spatial_dims` axes: slices without their third one.
+
+    Raises:
+        ValueError: A network of slices is given thicker images.
+    """
+    if spatial_dims == 3:
+        return image
+    if image.shape[-1] != 1:
+        raise ValueError(f"a 2D network takes slices, (x, y, 1) voxels; got {tuple(image.shape[2:])}")
+    return image[..., 0]
 
 
 def grid_order(

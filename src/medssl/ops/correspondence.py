@@ -109,9 +109,28 @@ def patch_descriptors(
     flat = torch.zeros_like(place[..., 0])
     for axis, n in enumerate(spatial):
         flat = flat * n + torch.minimum(place[..., axis], last[axis])
-    n, voxels = flat.shape[1:]
     values = image.flatten(2).gather(2, flat.flatten(1)[:, None].expand(-1, image.shape[1], -1))
-    patches = values.unflatten(2, (n, voxels)).transpose(1, 2).flatten(2)  # (b n c*voxels)
+    return _as_descriptors(values.unflatten(2, flat.shape[1:]))
+
+
+def descriptors_at(
+    image: Float[Tensor, "b c *spatial"], places: Float[Tensor, "b n voxel d"]
+) -> Float[Tensor, "b n values"]:
+    """Return the interpolated values at the places of each point as a vector of mean 0 and length 1.
+
+    Places are voxels of the image; outside it its edge is repeated. Equal values give zeros.
+    """
+    spatial = image.shape[2:]
+    last = torch.tensor(spatial, device=image.device) - 1
+    grid = (2 * places / last.clamp(min=1) - 1).flip(-1).flatten(1, 2)  # x last, as grid_sample has it
+    grid = grid.reshape(len(image), -1, *[1] * (len(spatial) - 1), len(spatial)).to(image.dtype)
+    values = F.grid_sample(image, grid, align_corners=True, padding_mode="border").flatten(2)
+    return _as_descriptors(values.unflatten(2, places.shape[1:3]))
+
+
+def _as_descriptors(values: Float[Tensor, "b c n voxel"]) -> Float[Tensor, "b n values"]:
+    """Return the values of all channels and voxels of a point as a vector of mean 0 and length 1."""
+    patches = values.transpose(1, 2).flatten(2)
     return F.normalize(patches - patches.mean(2, keepdim=True), dim=2)
 
 
