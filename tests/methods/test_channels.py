@@ -1,17 +1,25 @@
 """Every method on volumes of four channels, as four MR sequences of a case: built, run forward and backward once."""
 
+import json
+import shlex
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pages import DOCS, steps
 
 from medssl.building import build
-from medssl.config import compose
+from medssl.config import compose, main
+from medssl.data.store import VolumeStore
 from medssl.data.views import View
 from medssl.methods.base import Method, Progress
+from medssl.pretrain import run
+from medssl.weights import read_card
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "method"
 CHANNELS = 4
@@ -81,3 +89,35 @@ def test_a_method_trains_on_four_channels(name):
     assert all((gradient.abs().amax((0, 1, 3, 4, 5)) > 0).all() for gradient in seen), "it learns from every channel"
     assert seen
     assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+
+
+RECIPE = (DOCS / "data.md").read_text().split("### Several channels")[1].split("\n### ")[0]
+DESCRIPTIONS = {step.file: json.loads(step.text) for step in steps("data.md") if step.file.endswith("dataset.json")}
+COMMANDS = [shlex.split(line)[3:] for line in RECIPE.splitlines() if line.startswith("python -m medssl.pretrain")]
+SMALL = ("model.encoder.widths=[2,4]", "model.encoder.strides=[1,2]", "model.encoder.blocks=[1,1]", "batch_size=2")
+SMALL += ("views.groups.crop.size=[16,16,16]", "trainer.max_steps=1", "validate_every=null", "figures_every=null")
+
+
+@pytest.mark.parametrize(
+    ("command", "modality"), [*zip(COMMANDS, (("mr",) * 4, ("ct", "pet")), strict=True)], ids=["mr", "petct"]
+)
+def test_the_recipes_for_several_channels_pre_train(command, modality, tmp_path, monkeypatch):
+    """Those of docs/data.md, on small random images."""
+    monkeypatch.chdir(tmp_path)
+    folder = next(word for word in command if word.startswith("data.root=")).removeprefix("data.root=")
+    images = Path(folder) / "imagesTr"
+    images.mkdir(parents=True)
+    (Path(folder) / "dataset.json").write_text(json.dumps(DESCRIPTIONS[f"{folder}/dataset.json"]))
+    rng = np.random.default_rng(0)
+    for case in range(3):
+        for number, kind in enumerate(modality):
+            values = rng.gamma(2.0, 200.0, (20, 20, 20)) - (1000 if kind == "ct" else 0)
+            values[:6] = -1000 if kind == "ct" else 0
+            image = nibabel.Nifti1Image(values.astype(np.int16), np.diag([2.0, 2.0, 2.0, 1.0]))
+            nibabel.save(image, images / f"case{case}_{number:04d}.nii.gz")
+    tiny = [word.replace("models_genesis", "models_genesis_tiny") for word in command]
+    main("pretrain", run, arguments=[*tiny, *SMALL, "store=store"])
+    store = VolumeStore(tmp_path / "store")
+    assert tuple(store.record(0).modality) == modality
+    (output,) = (word.removeprefix("output_dir=") for word in command if word.startswith("output_dir="))
+    assert read_card(tmp_path / output / "encoder.safetensors")["encoder"]["in_channels"] == len(modality)
