@@ -13,6 +13,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 ROOMS = tuple(f"medssl.{room}." for room in ("methods", "models", "losses", "ops", "tables", "phantoms"))
 """Classes whose defaults are those of the published run; the classes of `medssl.data` do nothing by default."""
 ON_PURPOSE = {
+    ("method/models_genesis.yaml", "Reconstructor.output"): "its images lie in [0, 1], those of other methods do not",
     ("method/sam_embed.yaml", "SamResNet.base_channels"): "half of the published width",
     ("model/kaf.yaml", "KAFEncoder.strides"): "None follows from the number of levels; the file shows the numbers",
     ("model/kaf.yaml", "DifferenceOfGaussians.value_range"): "the range of windowed values, not of any image",

@@ -209,7 +209,7 @@ class KAF(Method):
         images = [view.image[0, 0, 0] for view in views]
         if self.spatial_dims == 2:
             images = [image.transpose(1, 2) for image in images]
-        return {"matches": matched_points(*images, shown, title=title)}
+        return {"matches": matched_points(images[0], images[1], shown, title=title)}
 
     def _plan(self, tokens: list[Tensor], points: PointPair, view: View) -> Float[Tensor, "b rows columns"]:
         scores = self.matcher(

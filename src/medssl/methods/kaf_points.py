@@ -174,7 +174,7 @@ class PointRule:
                 descriptors_at(image, _surroundings(view, points, spatial_dims))
                 for view, image, points in zip((first, second), images, placed, strict=True)
             ]
-            cost = torch.cdist(*looks)
+            cost = torch.cdist(looks[0], looks[1])
             here, there = (points[..., :spatial_dims] for points in placed)
             allowed = ((here[:, :, None] - there[:, None]) / sides).abs().sum(-1) < self.gate_share
         else:
