@@ -264,8 +264,9 @@ def test_a_picture_shows_each_step_of_the_deformation_and_the_prediction():
     assert small()(crops(), Progress()).extras == {}
 
 
-def test_a_segmenter_starts_from_encoder_and_decoder():
+def test_a_segmenter_starts_from_the_encoder_and_may_take_the_decoder():
     method = small()
+    assert method.transfers().facts == {"decoder_part": "none"}
     assert method.transfers().recipes == {"encoder": "network.encoder", "decoder": "network.decoder"}
     assert method.parts() == {
         "encoder": method.encoder,

@@ -45,7 +45,7 @@ def test_the_values_of_the_card_are_the_default():
     assert (values["batch_size"], values["trainer"]["max_steps"], optimizer["clip_norm"]) == (8, 250_000, 12)
     crop = instantiate(values["views"], _convert_="all").groups["crop"]
     assert isinstance(crop, RandomCrop)
-    assert (crop.size, crop.spacing_mm, crop.within, crop.outside) == ([96, 96, 96], 1.0, "body", "border")
+    assert (crop.size, crop.spacing_mm, crop.within, crop.outside) == ([160, 160, 160], 1.0, "body", "border")
 
 
 @pytest.mark.parity
