@@ -25,6 +25,7 @@ _HOME = {
     "MACL": "medssl.methods.macl",
     "SamEmbed": "medssl.methods.sam_embed",
     "ModelsGenesis": "medssl.methods.models_genesis",
+    "SimCLR": "medssl.methods.simclr",
     "halved_mse": "medssl.losses.alignment",
     "inter_volume_loss": "medssl.losses.alignment",
     "intra_volume_loss": "medssl.losses.alignment",
@@ -47,6 +48,7 @@ _HOME = {
     "voxel_error": "medssl.losses.reconstruction",
     "AttentionUNetDecoder": "medssl.models.attention_unet",
     "ConditionedEncoder": "medssl.models.conditioned",
+    "PooledProjector": "medssl.models.pooled",
     "MLPHead": "medssl.models.heads",
     "ProjectionHead": "medssl.models.heads",
     "KAFDecoder": "medssl.models.kaf_unet",
@@ -88,6 +90,9 @@ _HOME = {
     "Standardise": "medssl.data.augment",
     "Window": "medssl.data.augment",
     "ZScore": "medssl.data.augment",
+    "Cells": "medssl.data.cells",
+    "Inside": "medssl.data.cells",
+    "Shifted": "medssl.data.cells",
     "Frame": "medssl.data.geometry",
     "Matched": "medssl.data.matching",
     "VolumeDataModule": "medssl.data.module",
@@ -137,6 +142,9 @@ if TYPE_CHECKING:
     from medssl.data.augment import Standardise as Standardise
     from medssl.data.augment import Window as Window
     from medssl.data.augment import ZScore as ZScore
+    from medssl.data.cells import Cells as Cells
+    from medssl.data.cells import Inside as Inside
+    from medssl.data.cells import Shifted as Shifted
     from medssl.data.geometry import Frame as Frame
     from medssl.data.matching import Matched as Matched
     from medssl.data.module import VolumeDataModule as VolumeDataModule
@@ -187,6 +195,7 @@ if TYPE_CHECKING:
     from medssl.methods.models_genesis import ModelsGenesis as ModelsGenesis
     from medssl.methods.positions import PositionRule as PositionRule
     from medssl.methods.sam_embed import SamEmbed as SamEmbed
+    from medssl.methods.simclr import SimCLR as SimCLR
     from medssl.models.attention_unet import AttentionUNetDecoder as AttentionUNetDecoder
     from medssl.models.conditioned import ConditionedEncoder as ConditionedEncoder
     from medssl.models.heads import MLPHead as MLPHead
@@ -198,6 +207,7 @@ if TYPE_CHECKING:
     from medssl.models.nnformer import NnFormerDecoder as NnFormerDecoder
     from medssl.models.nnformer import NnFormerEncoder as NnFormerEncoder
     from medssl.models.reconstructor import Reconstructor as Reconstructor
+    from medssl.models.pooled import PooledProjector as PooledProjector
     from medssl.models.resenc import ResidualEncoder as ResidualEncoder
     from medssl.models.sam_resnet import SamResNet as SamResNet
     from medssl.models.segmenter import Segmenter as Segmenter

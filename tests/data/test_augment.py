@@ -90,6 +90,36 @@ def test_gamma_by_group_uses_the_groups_range(image, record):
     np.testing.assert_allclose(shown, expected, atol=1e-5)
 
 
+def test_gamma_of_the_negated_image_darkens_where_that_of_the_image_brightens(image, record):
+    values = image * 4 - 1
+    plain, inverted = (_apply(A.Gamma(gamma=[0.5, 0.5], invert=invert), values, record) for invert in (False, True))
+    assert plain.mean() > values.mean() > inverted.mean()
+    np.testing.assert_allclose(inverted, -_apply(A.Gamma(gamma=[0.5, 0.5]), -values, record), atol=1e-5)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("statistics", ["view", "group"])
+def test_gamma_keeps_mean_and_deviation_of_each_view_and_channel(image, record, invert, statistics):
+    values = torch.cat([image * 4 - 1, 9 - image], dim=2)
+    shown = _apply(A.Gamma(gamma=[2, 3], invert=invert, keep_statistics=True, statistics=statistics), values, record)
+    np.testing.assert_allclose(shown.mean((3, 4, 5)), values.mean((3, 4, 5)), atol=1e-5)
+    np.testing.assert_allclose(shown.std((3, 4, 5)), values.std((3, 4, 5)), atol=1e-5)
+    assert (shown - values).abs().amax((3, 4, 5)).min() > 0.01
+    flat = torch.full((1, 1, 1, 4, 4, 4), 2.5)
+    np.testing.assert_allclose(_apply(A.Gamma(keep_statistics=True, invert=invert), flat, record), flat, atol=1e-5)
+
+
+def test_balanced_exponents_lie_below_and_above_1_equally_often_and_uniformly_on_each_side(record):
+    gamma = A.Gamma(gamma=[0.7, 1.5], balanced=True)
+    drawn = np.array([gamma.parameters(counter_generator(0, n), record)[0] for n in range(2000)])
+    below, above = drawn[drawn < 1], drawn[drawn > 1]
+    assert len(below) / 2000 == pytest.approx(0.5, abs=0.04)
+    assert (below.min(), above.max()) == (pytest.approx(0.7, abs=0.01), pytest.approx(1.5, abs=0.01))
+    assert (below.mean(), above.mean()) == (pytest.approx(0.85, abs=0.01), pytest.approx(1.25, abs=0.02))
+    with pytest.raises(ValueError, match="balanced needs a range around 1"):
+        A.Gamma(gamma=[1.1, 2], balanced=True)
+
+
 def test_contrast_stretches_about_the_mean_and_brightness_is_linear(image, record):
     shown = _apply(A.Contrast(factor=[0.5, 0.5]), image, record)
     np.testing.assert_allclose(shown.mean((2, 3, 4, 5)), image.mean((2, 3, 4, 5)), atol=1e-5)

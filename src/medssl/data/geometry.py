@@ -80,6 +80,12 @@ class Frame:
         """Return the frame with other view axes (flipped, permuted); `matrix` maps new view voxels to old ones."""
         return Frame(shape, self.matrix @ matrix)
 
+    def on_voxels(self) -> "Frame":
+        """Return an upright frame moved by up to half a voxel, so that views of one stored voxel a step are cut out."""
+        matrix, native = self.matrix.copy(), self.linear.diagonal() == 1
+        matrix[:3, 3] = np.where(native, np.floor(matrix[:3, 3] + 0.5), matrix[:3, 3])
+        return Frame(self.shape, matrix)
+
     def overlap(self, other: "Frame") -> float:
         """Return the share of this view, in [0, 1], that lies in `other`; sampled on at most 16 cells per axis."""
         cells = [(np.arange(min(n, 16)) + 0.5) * n / min(n, 16) - 0.5 for n in self.shape]

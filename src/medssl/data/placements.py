@@ -91,10 +91,7 @@ class ViewSpec(ABC):
 
     def frame(self, center: Float[np.ndarray, "3"], step_voxel: Float[np.ndarray, "3"]) -> Frame:
         """Return the frame about `center`, on whole voxels along axes with one view voxel per stored voxel."""
-        frame = Frame.at(center, self.size, step_voxel=step_voxel)
-        native = step_voxel == 1
-        frame.matrix[:3, 3] = np.where(native, np.floor(frame.matrix[:3, 3] + 0.5), frame.matrix[:3, 3])
-        return frame
+        return Frame.at(center, self.size, step_voxel=step_voxel).on_voxels()
 
     def seen(self, placement: Placement) -> Frame | None:
         """Return the crop beyond which an augmented view sees nothing; None where it may see the whole volume."""
@@ -278,7 +275,7 @@ class Same(ViewSpec):
 
     def place(self, scene: Scene, placed: dict[str, list[Placement]], rng: np.random.Generator) -> list[Placement]:
         """Return the other group's places; a single place is repeated `count` times."""
-        found = _group(placed, self.of, "Same")
+        found = group_of(placed, self.of, "Same")
         if len(found) not in (1, self.count):
             raise ValueError(
                 f"Same: group {self.of!r} has {len(found)} views, this one {self.count}; give both the same count"
@@ -319,7 +316,7 @@ class Nearby(ViewSpec):
                 raise ValueError("Nearby(of=anchor) needs a request with an anchor; use sampler Anchored")
             center = record.body.to_volume(np.array(scene.request.anchor_body))
         else:
-            center = _group(placed, self.of, "Nearby")[0].frame.center
+            center = group_of(placed, self.of, "Nearby")[0].frame.center
         step = self.step_voxel(record)
         side = step * np.array(self.size)
         shifts = rng.uniform(-1, 1, (self.count, 3)) * np.array(self.shift) * box.size
@@ -392,7 +389,8 @@ class Fixed(ViewSpec):
         return [Placement(self.slot, frame)] * self.count
 
 
-def _group(placed: dict[str, list[Placement]], name: str, who: str) -> list[Placement]:
+def group_of(placed: dict[str, list[Placement]], name: str, who: str) -> list[Placement]:
+    """Return the places of a group stated before; a ValueError says that placement `who` finds none."""
     if name not in placed:
         raise ValueError(f"{who}: no group {name!r} is stated before this one; there are {sorted(placed)}")
     return placed[name]

@@ -102,6 +102,17 @@ def direction_spread(vectors: Float[Tensor, "row dim"]) -> Float[Tensor, ""]:
     return F.normalize(_wide(vectors), dim=1).std(0, correction=0).mean() * vectors.shape[1] ** 0.5
 
 
+def effective_rank(vectors: Float[Tensor, "row dim"]) -> Float[Tensor, ""]:
+    """Return the exponential of the entropy of the singular values of the rows' directions: 1 if all are parallel.
+
+    It is at most the number of rows or of columns. Source: arXiv:2210.02885, for directions instead of vectors.
+    """
+    rows = F.normalize(vectors.double(), dim=1)
+    products = rows @ rows.mT if len(rows) <= rows.shape[1] else rows.mT @ rows
+    singular = torch.linalg.eigvalsh(products).clamp(min=0).sqrt()
+    return mean_entropy((singular / singular.sum())[None]).exp().to(_wide(vectors))
+
+
 def _mean_over_pairs(student: Tensor, teacher: Tensor, pairs: str) -> Tensor:
     # A sum over all pairs of products is the product of the sums: no tensor grows with the number of pairs, and no
     # matrix product is rounded by autocast or TF32.

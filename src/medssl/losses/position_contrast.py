@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -50,6 +51,14 @@ def contrast_of_positives(
     counted, compared = masks(positive, compared, missing=missing)
     loss = contrast_of_rows(vectors[None], counted, compared=compared, temperature=temperature)
     return temperature / base_temperature * loss[0]
+
+
+def nearest_is_positive(vectors: Float[Tensor, "row dim"], positive: Bool[Tensor, "row row"]) -> Float[Tensor, ""]:
+    """Return the share of rows to which one of their positives is more similar than all other rows; no gradient."""
+    rows = F.normalize(vectors.detach(), dim=1)
+    own = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    nearest = (rows @ rows.mT).masked_fill(own, -torch.inf).argmax(1, keepdim=True)
+    return (positive & ~own).take_along_dim(nearest, dim=1).to(rows).mean()
 
 
 def masks(

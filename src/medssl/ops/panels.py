@@ -38,6 +38,24 @@ def orthogonal_slices(volumes: Mapping[str, Float[Tensor, "x y z"]], *, title: s
     return figure
 
 
+def heat_maps(
+    tables: Mapping[str, Float[Tensor, "row column"]], *, title: str = "", limits: tuple[float, float]
+) -> "Figure":
+    """Draw tables beside each other, with one colour scale from `limits`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(tables) + 0.8, 4.6), layout="constrained")
+    axes = figure.subplots(1, len(tables), squeeze=False)[0]
+    for panel, (name, table) in zip(axes, tables.items(), strict=True):
+        shown = panel.imshow(
+            table.detach().float().cpu().numpy(), vmin=limits[0], vmax=limits[1], interpolation="nearest", aspect="auto"
+        )
+        panel.set(xticks=[], yticks=[], title=name)
+    figure.colorbar(shown, ax=list(axes))
+    figure.suptitle(title)
+    return figure
+
+
 class PointMatch(NamedTuple):
     """A point of one volume and its place in another, in voxels of the volumes.
 

@@ -75,22 +75,44 @@ class Gamma(IntensityAugmentation):
 
     Args:
         gamma: Range of the exponent, above 0, drawn uniformly; below 1 brightens.
+        balanced: Whether to draw exponents below and above 1 equally often, uniformly on each side.
+        invert: Whether to change the negated image, and negate the result: below 1 darkens.
+        keep_statistics: Whether each channel of a view keeps its own mean and standard deviation.
+
+    Source: arXiv:1809.10486 for `invert` and `keep_statistics`.
     """
 
     gamma: Sequence[float] = (0.7, 1.5)
+    balanced: bool = False
+    invert: bool = False
+    keep_statistics: bool = False
 
     def __post_init__(self) -> None:
         """Check the range."""
         super().__post_init__()
         check_range("Gamma: gamma", self.gamma, low=1e-3)
+        if self.balanced and not self.gamma[0] <= 1 <= self.gamma[1]:
+            raise ValueError(f"Gamma: balanced needs a range around 1, got {list(self.gamma)}")
 
     def parameters(self, rng: np.random.Generator, record: Record) -> Sequence[float]:
         """Draw the exponent."""
-        return [uniform(rng, self.gamma)]
+        if not self.balanced:
+            return [uniform(rng, self.gamma)]
+        low, high = self.gamma
+        return [uniform(rng, (low, 1.0) if rng.uniform() < 0.5 else (1.0, high))]
 
     def change(self, image: Tensor, parameters: Tensor, measured: Measured, keys: Int64[Tensor, " view"]) -> Tensor:
         """Return the changed views."""
         low, high = measured.minimum, measured.maximum
-        spread = high - low
-        image.sub_(low).div_(spread + 1e-7).clamp_min_(0)
-        return image.pow_(column(parameters, 0)).mul_(spread).add_(low)
+        spread, own = high - low, Measured(image)
+        before = (own.mean, own.std) if self.keep_statistics else None
+        shown = image.neg_().add_(high) if self.invert else image.sub_(low)
+        shown.div_(spread + 1e-7).clamp_min_(0).pow_(column(parameters, 0)).mul_(spread)
+        image = shown.neg_().add_(high) if self.invert else shown.add_(low)
+        if before is None:
+            return image
+        mean, std = before
+        changed = Measured(image)
+        scale = std / changed.std.clamp(min=1e-8)
+        shift = mean - changed.mean * scale
+        return image.mul_(scale).add_(shift)

@@ -1,0 +1,132 @@
+"""The network of contrastive methods: means of an encoder's maps, and a projector."""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from medssl.checks import choice
+from medssl.models.segmenter import channels_read, levels
+from medssl.ops.patches import axes_of
+
+MAPS = ("every", "last")
+NORMS = ("layer", "batch")
+
+
+class PooledProjector(nn.Module):
+    """The global mean of an encoder's maps, concatenated, and a projector of three linear layers.
+
+    Maps on one grid are the states of a transformer, of which only the last is pooled: the mean over all tokens. A norm
+    without weights and a ReLU follow the first two linear layers.
+
+    Args:
+        encoder_channels: Channels of the encoder's maps.
+        encoder_strides: Strides of the encoder's maps, in voxels.
+        hidden_dim: Width of the first two layers.
+        out_dim: Width of the result.
+        norm: `layer` over the channels of each row, or `batch` over the rows of this process, also in evaluation.
+        maps: Whether `every` map of the encoder is pooled, or the `last`.
+
+    Source: arXiv:2002.05709; arXiv:2402.17300.
+    """
+
+    def __init__(
+        self,
+        encoder_channels: Sequence[int],
+        encoder_strides: Sequence[int | Sequence[int]],
+        *,
+        hidden_dim: int = 2048,
+        out_dim: int = 2048,
+        norm: str = "layer",
+        maps: str = "every",
+    ) -> None:
+        super().__init__()
+        choice("norm", norm, NORMS)
+        choice("maps", maps, MAPS)
+        is_one_grid = len({axes_of(stride) for stride in encoder_strides}) == 1
+        self.num_maps = 1 if is_one_grid or maps == "last" else len(encoder_channels)
+        self.in_dim, self.out_dim = sum(encoder_channels[-self.num_maps :]), out_dim
+        self.mlp = nn.Sequential(
+            nn.Linear(self.in_dim, hidden_dim),
+            RowNorm() if norm == "layer" else BatchStandardise(),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            RowNorm() if norm == "layer" else BatchStandardise(),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, out_dim),
+        )
+
+    def forward(self, maps: Sequence[Float[Tensor, "row _ _ _ _"]]) -> Float[Tensor, "row out"]:
+        """Return vectors that are not normalised."""
+        return self.mlp(self.pooled(maps))
+
+    def pooled(self, maps: Sequence[Float[Tensor, "row _ _ _ _"]]) -> Float[Tensor, "row in"]:
+        """Return the means that the projector reads, finest map first."""
+        return torch.cat([level.flatten(2).mean(2) for level in maps[-self.num_maps :]], dim=1)
+
+
+class RowNorm(nn.Module):
+    """Layer norm over the channels of each row, without weights."""
+
+    def forward(self, rows: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
+        """Return rows of mean 0 and variance 1."""
+        return F.layer_norm(rows, rows.shape[1:])
+
+
+class BatchStandardise(nn.Module):
+    """Batch norm without weights and without running statistics."""
+
+    def forward(self, rows: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
+        """Return columns of mean 0 and variance 1.
+
+        Raises:
+            ValueError: There is a single row, which batch statistics would turn to zero.
+        """
+        if len(rows) < 2:
+            raise ValueError("batch norm needs at least 2 rows in each process; raise batch_size or take norm=layer")
+        return F.batch_norm(rows, None, None, training=True)
+
+
+def check_encoder(
+    encoder: nn.Module, size_voxel: Sequence[int] | None, *, method: str, setting: str = "the crop"
+) -> None:
+    """Check that an encoder has maps that `PooledProjector` can pool, and takes crops of a size.
+
+    Args:
+        encoder: The network.
+        size_voxel: Size of the crops, whose shapes are tried without computing values; None leaves that out.
+        method: Name of the method, for the message.
+        setting: Setting that names the crop, for the message.
+
+    Raises:
+        ValueError: The encoder does not describe its maps, takes slices, or refuses the crop.
+    """
+    fits = f"{method} takes any encoder of volumes whose maps are described by `channels` and `strides`: model=unet, "
+    fits += "resenc, resenc_l, unetr, swinunetr, nnformer, macl_unet, attention_unet"
+    try:
+        _, strides = levels(encoder)
+    except ValueError:
+        raise ValueError(f"{type(encoder).__name__} does not describe its maps; {fits}") from None
+    if len(strides[-1]) != 3:
+        raise ValueError(f"{type(encoder).__name__} takes slices; {fits}, with spatial_dims: 3 where there is a choice")
+    if size_voxel is None:
+        return
+    size, multiple = [int(side) for side in size_voxel], [math.lcm(*steps) for steps in zip(*strides, strict=True)]
+    if any(side % step for side, step in zip(size, multiple, strict=True)):
+        larger = ",".join(str(-(-side // step) * step) for side, step in zip(size, multiple, strict=True))
+        raise ValueError(
+            f"{setting}={size} does not fit {type(encoder).__name__}: sides must be multiples of {multiple}, for "
+            f"instance {setting}=[{larger}]"
+        )
+    state = {name: tensor.to("meta") for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())}
+    image = torch.empty((2, channels_read(encoder), *size), device="meta")
+    try:
+        with torch.no_grad(), suppress(RuntimeError, NotImplementedError):  # networks that need values
+            functional_call(encoder, state, (image,))
+    except ValueError as error:
+        raise ValueError(f"{setting}={size} does not fit {type(encoder).__name__}: {error}") from error

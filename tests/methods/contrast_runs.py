@@ -1,0 +1,107 @@
+"""Runs of the contrastive methods by the commands, and the networks that they are tried on."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from medssl.building import build
+from medssl.config import compose, main
+from medssl.finetune import run as finetune
+from medssl.methods.base import Method
+from medssl.pretrain import run
+
+SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
+BUDGET = ("trainer.max_steps=2", "batch_size=2", "validate_every=null", "figures_every=2")
+STAGES = ("model.encoder.widths=[4,8,8]", "model.encoder.strides=[1,2,2]")
+POOLED = ("model.encoder.base_channels=4", "model.encoder.num_levels=2")
+CELLS = {  # preset: side of the crops, settings that make it small
+    "unet": (16, STAGES),
+    "resenc": (16, (*STAGES, "model.encoder.blocks=[1,1,1]")),
+    "resenc_l": (64, ("model.encoder.widths=[4,4,8,8,8,8]", "model.encoder.blocks=[1,1,1,1,1,1]")),
+    "swinunetr": (
+        32,
+        ("model.encoder.feature_size=12", "model.encoder.window_voxel=4", "model.encoder.depths=[1,1,1,1]"),
+    ),
+    "unetr": (
+        16,
+        (
+            "model.encoder.patch_voxel=[8,8,8]",
+            "model.encoder.dim=24",
+            "model.encoder.depth=4",
+            "model.encoder.num_heads=2",
+        ),
+    ),
+    "nnformer_tiny": (32, ("model.encoder.depths=[1,1,1,1]", "model.decoder.depths=[1,1,1]")),
+    "macl_unet": (16, POOLED),
+    "attention_unet": (16, POOLED),
+}
+
+
+def resolved(*overrides, channels=1, side=32):
+    """The configuration of a run on 32 volumes; no data source is needed."""
+    config = compose("pretrain", ["~data", *overrides])
+    facts = {"num_cases": 32, "num_channels": channels, "num_locations": 0, "steps_per_epoch": 4.0}
+    config.facts = {**facts, "crop_voxel": [side] * 3}
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def build_cell(method, model, settings, *, channels=1):
+    """A method on a small network, and the side of its crops."""
+    side, small = CELLS[model]
+    words = [word.format(side=side) for word in (*settings, *small)]
+    torch.manual_seed(0)
+    values = resolved(f"method={method}", f"model={model}", *words, channels=channels, side=side)
+    return build(values["method"], base=Method), side
+
+
+def pretrained(method, where, folder, *settings):
+    """A finished run, by the command."""
+    main("pretrain", run, arguments=[f"method={method}", *where, *BUDGET, *settings, f"output_dir={folder}"])
+    return folder
+
+
+def rows(folder):
+    """The lines of a run's metrics."""
+    names, *lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+    return [dict(zip(names, map(lambda cell: float(cell or "nan"), line), strict=True)) for line in lines]
+
+
+def last(folder):
+    """The checkpoint of a run."""
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_resumes(name, kind, where, folder, *settings, terms):
+    """Check that a run that broke off at step 3 of 4, after a checkpoint at 2, ends as a straight one does."""
+    settings = (*settings, "checkpoint_every=2", "trainer.max_steps=4")
+    straight, forward = pretrained(name, where, folder / "straight", *settings), kind.forward
+
+    def breaking(method, batch, progress):
+        if progress.step == 3:
+            raise ValueError("broken off")
+        return forward(method, batch, progress)
+
+    broken = folder / "broken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", breaking)
+        with pytest.raises(SystemExit):
+            pretrained(name, where, broken, *settings)
+    assert last(broken)["global_step"] == 2
+    pretrained(name, where, broken, *settings, f"resume={broken}")
+    first, second = last(straight), last(broken)
+    assert first["global_step"] == second["global_step"] == 4
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    assert all(torch.equal(tensor, second["state_dict"][key]) for key, tensor in first["state_dict"].items())
+    values = [[[row[term] for term in terms] for row in rows(one)] for one in (straight, broken)]
+    assert values[0] == values[1]
+
+
+def two_steps_of_finetuning(folder, where, out):
+    """Check that a segmenter starts from a run's encoder and trains."""
+    words = ["trainer.max_steps=2", "data.crop_voxel=[16,16,16]", "batch_size=1", "validate_every=null"]
+    main(
+        "finetune",
+        finetune,
+        arguments=[f"weights={folder / 'encoder.safetensors'}", *where, *words, f"output_dir={out}"],
+    )
+    assert (out / "metrics.json").exists()
