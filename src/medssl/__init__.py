@@ -26,6 +26,7 @@ _HOME = {
     "SamEmbed": "medssl.methods.sam_embed",
     "ModelsGenesis": "medssl.methods.models_genesis",
     "SimCLR": "medssl.methods.simclr",
+    "VoCo": "medssl.methods.voco",
     "halved_mse": "medssl.losses.alignment",
     "inter_volume_loss": "medssl.losses.alignment",
     "intra_volume_loss": "medssl.losses.alignment",
@@ -43,6 +44,10 @@ _HOME = {
     "log_transport": "medssl.losses.optimal_transport",
     "matching_loss": "medssl.losses.optimal_transport",
     "contrast_of_positives": "medssl.losses.position_contrast",
+    "base_similarity": "medssl.losses.volume_contrast",
+    "box_overlap": "medssl.losses.volume_contrast",
+    "overlap_losses": "medssl.losses.volume_contrast",
+    "predicted_overlap": "medssl.losses.volume_contrast",
     "PositionRule": "medssl.methods.positions",
     "masked_mse": "medssl.losses.reconstruction",
     "voxel_error": "medssl.losses.reconstruction",
@@ -182,6 +187,10 @@ if TYPE_CHECKING:
     from medssl.losses.position_contrast import contrast_of_positives as contrast_of_positives
     from medssl.losses.reconstruction import masked_mse as masked_mse
     from medssl.losses.reconstruction import voxel_error as voxel_error
+    from medssl.losses.volume_contrast import base_similarity as base_similarity
+    from medssl.losses.volume_contrast import box_overlap as box_overlap
+    from medssl.losses.volume_contrast import overlap_losses as overlap_losses
+    from medssl.losses.volume_contrast import predicted_overlap as predicted_overlap
     from medssl.methods.alice import Alice as Alice
     from medssl.methods.base import Method as Method
     from medssl.methods.base import Progress as Progress
@@ -196,6 +205,7 @@ if TYPE_CHECKING:
     from medssl.methods.positions import PositionRule as PositionRule
     from medssl.methods.sam_embed import SamEmbed as SamEmbed
     from medssl.methods.simclr import SimCLR as SimCLR
+    from medssl.methods.voco import VoCo as VoCo
     from medssl.models.attention_unet import AttentionUNetDecoder as AttentionUNetDecoder
     from medssl.models.conditioned import ConditionedEncoder as ConditionedEncoder
     from medssl.models.heads import MLPHead as MLPHead

@@ -15,7 +15,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("name", ["simclr"])
+@pytest.mark.parametrize("name", ["simclr", "voco", "voco of nnssl", "voco with a teacher"])
 def test_two_processes_have_loss_and_gradients_of_one_with_the_joint_batch(runs, name):
     together, first, second = (run[name] for run in runs)
     assert ((first["loss"] + second["loss"]) / 2).item() == pytest.approx(together["loss"].item(), rel=1e-12)
@@ -35,3 +35,11 @@ def test_simclr_contrasts_the_crops_of_all_processes_or_those_of_each(runs):
     together, first, second = (run["simclr alone"]["logs"] for run in runs)
     assert first["contrast"] != second["contrast"]
     assert first["contrast_at_collapse"].exp().item() == pytest.approx(7)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", ["voco", "voco of nnssl"])
+def test_the_pictures_of_voco_show_the_volumes_of_their_own_process(runs, name):
+    together, first, second = (run[name]["extras"] for run in runs)
+    for key in ("overlap", "predicted"):
+        torch.testing.assert_close(torch.cat([first[key], second[key]]), together[key])

@@ -25,8 +25,8 @@ class Cells(ViewSpec):
         grid: Number of cells along x, y, z; their product is `count`, which need not be stated.
         within: Region that is the field, or in which the field lies.
         of: Name of a group stated before whose single view is the field; None takes `within`.
-        extent_voxel: Size of the field in voxels of `spacing_mm`, placed uniformly in the region (about its middle along
-            axes where it does not fit). None makes the whole region the field.
+        extent_voxel: Size of the field in voxels of `spacing_mm`. It is placed uniformly in the region, about its
+            middle along axes where it does not fit. None makes the whole region the field.
     """
 
     grid: Sequence[int] = (1, 1, 1)
