@@ -30,6 +30,8 @@ METHODS = [
     "macl_tiny",
     "sam_embed_tiny",
     "models_genesis_tiny",
+    "simclr_tiny",
+    "voco_tiny",
 ]
 MOST_LINES = 20
 
