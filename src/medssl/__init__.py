@@ -216,8 +216,8 @@ if TYPE_CHECKING:
     from medssl.models.macl_unet import MACLUNetEncoder as MACLUNetEncoder
     from medssl.models.nnformer import NnFormerDecoder as NnFormerDecoder
     from medssl.models.nnformer import NnFormerEncoder as NnFormerEncoder
-    from medssl.models.reconstructor import Reconstructor as Reconstructor
     from medssl.models.pooled import PooledProjector as PooledProjector
+    from medssl.models.reconstructor import Reconstructor as Reconstructor
     from medssl.models.resenc import ResidualEncoder as ResidualEncoder
     from medssl.models.sam_resnet import SamResNet as SamResNet
     from medssl.models.segmenter import Segmenter as Segmenter

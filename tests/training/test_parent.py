@@ -35,10 +35,17 @@ def test_the_encoder_of_a_file_is_that_of_the_method_and_of_its_teacher(name, tm
         assert all(torch.equal(state[key], value) for key, value in wanted.items())
 
 
-def test_a_separate_auxiliary_encoder_starts_as_the_dominant_one():
-    method = build_method("macl_tiny", overrides=["method.coupling=ema"])
+@pytest.mark.parametrize(
+    ("name", "option", "copied"),
+    [
+        ("macl_tiny", "method.coupling=ema", "auxiliary_encoder"),
+        ("voco_tiny", "method.teacher=ema", "teacher_encoder"),
+    ],
+)
+def test_an_optional_second_encoder_starts_as_the_first(name, option, copied):
+    method = build_method(name, overrides=[option])
     ((copy, original),) = method.copies_of_encoder()
-    assert copy is method.auxiliary_encoder
+    assert copy is getattr(method, copied)
     assert original is method.encoder
 
 

@@ -118,6 +118,10 @@ class VoCo(Method):
             if old is not None:
                 update_ema(old, new, momentum=self.ema_momentum, copy_buffers=False)
 
+    def copies_of_encoder(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the teacher's encoder, where there is one, with the student's."""
+        return [] if self.teacher_encoder is None else [(self.teacher_encoder, self.encoder)]
+
     def parts(self) -> dict[str, nn.Module]:
         """Return the encoder, and that of the teacher where there is one."""
         teacher = {} if self.teacher_encoder is None else {"teacher_encoder": self.teacher_encoder}
