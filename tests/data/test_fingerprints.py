@@ -135,7 +135,9 @@ def test_a_file_of_the_last_seconds_is_read_again(hashed, tmp_path):
     assert list(contents.looks) == [str(tmp_path)]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"in": 3}', '{"in": {"a": [1]}}', "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"in": 3}', '{"in": {"a": [1]}}', "\udcff", '{"in": {"a": [1e999, 1, "x"]}}']
+)
 def test_damaged_looks_cost_a_look_and_no_case(text, hashed, tmp_path):
     image(tmp_path / "in" / "a.nii.gz")
     aged(tmp_path / "in" / "a.nii.gz")
@@ -163,3 +165,14 @@ def test_looks_are_no_part_of_the_store_and_forget_files_that_are_gone(tmp_path)
     prepare()
     ((_, names),) = json.loads((tmp_path / "s" / LOOKS).read_text()).items()
     assert list(names) == ["a.nii.gz"]
+
+
+def test_a_file_that_cannot_be_opened_hides_no_change_of_the_others(tmp_path):
+    array = np.random.default_rng(0).integers(0, 900, (12, 12, 12)).astype(np.int16)
+    folder = write_dicom(tmp_path, array)
+    (folder / "lock").symlink_to("lock")
+    case = Case("a", folder)
+    first = case.fingerprint(Contents())
+    array[6, 6, 6] += 1
+    write_dicom(tmp_path, array)
+    assert case.fingerprint(Contents()) != first

@@ -10,7 +10,14 @@ from volume_files import image
 from medssl.data.augment import ByModality
 from medssl.data.cases import stacked
 from medssl.data.measurements import measure
-from medssl.data.modality import by_channel, guess_modality, listed_modalities, named_modality, parsed_modalities
+from medssl.data.modality import (
+    by_channel,
+    doubt_about,
+    guess_modality,
+    listed_modalities,
+    named_modality,
+    parsed_modalities,
+)
 from medssl.data.prepare import prepare_store
 from medssl.data.reading import read_volume
 from medssl.data.sources import Csv, Decathlon, Folder, NnUnet
@@ -243,15 +250,44 @@ def test_a_ct_that_is_stated_and_not_in_hounsfield_units_is_doubtful(low, high):
 
 
 @pytest.mark.parametrize("number", range(50))
-def test_a_ct_that_was_cut_to_a_window_is_unknown_whatever_the_window_and_type(number):
+def test_a_ct_that_was_cut_to_a_window_is_unknown_and_doubtful_as_ct_where_it_was_mapped_to_bytes(number):
     volume, _ = draw_phantom(number, size_voxel=(40, 36, 32), spacing_mm=(8.0, 10.0, 12.0)[number % 3])
     low, high = ((-160, 240), (-200, 300), (-500, 500))[number % 3]
-    array = volume.array[0].astype(np.float32).clip(low, high)
-    if number % 2 and (array == high).mean() > 0.01:  # else it is like an image with an empty background
-        array = np.rint(255 * (array - low) / (high - low)).astype(np.uint8)
+    array = volume.array[0].astype(np.float32 if number % 2 else np.int16).clip(low, high)
     modality, doubt, _ = guess_modality(array)
     assert modality == "unknown"
     assert "cut off at the ends" in doubt or "fit a piece of a CT" in doubt
+    mapped = np.rint(255.0 * (array - low) / (high - low)).astype(np.uint8)
+    assert doubt_about("ct", guess_modality(mapped)) == "stated as CT, but no value lies below 0 HU"
+    assert doubt_about("mr", guess_modality(mapped)) == ""
+
+
+@pytest.mark.parametrize("number", range(50))
+def test_an_mr_image_whose_mean_was_taken_off_or_whose_ends_were_cut_is_no_ct(number):
+    generator = np.random.default_rng(number)
+    body, field = body_of((28, 26, 24), generator)
+    values = np.where(body, 400 * (1 + 0.3 * field), 0) + generator.normal(0, 8, body.shape)
+    assert guess_modality(values - values.mean()).modality != "ct"
+    assert guess_modality(100 * (values - values.mean()) / values.std()).modality != "ct"
+    low, high = np.percentile(values.clip(min=0), [number % 3, 100 - number % 3])
+    assert guess_modality(values.clip(max(low, 0), high))[:2] == ("mr", "")
+
+
+@pytest.mark.parametrize("number", range(50))
+def test_a_ct_without_its_intercept_is_named_whole_cut_or_interpolated(number):
+    volume, _ = draw_phantom(number, size_voxel=(48, 44, 40), spacing_mm=8.0)
+    water = (1024, 1000, 32768)[number % 3]
+    array = volume.array[0].astype(np.float32) + water
+    if number % 2:
+        array = zoom(array, 0.8, order=1)
+    generator = np.random.default_rng(number)
+    sides = [int(generator.integers(9 * n // 10, n + 1)) for n in array.shape]
+    begins = [int(generator.integers(0, n - side + 1)) for n, side in zip(array.shape, sides, strict=True)]
+    cut = array[tuple(slice(begin, begin + side) for begin, side in zip(begins, sides, strict=True))]
+    guess = guess_modality(cut)
+    assert guess.modality == "unknown"
+    assert "stored without its intercept" in guess.doubt
+    assert "stored without its intercept" in doubt_about("ct", guess)
 
 
 def test_an_mr_image_with_a_saturated_vessel_stays_mr():

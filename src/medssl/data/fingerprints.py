@@ -44,7 +44,7 @@ class Contents:
         try:
             listed = json.loads(path.read_bytes())
             looks = {folder: {name: _look(*look) for name, look in files.items()} for folder, files in listed.items()}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             looks = {}
         return cls(looks, verify=verify)
 
@@ -62,20 +62,20 @@ class Contents:
         """Return what changes with an image: the hashes of its files; of a folder, names and hashes of all files."""
         try:
             if image.is_dir():
-                names = sorted(e.name for e in os.scandir(image) if e.is_file() and not e.name.startswith("."))
+                names = sorted(file.name for file in image.iterdir() if not file.name.startswith("."))
                 return [text for name in names for text in (name, self.of_file(image / name))]
-            if not image.is_file():
-                return ["no file"]  # a pipe would never end
             return [self.of_file(file) for file in (image, *other_parts(image))]
         except OSError as error:
             return [type(error).__name__]
 
     def of_file(self, path: Path) -> str:
-        """Return the SHA-256 of a file.
+        """Return the SHA-256 of a file; where it cannot be read, a word for why."""
+        try:
+            return self._hash(path) if path.is_file() else "no file"  # a pipe would never end
+        except OSError as error:
+            return type(error).__name__
 
-        Raises:
-            OSError: It cannot be read.
-        """
+    def _hash(self, path: Path) -> str:
         now = time.time_ns()
         state = path.stat()
         folder, name = os.fsdecode(path.parent), path.name

@@ -19,10 +19,10 @@ SYNONYMS = {
 CT_MINIMUM_HU = -200.0
 CORNER_HU, AIR_HU, PARTIAL_HU, LUNG_HU, FAT_HU, DENSE_HU = -3100.0, -1100.0, -900.0, -700.0, -100.0, 2000.0
 LEAST_AIR, LEAST_TISSUE, LEAST_PARTIAL, LEAST_LOWER = 0.005, 0.01, 0.005, 0.002
-WATER_AT = 1024
-"""Stored value of water in a CT whose intercept is lost."""
-LEAST_AT_LOW, LEAST_AT_HIGH, LEAST_AT_HIGH_ALONE = 0.05, 0.002, 0.005
-"""Shares of voxels at both ends of a range that was cut off there, and at its upper end alone."""
+WATER_AT = (1024, 1000, 32768)
+"""Stored values of water in a CT whose intercept is lost."""
+LEAST_AT_LOW, LEAST_AT_HIGH = 0.05, 0.002
+"""Shares of voxels at both ends of a range that was cut off there."""
 NARROW = 20.0
 """A range that images have after normalisation and hardly ever before."""
 SAMPLE = 400_000
@@ -116,14 +116,15 @@ def guess_modality(values: Shaped[np.ndarray, "..."]) -> Guess:
       -1100 to -700, denser than the values from -600 to -250, few below but one value down to -3100, which scanners
       fill corners with, soft tissue, and voxels that are in part air (`has_partial_air`), which an image that was
       filled with -1000 does not have.
-    - `ct` without air: 0.2 % to 15 % lie below -200, 95 % below 500, at least 60 % are soft tissue (-200 to 300), and
-      the most common value does not lie near 0, where all other images have their background.
+    - `ct` without air: 0.2 % to 15 % lie below -200, 95 % below 500, at least 60 % are soft tissue (-200 to 300), all
+      values are whole, and the most common one does not lie near 0, where all other images have their background.
     - `mr`: all else with less than 0.5 % below -700. An MR image may be negative where it was interpolated, corrected
       or subtracted.
-    - `unknown`: all else; CT without air whose most common value is near 0; values that look like CT stored without its
-      intercept (air near 0, water near 1024); a range that was cut off, such as that of CT in a window
-      (`_is_cut_off`); and a range under 20, which a normalised image or a PET in SUV may have. All of them are named as
-      doubtful. PET in other units cannot be told from MR by its values.
+    - `unknown`: all else; CT without air of fractional values or whose most common one is near 0; values that look like
+      CT stored without its intercept (air near 0, water near 1024; also 1000 or 32768); negative values that were cut
+      off, such as those of CT in a window (`_is_cut_off`); and a range under 20, which a normalised image or a PET in
+      SUV may have. All of them are named as doubtful. PET in other units, and CT that was mapped to 0 to 255, cannot be
+      told from MR by their values.
     """
     low, high = float(values.min()), float(values.max())
     sample = sampled(values)
@@ -133,24 +134,24 @@ def guess_modality(values: Shaped[np.ndarray, "..."]) -> Guess:
     if low < CT_MINIMUM_HU:
         soft = _is_soft_tissue(sample)
         has_lower = _share(sample, -np.inf, CT_MINIMUM_HU) >= LEAST_LOWER
-        if _has_air(sample) or (soft and has_lower and not _peaks_at_zero(sample)):
+        if _has_air(sample) or (soft and has_lower and _are_whole(sample) and not _peaks_at_zero(sample)):
             return Guess("ct")
         if soft:
             return Guess("unknown", f"values of {span} fit a piece of a CT as well as a difference of MR images")
         if _share(sample, -np.inf, LUNG_HU) >= LEAST_AIR:
             return Guess("unknown", f"values of {span} are spread neither as in CT nor as in MR")
-    elif low > -WATER_AT / 4 and _is_offset_ct(sample, high):
-        doubt = f"values of {span} look like a CT stored without its intercept (water near {WATER_AT})"
+    elif water := next((water for water in WATER_AT if _is_offset_ct(sample, water)), None):
+        doubt = f"values of {span} look like a CT stored without its intercept (water near {water})"
         return Guess("unknown", doubt, may_be_hu=False)
     if _is_cut_off(sample, low, high):
         return Guess("unknown", f"values of {span} are cut off at the ends: a CT in a window?")
-    return Guess("mr")
+    return Guess("mr", may_be_hu=low < 0)
 
 
 def doubt_about(stated: str, guess: Guess) -> str:
     """Return why a stated modality may be wrong; "" where the values do not speak against it."""
     if stated == "ct" and not guess.may_be_hu:
-        return f"stated as CT, but {guess.doubt}"
+        return f"stated as CT, but {guess.doubt or 'no value lies below 0 HU'}"
     if stated in ("mr", "pet", "us") and guess.modality == "ct":
         return f"stated as {stated.upper()}, but its values look like CT"
     return ""
@@ -197,24 +198,33 @@ def _peaks_at_zero(sample: Float64[np.ndarray, " n"]) -> bool:
     return bool(abs(edges[counts.argmax()] + 5) <= 10)
 
 
-def _is_offset_ct(sample: Float64[np.ndarray, " n"], high: float) -> bool:
-    hu = sample - WATER_AT
-    body = hu[hu > LUNG_HU]
-    if high < WATER_AT + 100 or not _has_air(hu) or body.size < LEAST_TISSUE * hu.size or not _are_whole(sample):
+def _is_offset_ct(sample: Float64[np.ndarray, " n"], water: float) -> bool:
+    """Return whether values look like HU above `water`: soft tissue about it, air far below, little between.
+
+    At least 40 % of what is denser than lung lies from -150 to 250 HU, at least 0.5 % are air or lung, nothing lies far
+    below air, and from -600 to -250 HU lies at most a quarter of what lies below -700. Or, without air, at least 60 %
+    lie from -100 to 150 HU and 90 % from -250 to 400 HU.
+    """
+    hu = sample - water
+    if float(hu.min()) < CORNER_HU or float(hu.max()) < 100:
         return False
-    return _share(body, -150, 250) >= 0.4 and _share(hu, -600, -250) <= 0.25 * _share(hu, -np.inf, LUNG_HU)
+    if _share(hu, -100, 150) >= 0.6 and _share(hu, -250, 400) >= 0.9:
+        return True
+    body, air = hu[hu > LUNG_HU], _share(hu, AIR_HU, LUNG_HU)
+    if air < LEAST_AIR or body.size < LEAST_TISSUE * hu.size:
+        return False
+    is_empty_between = _share(hu, -600, -250) <= 0.25 * _share(hu, -np.inf, LUNG_HU)
+    return _share(body, -150, 250) >= 0.4 and is_empty_between
 
 
 def _is_cut_off(sample: Float64[np.ndarray, " n"], low: float, high: float) -> bool:
-    """Return whether values pile up at an end: 0.5 % at the largest one, or 5 % at a smallest one below 0.
+    """Return whether 5 % of the values pile up at a smallest one below 0, and others lie as those of a cut CT do.
 
-    In the second case 0.2 % lie at the largest one too, or the smallest is -100 or less and most others lie from -200
-    to 300.
+    0.2 % lie at the largest value too, or the smallest is -100 or less and most others lie from -200 to 300.
     """
     at_low, at_high = _share(sample, low, low), _share(sample, high, high)
     is_soft = low <= FAT_HU and _share(sample, CT_MINIMUM_HU, 300) >= 0.6 * (1 - at_low)
-    is_low_cut = low < 0 and at_low >= LEAST_AT_LOW and (is_soft or at_high >= LEAST_AT_HIGH)
-    return at_high >= LEAST_AT_HIGH_ALONE or is_low_cut
+    return low < 0 and at_low >= LEAST_AT_LOW and (is_soft or at_high >= LEAST_AT_HIGH)
 
 
 def _are_whole(sample: Float64[np.ndarray, " n"]) -> bool:
