@@ -49,7 +49,10 @@ def run(config: DictConfig) -> None:
     num_folds, num_repeats = validation.num_folds, validation.num_repeats
     task = build_task(settings.task, joined, columns, num_folds=num_folds, max_components=settings.max_components)
     subject = joined.subject(columns.subject)
-    check_copies(loaded["features"], joined, subject)
+    for name, features in loaded.items():
+        check_copies(features, joined, subject)
+        if not any(features.voxel_hash.tolist()):
+            print(f"{name} hold no hashes of voxels: images under two names are not looked for")
     every = np.arange(len(subject))
     assign_folds(task, subject, every, num_folds=num_folds, seed=validation.seed)  # too many folds are refused now
     for note in joined.notes():

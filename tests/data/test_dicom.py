@@ -9,10 +9,14 @@ from pydicom.pixels import compress
 from pydicom.uid import RLELossless
 
 from medssl.data.formats import ReadError, open_image
-from medssl.data.formats.dicom import LOW_IS_BRIGHT
+from medssl.data.formats.dicom import LOW_IS_BRIGHT, NO_INTERCEPT
 from medssl.data.formats.dicom_files import begins_as_dicom
 from medssl.data.measurements import measure
+from medssl.data.prepare import prepare_store
 from medssl.data.reading import read_volume
+from medssl.data.sources import Folder
+from medssl.data.store import VolumeStore
+from medssl.evaluation.store_report import overview
 
 
 def noise(seed, shape=(9, 8, 12), dtype=np.int16, low=-900, high=900):
@@ -302,3 +306,23 @@ def test_bright_low_values_are_a_doubt_unless_values_are_hounsfield_units(modali
     else:
         with pytest.raises(ReadError, match=f"1 of {voxels.shape[2]} slices are MONOCHROME1, the others MONOCHROME2"):
             loaded(tmp_path / "t")
+
+
+def test_a_ct_whose_header_states_no_intercept_is_doubtful(tmp_path):
+    series(tmp_path / "s", noise(0), slope=None)
+    header, _ = loaded(tmp_path / "s")
+    assert header.doubts == (NO_INTERCEPT,)
+    series(tmp_path / "m", noise(0), slope=None, modality="MR")
+    assert loaded(tmp_path / "m")[0].doubts == ()
+
+
+def test_a_series_in_two_folders_is_named_once_it_is_prepared(tmp_path):
+    voxels = noise(0, shape=(16, 16, 20))
+    for number, name in enumerate("ab"):
+        series(tmp_path / "in" / name, voxels[..., number::2], step=6.0, series="1.2.77")
+    series(tmp_path / "in" / "c", voxels[..., ::2], step=6.0, series="1.2.78")
+    prepare_store(Folder(root=tmp_path / "in"), tmp_path / "store", num_workers=0, progress=False)
+    odd = dict(map(tuple, overview(list(VolumeStore(tmp_path / "store").records())).odd[1:]))
+    named = {case: reasons for case, reasons in odd.items() if "one DICOM series" in reasons}
+    assert named.keys() == {"b"}
+    assert "of one DICOM series with a" in named["b"]

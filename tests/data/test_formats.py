@@ -355,3 +355,30 @@ def test_a_damaged_qform_beside_a_sform_is_a_doubt(tmp_path):
     header, _ = loaded(tmp_path / "a.nii")
     assert header.doubts == ("the qform is damaged; the sform is used",)
     np.testing.assert_allclose(header.affine, np.eye(4))
+
+
+def test_names_in_capitals_are_read_like_others(tmp_path):
+    array = np.arange(210, dtype=np.int16).reshape(5, 6, 7)
+    for suffix in (".mha", ".nrrd"):
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / f"a{suffix}"))
+        (tmp_path / f"a{suffix}").rename(tmp_path / f"A{suffix.upper()}")
+        assert np.array_equal(loaded(tmp_path / f"A{suffix.upper()}")[1][..., 0], array.T)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ElementByteOrderMSB = True", "BinaryDataByteOrderMSB and ElementByteOrderMSB contradict each other"),
+        ("ElementToIntensityFunctionSlope = 2", "ElementToIntensityFunctionSlope is 2: such a scale is not read"),
+        ("ElementToIntensityFunctionOffset = 100", "ElementToIntensityFunctionOffset is 100"),
+    ],
+)
+def test_entries_of_a_metaimage_that_change_the_values_are_refused(line, message, tmp_path):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 6, 7), np.int16)), str(tmp_path / "a.mha"))
+    content = (tmp_path / "a.mha").read_bytes()
+    (tmp_path / "a.mha").write_bytes(
+        content.replace(b"ElementSize", b"ElementSize").replace(
+            b"BinaryDataByteOrderMSB = False", b"BinaryDataByteOrderMSB = False\n" + line.encode()
+        )
+    )
+    assert message in reason(tmp_path / "a.mha")

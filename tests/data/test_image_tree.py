@@ -112,3 +112,22 @@ def test_a_prepared_store_below_the_root_is_passed_over(tmp_path):
     scan = Folder(root=tmp_path).scan()
     assert names(scan) == ["good"]
     assert scan.skipped == scan.problems == []
+
+
+def test_images_that_are_compressed_otherwise_or_renamed_by_a_browser_are_counted(tmp_path):
+    image(tmp_path / "good.nii.gz", noise())
+    odd = ("x.mgh.gz", "x.nii.lz4", "x.nrrd.bz2", "x.dcm.zst", "x.minc", "cp.nii (1).gz", "y.nii.gz.part", "z.nii~")
+    for name in odd:
+        (tmp_path / name).write_bytes(b"1")
+    scan = Folder(root=tmp_path).scan()
+    ((name, reason),) = skipped(scan)
+    assert reason.startswith(f"{len(odd)} images of a format that is not read (")
+    assert names(scan) == ["good"]
+
+
+@pytest.mark.parametrize("ending", ["img", "raw"])
+def test_slices_may_end_as_other_files_do(ending, tmp_path):
+    series(tmp_path / "s", noise(), name=f"IM{{:03d}}.{ending}")
+    scan = Folder(root=tmp_path).scan()
+    assert names(scan) == ["s"]
+    assert scan.problems == []

@@ -114,3 +114,12 @@ def test_images_that_a_table_does_not_name_are_noted(tmp_path):
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "t.csv").write_text(f"image\n{tmp_path}/in/a.nii.gz\n")
     assert noted(tmp_path / "lists" / "t.csv") == [], "a table of files elsewhere makes no claim on what lies there"
+
+
+def test_images_that_a_table_names_through_a_link_are_no_unlisted_ones(tmp_path):
+    for name in "abc":
+        image(tmp_path / "real" / f"{name}.nii.gz")
+    (tmp_path / "now").symlink_to("real")
+    (tmp_path / "t.csv").write_text("image\nnow/a.nii.gz\nnow/b.nii.gz\n")
+    for root in (tmp_path, tmp_path / "t.csv"):
+        assert [Path(row["file"]).name for row in Csv(root=root).scan().skipped] == ["c.nii.gz"]

@@ -1,6 +1,7 @@
 """The images of a folder tree, and a line for each file of an image kind that is not read."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from medssl.data.formats import (
     has_dicom_suffix,
     has_image_suffix,
     irregularity,
+    is_dicom,
     is_image_class,
 )
 
@@ -21,14 +23,18 @@ STORE = "store.json"
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 ARCHIVES = (".7z", ".rar", ".tar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tgz", ".zip")
 UNREAD = (
-    ".brik", ".brik.gz", ".dcm.bz2", ".dcm.xz", ".ecat", ".gipl", ".gipl.gz", ".hdr.gz", ".head", ".img.gz", ".mha.gz",
-    ".mhd.gz", ".mif", ".mif.gz", ".mih", ".mnc", ".mnc.gz", ".mrc", ".nhdr.gz", ".nii.bz2", ".nii.xz", ".nii.zip",
-    ".nii.zst", ".nrrd.gz", ".par", ".vti", ".vtk", ".xif",
+    ".brik", ".ecat", ".ecat7", ".gipl", ".head", ".inr", ".mif", ".mih", ".minc", ".mnc", ".mnc2", ".mrc", ".nia",
+    ".par", ".v", ".vti", ".vtk", ".xif",
 )  # fmt: skip
 """Endings of images that are not read."""
+WRAPPED = re.compile(
+    r"\.(nii|nrrd|nhdr|mha|mhd|hdr|img|mgh|mgz|dcm|dicom|brik|gipl|mif|mnc)"
+    r"( ?\(\d+\)|~|\.?(gz|bz2|xz|zst|lz4|zip|7z|tar|bak|old|part|crdownload|tmp))+$"
+)
+"""Names of images that are compressed in a way that is not read, or that a browser or an editor has changed."""
 NEVER_DICOM = {
     ".bval", ".bvec", ".csv", ".htm", ".html", ".ini", ".json", ".log", ".md", ".npy", ".npz", ".pdf", ".pkl", ".pt",
-    ".py", ".raw", ".rst", ".sh", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml", ".zraw", *PICTURES,
+    ".py", ".rst", ".sh", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml", *PICTURES,
     *ARCHIVES, *UNREAD,
 }  # fmt: skip
 
@@ -54,7 +60,7 @@ def images_below(root: Path, scan: Scan) -> Iterator[Path]:
         below[:] = sorted(name for name in below if not name.startswith(".") and not name.endswith(".zarr"))
         paths = _regular([folder / name for name in sorted(files) if not name.startswith(".")], scan)
         yield from (path for path in paths if has_image_suffix(path))
-        others = [path for path in paths if not has_image_suffix(path) and not is_half(path)]
+        others = [path for path in paths if not has_image_suffix(path) and not _has_header(path)]
         if _holds_slices(folder, [path for path in others if _may_be_dicom(path)], scan):
             yield folder
 
@@ -62,6 +68,11 @@ def images_below(root: Path, scan: Scan) -> Iterator[Path]:
 def is_half(path: Path) -> bool:
     """Return whether a file is the .img of a pair, by its name."""
     return path.suffix.lower() == ".img"
+
+
+def _has_header(path: Path) -> bool:
+    """Return whether a file is the .img of a pair whose .hdr lies beside it."""
+    return is_half(path) and any(path.with_suffix(suffix).exists() for suffix in (".hdr", ".HDR"))
 
 
 def note_unlisted(root: Path, scan: Scan) -> None:
@@ -73,9 +84,11 @@ def note_unlisted(root: Path, scan: Scan) -> None:
     found = Scan()
     for path in images_below(root, found):
         found.skip(path, "no case: the list or the layout of the source does not name it")
-    rows = (*found.skipped, *found.problems)
+    named = {os.path.realpath(file) for file in mentioned}
     scan.skipped += [
-        {"file": row["file"], "reason": row["reason"]} for row in rows if os.path.normpath(row["file"]) not in mentioned
+        {"file": row["file"], "reason": row["reason"]}
+        for row in (*found.skipped, *found.problems)
+        if os.path.normpath(row["file"]) not in mentioned and os.path.realpath(row["file"]) not in named
     ]
 
 
@@ -87,7 +100,7 @@ def _regular(paths: Sequence[Path], scan: Scan) -> list[Path]:
         reason = irregularity(path)
         if reason is None and (has_dicom_suffix(path) or not path.suffix) and not os.access(path, os.R_OK):
             reason = NO_PERMISSION
-        if reason is None and is_half(path) and not any(path.with_suffix(s).exists() for s in (".hdr", ".HDR")):
+        if reason is None and is_half(path) and not _has_header(path) and not is_dicom(path):
             reason = f"its .hdr is missing ({path.stem}.hdr)"
         if reason is None:
             regular.append(path)
@@ -112,7 +125,13 @@ def _note_passed_over(folder: Path, below: Sequence[str], files: Sequence[str], 
     visible = [name for name in files if not name.startswith(".")]
     note([name for name in visible if name.lower().endswith(PICTURES)], "pictures are not read: no format of volumes")
     note([name for name in visible if name.lower().endswith(ARCHIVES)], "archives are not opened; unpack them")
-    note([name for name in visible if name.lower().endswith(UNREAD)], "images of a format that is not read")
+    note([name for name in visible if _is_unread(name)], "images of a format that is not read")
+
+
+def _is_unread(name: str) -> bool:
+    """Return whether a name is that of an image of a kind that is not read."""
+    is_known = has_image_suffix(Path(name)) or has_dicom_suffix(Path(name)) or is_half(Path(name))
+    return not is_known and (name.lower().endswith(UNREAD) or WRAPPED.search(name.lower()) is not None)
 
 
 def _is_image_name(name: str) -> bool:
@@ -122,7 +141,11 @@ def _is_image_name(name: str) -> bool:
 
 def _may_be_dicom(path: Path) -> bool:
     name = path.name.lower()
-    return not name.endswith(tuple(NEVER_DICOM)) and Path(name.removesuffix(".gz")).suffix not in NEVER_DICOM
+    return (
+        not _is_unread(name)
+        and not name.endswith(tuple(NEVER_DICOM))
+        and Path(name.removesuffix(".gz")).suffix not in NEVER_DICOM
+    )
 
 
 def _holds_slices(folder: Path, files: Sequence[Path], scan: Scan) -> bool:

@@ -57,7 +57,7 @@ def read_volume(
         if skip_label_maps:
             _refuse_label_map(path, array)
         _check_voxels(path, array)
-    return Volume(array, affine, str(path), header.modality, header.left_out, header.doubts)
+    return Volume(array, affine, str(path), header.modality, header.left_out, header.doubts, header.series)
 
 
 def read_label(

@@ -227,7 +227,7 @@ class Csv:
 
     def _note_unlisted(self, scan: Scan, table: Path) -> None:
         """Note image files that the table does not name: below `root`, or else around its images below its folder."""
-        folders = [case.image.parent.resolve() for case in scan.cases]
+        folders = [os.path.normpath(case.image.parent) for case in scan.cases]
         if resolved_root(self.root).is_dir():
             note_unlisted(table.parent, scan)
         elif folders and (around := Path(os.path.commonpath(folders))).is_relative_to(table.parent) and around.is_dir():

@@ -82,6 +82,7 @@ class Record:
     left_out: tuple[tuple[str, str], ...] = ()
     targets: tuple[tuple[str, float], ...] = ()
     fingerprint: str = ""
+    series: str = ""
     metadata: tuple[tuple[str, str], ...] = ()
 
     @cached_property

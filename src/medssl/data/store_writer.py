@@ -98,6 +98,7 @@ def write_case(
         left_out=tuple(map(tuple, left_out)),  # type: ignore[arg-type]
         targets=tuple((targets or {}).items()),
         fingerprint=fingerprint,
+        series=volume.series,
     )
     labels = None if label is None else label.astype(np.uint8 if label.max() < 256 else np.int32)[None]
     record = replace(record, folder=f"{case}-{_content_hash(record, stored, labels, points)}.zarr")

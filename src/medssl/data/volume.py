@@ -25,7 +25,7 @@ class Volume:
 
     `affine` turns a voxel index into RAS millimetres; `source` says where the voxels came from, `stated_modality` what
     the headers call them ("ct", "mr", "pet" or "us", or one word a channel), `left_out` which files beside them were
-    not read, and why, and `doubts` what the headers say in two ways.
+    not read, and why, `doubts` what the headers say in two ways, and `series` the UID of a DICOM series.
     """
 
     array: Shaped[np.ndarray, "channel x y z"]
@@ -34,6 +34,7 @@ class Volume:
     stated_modality: Stated = None
     left_out: tuple[tuple[str, str], ...] = ()
     doubts: tuple[str, ...] = ()
+    series: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -65,6 +65,8 @@ def overview(records: Sequence[Record]) -> Overview:
     summary = [["modality", "cases", "range (0.5 to 99.5 %)", "spacing (mm)", "size (voxels)"]]
     summary += [[name, str(len(found)), *_middle(found)] for name, found in sorted(by_modality.items())]
     reasons = {record.case: list(_reasons(record)) for record in records}
+    for record, twin in _split_series(records):
+        reasons[record.case].append(f"of one DICOM series with {twin.case}: is one scan in two folders?")
     for name, found in by_modality.items():
         for record, words in zip(found, _outliers(found), strict=True):
             reasons[record.case] += words
@@ -102,6 +104,14 @@ def _reasons(record: Record) -> Iterator[str]:
         yield f"padding {padding} left out"
 
 
+def _split_series(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
+    """Yield each case of a DICOM series that another case was read from before, with that case."""
+    first: dict[str, Record] = {}
+    for record in records:
+        if record.series and (twin := first.setdefault(record.series, record)) is not record:
+            yield record, twin
+
+
 def _outliers(records: Sequence[Record]) -> list[list[str]]:
     """Return, for each case of one modality, what lies far from the others."""
     found: list[list[str]] = [[] for _ in records]
@@ -124,8 +134,11 @@ def _outliers(records: Sequence[Record]) -> list[list[str]]:
 
 def _middle(records: Sequence[Record]) -> list[str]:
     """Return median range, spacing and size of some cases, the last two with their extremes."""
-    low, high = (np.median([record.statistics[0][key] for record in records]) for key in ("p0_5", "p99_5"))
-    columns = [f"{low:.4g} to {high:.4g}"]
+    ends = [
+        [np.median([record.statistics[channel][key] for record in records]) for key in ("p0_5", "p99_5")]
+        for channel in range(records[0].channels)
+    ]
+    columns = ["; ".join(f"{low:.4g} to {high:.4g}" for low, high in ends)]
     for values in (
         np.array([record.spacing_mm for record in records]),
         np.array([record.shape for record in records], dtype=float),
@@ -137,13 +150,12 @@ def _middle(records: Sequence[Record]) -> list[str]:
 
 
 def _row(record: Record) -> list[str]:
-    kept = record.statistics[0]
     body = np.prod(record.body.size) / np.prod(record.shape)
     return [
         record.case,
         "+".join(record.modality),
         record.modality_from,
-        f"{kept['minimum']:.4g} to {kept['maximum']:.4g}",
+        "; ".join(f"{kept['minimum']:.4g} to {kept['maximum']:.4g}" for kept in record.statistics),
         " x ".join(f"{side:.3g}" for side in record.spacing_mm),
         " x ".join(map(str, record.shape)),
         f"{100 * body:.0f} %",

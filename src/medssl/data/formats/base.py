@@ -44,6 +44,7 @@ class Header:
         modality: "ct", "mr", "pet" or "us" where the header says so.
         left_out: Files beside the image that are not read, and why.
         spacing_is_assumed: Whether the file states no spacing along an axis.
+        series: UID of the DICOM series, "" for other files.
         doubts: Sentences on what the header says in two ways, or in an unusual one.
     """
 
@@ -55,6 +56,7 @@ class Header:
     modality: str | None = None
     left_out: tuple[tuple[str, str], ...] = ()
     spacing_is_assumed: bool = False
+    series: str = ""
     doubts: tuple[str, ...] = ()
 
 

@@ -25,6 +25,7 @@ from medssl.data.formats.dicom_voxels import grey_type, grey_values
 MAX_SCOUT_SLICES = 7
 """A series this short beside a longer one in its folder is a scout view or a report, not a second scan."""
 LOW_IS_BRIGHT = "MONOCHROME1: low values are shown bright; the values are read as they are stored"
+NO_INTERCEPT = "a CT whose header states no RescaleIntercept: its values may not be Hounsfield units"
 NO_IMAGE = "a DICOM object that is no image (structures, a plan, a report, ...)"
 
 
@@ -53,7 +54,8 @@ def open_dicom(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, L
         kind.kind in "iu",
         modality=modality,
         left_out=tuple(sorted(left_out)),
-        doubts=(LOW_IS_BRIGHT,) if pixels.low_is_bright and modality != "ct" else (),
+        series=series_of(files[0]),
+        doubts=_doubts(frames[0], modality),
     )
     check_claim(path, header, held_in=None)  # the length of each file's voxels was looked at
 
@@ -62,6 +64,13 @@ def open_dicom(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, L
             return grey_values(frames)[..., None]
 
     return header, load
+
+
+def _doubts(frame: DicomSlice, modality: str | None) -> tuple[str, ...]:
+    """Return what is odd in headers whose slices agree with each other."""
+    if modality == "ct":
+        return () if frame.scaled else (NO_INTERCEPT,)
+    return (LOW_IS_BRIGHT,) if frame.pixels.low_is_bright else ()
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ def _reader(file: Path) -> Any:
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if file.suffix.lower() in (".nrrd", ".nhdr") else "MetaImageIO")
     reader.SetFileName(str(file))
     with silenced():
         reader.ReadImageInformation()

@@ -60,6 +60,12 @@ def _check_entries(path: Path, entries: dict[str, str]) -> None:
     for name in FLAGS:
         if name in entries and entries[name].lower() not in ("true", "false", "1", "0"):
             raise ReadError(path, f"the header's entry {name} is {entries[name][:60]!r}; True or False is needed")
+    order = [entries[name].lower() in ("true", "1") for name in FLAGS[1:3] if name in entries]
+    if len(set(order)) > 1:
+        raise ReadError(path, f"the header's entries {FLAGS[1]} and {FLAGS[2]} contradict each other")
+    for name, neutral in (("ElementToIntensityFunctionSlope", 1), ("ElementToIntensityFunctionOffset", 0)):
+        if name in entries and numbers(path, name, entries[name], 1) != [neutral]:
+            raise ReadError(path, f"the header's entry {name} is {entries[name][:40]}: such a scale is not read")
     for names, count in ((VECTORS, num), (MATRICES, num * num)):
         for name in names:
             if name in entries:

@@ -47,7 +47,13 @@ def open_nifti(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, L
     whole = dtype.kind in "iu" and float(slope).is_integer() and float(inter).is_integer()
     affine, is_assumed = _affine(path, stored, header_file, zipped=zipped, assumed=assumed)
     header = Header(
-        shape, num_channels, affine, dtype.itemsize, whole, spacing_is_assumed=is_assumed, doubts=_doubts(stored)
+        shape,
+        num_channels,
+        affine,
+        dtype.itemsize,
+        whole,
+        spacing_is_assumed=is_assumed,
+        doubts=_doubts(stored, affine),
     )
     found = data_file.stat().st_size
     check_claim(path, header, held_in=found if zipped else None)
@@ -189,7 +195,7 @@ def _affine(
     return affine, bool(missing.any())
 
 
-def _doubts(stored: Stored) -> tuple[str, ...]:
+def _doubts(stored: Stored, affine: Float[np.ndarray, "4 4"]) -> tuple[str, ...]:
     """Return a sentence where both maps to space that a header holds place a voxel more than half a voxel apart."""
     header = stored.header
     if "sform_code" not in header or min(int(header["sform_code"]), int(header["qform_code"])) <= 0:
@@ -201,8 +207,10 @@ def _doubts(stored: Stored) -> tuple[str, ...]:
     except Exception:  # nibabel raises many kinds for a quaternion that is none; the sform is the one in use
         return ("the qform is damaged; the sform is used",)
     apart = np.linalg.norm((corners @ (stored.affine - other).T)[:, :3], axis=1).max()
-    if apart <= np.linalg.norm(stored.affine[:3, :3], axis=0).max() / 2:
+    step = np.linalg.norm(stored.affine[:3, :3], axis=0).max()
+    if apart <= step / 2:
         return ()
+    apart *= np.linalg.norm(affine[:3, :3], axis=0).max() / step  # in mm, whatever the unit of the header
     return (f"sform and qform place voxels up to {apart:.3g} mm apart; the sform is used",)
 
 
