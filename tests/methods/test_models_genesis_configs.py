@@ -87,7 +87,7 @@ def test_every_mechanism_of_the_card_is_on_in_the_tiny_configuration():
 
 def crops(step):
     """Smooth pictures, others at each of four steps."""
-    views = global_and_local(p=1, q=0, seed=step % 4, sides=(32, 0))["global"]
+    views = global_and_local(p=1, q=0, seed=step % 4, sides=(24, 0))["global"]
     return {"crop": View.of(views.image)}
 
 
