@@ -19,7 +19,6 @@ from medssl.data.views import View
 from medssl.finetune import run as finetune
 from medssl.methods.base import Method, Progress
 from medssl.methods.models_genesis import ModelsGenesis
-from medssl.ops.deformations import deform
 from medssl.pretrain import run
 from medssl.weights import read_card
 
@@ -208,12 +207,3 @@ def test_what_does_not_fit_is_refused_before_any_volume_is_prepared(settings, me
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
-
-
-def test_four_channels_are_deformed_alike_in_the_tiny_configuration():
-    method = medssl.build_method("models_genesis_tiny", in_channels=4)
-    image = crops(0)["crop"].image.expand(2, 1, 4, 32, 32, 32).contiguous()
-    method({"crop": View.of(image)}, Progress()).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
-    mapped = deform(image[:, 0], method.draw(image[:, 0], Progress())).mapped
-    assert torch.equal(mapped[:, 0], mapped[:, 3])
