@@ -121,6 +121,16 @@ def test_a_run_that_broke_off_continues_bit_for_bit(where, tmp_path):
     assert_resumes("simclr_tiny", SimCLR, where, tmp_path, *NARROW, terms=TERMS)
 
 
+@pytest.mark.slow
+def test_the_tiny_run_leaves_collapse(tmp_path):
+    """References card, section 4: below 3.0 after 300 steps where ln 23 = 3.135; measured 2.72."""
+    settings = ["data=phantoms", f"store={tmp_path / 'store'}", "trainer.max_steps=300", "batch_size=6"]
+    found = rows(pretrained("simclr_tiny", settings[:2], tmp_path / "run", *settings[2:]))[-20:]
+    assert sum(row["contrast"] for row in found) / 20 < 3.0
+    assert sum(row["accuracy"] for row in found) / 20 > 2 / 23
+    assert sum(row["feature_std"] for row in found) / 20 > 0.3
+
+
 def test_a_crop_that_does_not_fit_is_refused_before_data_are_prepared(tmp_path, capsys):
     from medssl.pretrain import run
 
