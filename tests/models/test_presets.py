@@ -10,6 +10,8 @@ from medssl.models.segmenter import build_segmenter
 PRESETS = {  # name: weights with one channel and 14 classes at 96 voxels, multiple of the sides
     "unet": (16_544_526, 16),
     "resenc": (62_800_526, 16),
+    "resenc_l": (102_335_566, 32),
+    "resenc_tiny": (79_086, 4),
     "unetr": (115_377_902, 16),
     "swinunetr": (27_186_576, 32),
     "nnformer": (9_728_462, 16),
