@@ -143,7 +143,9 @@ def test_order_of_bases_changes_nothing_and_a_base_is_most_similar_to_itself(at)
     torch.testing.assert_close(permuted.loss, expected.loss, rtol=1e-12, atol=0)
     same = given(at, target=BASE[[3, 7]], corners=CELLS[[3, 7]])  # targets that are cells
     assert same.logs["positive"].item() == pytest.approx(0, abs=2e-6)
-    assert same.logs["overlap_error"].item() == pytest.approx(0, abs=1e-9)
+    assert same.logs["accuracy"] == 1
+    swapped = given(at, target=BASE[[7, 3]], corners=CELLS[[3, 9]])
+    assert swapped.logs["accuracy"] == 0
 
 
 def test_values_at_collapse_and_chance_stand_beside_the_terms(at):

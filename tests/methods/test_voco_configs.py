@@ -25,7 +25,7 @@ from medssl.methods.base import Method, Progress
 from medssl.methods.voco import VoCo
 from medssl.prepare import run as prepare
 
-TERMS = ("positive", "negative", "regulariser", "overlap_error", "feature_std", "effective_rank")
+TERMS = ("positive", "negative", "regulariser", "accuracy", "feature_std", "effective_rank")
 NARROW = (
     "views.groups.base.size=[8,8,8]",
     "views.groups.base.extent_voxel=[24,24,16]",

@@ -79,7 +79,7 @@ class VoCo(Method):
 
         In the logs `positive_at_collapse` is the value of `positive` where all embeddings are equal (`negative` and
         `regulariser` are 1 there), and `positive_at_chance` that where no two have a positive cosine (0 and 0).
-        `overlap_error` is the mean error of the predicted overlap, over the pairs that overlap.
+        `accuracy` is the share of the targets that are most similar to the base with which they overlap most.
         """
         base, target = _groups(batch)
         images = torch.cat([base.image, target.image], dim=1)
@@ -157,13 +157,12 @@ class VoCo(Method):
         return self.teacher_projector(self.teacher_encoder(images.flatten(0, 1)))
 
     def _health(self, predicted: Tensor, overlap: Tensor, rows: Float[Tensor, "b v dim"]) -> dict[str, Tensor]:
-        """Return the values at collapse and at chance, the error of overlaps, and the spread of the embeddings."""
+        """Return the values at collapse and at chance, the accuracy, and the spread of the embeddings."""
         equal, apart = torch.ones_like(predicted), torch.zeros_like(predicted)
-        meets = (overlap > 0).to(predicted)
         return {
             "positive_at_collapse": overlap_losses(equal, overlap, form=self.form)[0],
             "positive_at_chance": overlap_losses(apart, overlap, form=self.form)[0],
-            "overlap_error": (meets * (overlap - predicted).abs()).sum() / meets.sum().clamp(min=1),
+            "accuracy": (predicted.argmax(2) == overlap.argmax(2)).to(predicted).mean(),
             "feature_std": direction_spread(rows.flatten(0, 1)),
             "effective_rank": effective_rank(rows.flatten(0, 1)),
         }
