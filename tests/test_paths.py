@@ -33,7 +33,7 @@ NAMES = {
     "match": ("query", "reference", "weights.path", "output"),
     "predict": ("weights.path", "input", "output_dir"),
     "prepare": ("data.root", "store"),
-    "pretrain": ("data.root", "data.split", "store", "output_dir", "resume"),
+    "pretrain": ("data.root", "data.split", "store", "weights.path", "output_dir", "resume"),
     "probe": ("features", "reference", "targets", "output_dir"),
 }
 """The settings of each command that are paths."""

@@ -126,10 +126,10 @@ def prepare_store(
         checksums=checksums,
         assume_spacing_mm=assumed,
     )
+    check_recipe(root, recipe)
     scan = source.scan()
     if assumed is not None:
         scan.cases = [replace(case, assume_spacing_mm=assumed) for case in scan.cases]
-    check_recipe(root, recipe)
     root.mkdir(parents=True, exist_ok=True)
     with alone_in(root):
         check_recipe(root, recipe)  # by now another process may have begun it
