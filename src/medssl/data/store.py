@@ -38,7 +38,7 @@ NEEDS = {
 }
 """Further arguments that `medssl.derive` needs, by the name of the table."""
 
-DAMAGES = (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+DAMAGES = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What reading a damaged archive of arrays raises."""
 
 # No chunk cache: crops hardly ever share chunks, and the process must not hold whole volumes.

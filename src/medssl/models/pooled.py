@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from medssl.checks import choice
 from medssl.models.segmenter import channels_read, levels
+from medssl.models.shape_trial import try_shape
 from medssl.ops.patches import axes_of
 
 MAPS = ("every", "last")
@@ -123,10 +122,7 @@ def check_encoder(
             f"{setting}={size} does not fit {type(encoder).__name__}: sides must be multiples of {multiple}, for "
             f"instance {setting}=[{larger}]"
         )
-    state = {name: tensor.to("meta") for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())}
-    image = torch.empty((2, channels_read(encoder), *size), device="meta")
     try:
-        with torch.no_grad(), suppress(RuntimeError, NotImplementedError):  # networks that need values
-            functional_call(encoder, state, (image,))
+        try_shape(encoder, size, in_channels=channels_read(encoder))
     except ValueError as error:
         raise ValueError(f"{setting}={size} does not fit {type(encoder).__name__}: {error}") from error

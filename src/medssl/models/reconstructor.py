@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from medssl.checks import choice
 from medssl.models.segmenter import build_usual_decoder, channels_read, complete_recipe, levels, output_layer
+from medssl.models.shape_trial import try_shape
 
 OUTPUTS = ("linear", "sigmoid")
 
@@ -67,10 +65,7 @@ class Reconstructor(nn.Module):
                 f"{setting}={sides} does not fit {type(self.encoder).__name__}: sides must be multiples of {steps}; "
                 f"what fits: {setting}={fitting}"
             )
-        state = {name: tensor.to("meta") for name, tensor in (*self.named_parameters(), *self.named_buffers())}
-        image = torch.empty((2, channels_read(self.encoder), *sides), device="meta")
         try:
-            with torch.no_grad(), suppress(RuntimeError):  # networks that need values are left to the first batch
-                functional_call(self, state, (image,))
+            try_shape(self, sides, in_channels=channels_read(self.encoder))
         except ValueError as error:
             raise ValueError(f"{setting}={sides}: the network refuses such crops: {error}") from error
