@@ -165,4 +165,6 @@ def test_one_image_under_two_names_is_never_in_training_and_test_at_once(folder,
     with np.load(folder / "a" / "features.npz") as arrays:
         earlier = {name: arrays[name] for name in arrays if name != "voxel_hash"}
     np.savez(folder / "a" / "features.npz", **earlier)
+    capsys.readouterr()
     probe(folder, "target=severity", "overwrite=true")
+    assert "features hold no hashes of voxels: images under two names are not looked for\n" in capsys.readouterr().out

@@ -176,3 +176,27 @@ def test_a_file_that_cannot_be_opened_hides_no_change_of_the_others(tmp_path):
     array[6, 6, 6] += 1
     write_dicom(tmp_path, array)
     assert case.fingerprint(Contents()) != first
+
+
+def test_a_log_that_grows_beside_slices_is_no_change_and_slices_under_its_ending_are(tmp_path):
+    folder = write_dicom(tmp_path, np.random.default_rng(0).integers(0, 900, (12, 12, 12)).astype(np.int16))
+    case = Case("a", folder)
+    (folder / "scan.log").write_text("begun\n")
+    first = case.fingerprint(Contents())
+    (folder / "scan.log").write_text("begun\nended\n")
+    assert case.fingerprint(Contents()) == first
+    slice_of = next(file for file in sorted(folder.iterdir()) if file.suffix != ".log")
+    slice_of.rename(folder / "slice.txt")
+    assert case.fingerprint(Contents()) != first
+
+
+def test_a_folder_in_the_place_of_the_looks_costs_a_look_and_no_case(hashed, tmp_path):
+    image(tmp_path / "in" / "a.nii.gz")
+    aged(tmp_path / "in" / "a.nii.gz")
+    prepare = partial(prepare_store, Folder(root=tmp_path / "in"), tmp_path / "s", **QUIET)
+    prepare()
+    (tmp_path / "s" / LOOKS).unlink()
+    (tmp_path / "s" / LOOKS).mkdir()
+    hashed.clear()
+    assert not prepare().has_changed
+    assert hashed == ["a.nii.gz"]

@@ -317,6 +317,13 @@ def test_kinds_that_are_not_read_are_named(tmp_path):
     assert reason(tmp_path / "a.mnc").startswith("files that end in .mnc are not read; .nii.gz")
 
 
+def test_a_nifti_file_whose_voxels_begin_in_its_header_is_refused(voxels, tmp_path):
+    raw = bytearray(nibabel.Nifti1Image(voxels, np.eye(4)).to_bytes())
+    raw[108:112] = bytes(4)  # vox_offset
+    (tmp_path / "a.nii").write_bytes(raw)
+    assert reason(tmp_path / "a.nii") == "the header says that voxels begin at byte 0, which is not believed"
+
+
 @pytest.mark.parametrize("offset", [0, 1e9, float("nan")])
 def test_a_header_whose_extensions_have_no_end_is_refused(offset, voxels, tmp_path):
     raw = bytearray(nibabel.Nifti1Image(voxels, np.eye(4)).to_bytes())
@@ -355,6 +362,17 @@ def test_a_damaged_qform_beside_a_sform_is_a_doubt(tmp_path):
     header, _ = loaded(tmp_path / "a.nii")
     assert header.doubts == ("the qform is damaged; the sform is used",)
     np.testing.assert_allclose(header.affine, np.eye(4))
+
+
+def test_the_distance_between_qform_and_sform_is_told_in_mm_whatever_the_unit(tmp_path):
+    made = nibabel.Nifti1Image(np.arange(210, dtype=np.int16).reshape(7, 6, 5), np.diag([2000.0, 2000, 3000, 1]))
+    other = made.affine.copy()
+    other[0, 3] = 9000
+    made.set_sform(made.affine, 1)
+    made.set_qform(other, 1)
+    made.header.set_xyzt_units("micron")
+    made.to_filename(tmp_path / "a.nii")
+    assert loaded(tmp_path / "a.nii")[0].doubts[0].startswith("sform and qform place voxels up to 9 mm apart")
 
 
 def test_names_in_capitals_are_read_like_others(tmp_path):

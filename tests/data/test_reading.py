@@ -76,6 +76,7 @@ def test_a_header_that_claims_an_absurd_size_is_refused_before_memory_is_taken(s
         header = nibabel.Nifti1Header()
         header.set_data_dtype(np.int16)
         header.set_data_shape((30000, 30000, 30000))
+        header["vox_offset"] = 352
         raw = header.binaryblock + bytes(1000)
         path.write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
     elif suffix == ".mha":
@@ -99,13 +100,14 @@ def test_a_header_that_claims_more_than_the_file_can_hold_is_refused(tmp_path):
     header = nibabel.Nifti1Header()
     header.set_data_dtype(np.int16)
     header.set_data_shape((1000, 1000, 1000))
+    header["vox_offset"] = 352
     path = tmp_path / "claim.nii.gz"
     path.write_bytes(gzip.compress(header.binaryblock + bytes(1000)))
     assert reason(path).endswith("bytes of file cannot hold them")
     raw = tmp_path / "short.nii"
     header.set_data_shape((20, 20, 20))
     raw.write_bytes(header.binaryblock + bytes(10000))
-    assert reason(raw) == "the file is truncated: its voxels need 16,000 bytes, it has 10,348"
+    assert reason(raw) == "the file is truncated: its voxels need 16,352 bytes, it has 10,348"
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR", "SLA", "IAR"])

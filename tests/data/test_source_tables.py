@@ -7,6 +7,15 @@ from medssl.data.modality import ALLOWED
 from medssl.data.sources import Csv
 
 
+def test_words_for_sequences_are_modalities_and_lines_count_those_without_entries(tmp_path):
+    for name in "ab":
+        image(tmp_path / f"{name}.nii.gz")
+    (tmp_path / "cases.csv").write_text("image,modality\n\na.nii.gz,T1w\n\n\nb.nii.gz,FDG-PET+CT\nb.nii.gz,xray\n")
+    scan = Csv(root=tmp_path).scan()
+    assert [case.modality for case in scan.cases] == ["mr", "pet+ct"]
+    assert reasons(scan) == {("b.nii.gz", f"line 7: modality 'xray' is no modality; {ALLOWED}")}
+
+
 def test_a_table_gives_label_group_split_and_modality(tmp_path):
     image(tmp_path / "p1" / "ct.nii.gz")
     image(tmp_path / "p2" / "ct.nii.gz")

@@ -98,3 +98,12 @@ def test_each_channel_has_slices_and_a_histogram(make_store):
     assert text.count("data:image/png;base64,") == 6
     for channel in (0, 1):
         assert text.count(f", channel {channel} (") == 1
+
+
+def test_ranges_are_given_for_each_channel(make_store):
+    array = np.random.default_rng(0).integers(0, 100, (2, 12, 11, 10)).astype(np.int16)
+    array[1] += 1000
+    array[:, 0, 0, 0], array[:, 0, 0, 1] = (0, 1000), (99, 1099)
+    tables = overview(list(make_store(array).records()))
+    assert tables.summary[1][2] == "0 to 99; 1000 to 1099"
+    assert tables.cases[1][3] == "0 to 99; 1000 to 1099"

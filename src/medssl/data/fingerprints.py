@@ -1,5 +1,6 @@
 """Hashes of whole files, and the looks at files that tell which of them need not be read again."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 from medssl.data.atomic import write_text
-from medssl.data.formats import other_parts
+from medssl.data.formats import is_dicom, is_other_kind, other_parts
 
 SETTLED_NS = 2_000_000_000
 """Age of a change from which a look is kept: clocks of file systems tick in steps of up to two seconds."""
@@ -49,8 +50,9 @@ class Contents:
         return cls(looks, verify=verify)
 
     def save(self, path: Path) -> None:
-        """Write the looks to a file."""
-        write_text(path, json.dumps(self.looks, sort_keys=True, separators=(",", ":")) + "\n")
+        """Write the looks to a file; what cannot be written costs the next start a look at every file."""
+        with contextlib.suppress(IsADirectoryError):
+            write_text(path, json.dumps(self.looks, sort_keys=True, separators=(",", ":")) + "\n")
 
     def add(self, looks: Looks) -> None:
         """Add the looks of another process."""
@@ -59,10 +61,14 @@ class Contents:
                 self.looks.setdefault(folder, {}).update(files)
 
     def of(self, image: Path) -> list[str]:
-        """Return what changes with an image: the hashes of its files; of a folder, names and hashes of all files."""
+        """Return what changes with an image: the hashes of its files.
+
+        For a folder these are names and hashes of all files but those that stand beside a series, such as a log.
+        """
         try:
             if image.is_dir():
-                names = sorted(file.name for file in image.iterdir() if not file.name.startswith("."))
+                visible = (file for file in image.iterdir() if not file.name.startswith("."))
+                names = sorted(file.name for file in visible if not is_other_kind(file) or is_dicom(file))
                 return [text for name in names for text in (name, self.of_file(image / name))]
             return [self.of_file(file) for file in (image, *other_parts(image))]
         except OSError as error:

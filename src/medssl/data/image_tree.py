@@ -7,21 +7,22 @@ from pathlib import Path
 
 from medssl.data.cases import Scan
 from medssl.data.formats import (
+    ARCHIVES,
     NO_PERMISSION,
+    PICTURES,
     dicom_class,
     has_dicom_suffix,
     has_image_suffix,
     irregularity,
     is_dicom,
     is_image_class,
+    is_other_kind,
 )
 
 NUM_DICOM_PROBES = 256
 NUM_NAMED = 3
 STORE = "store.json"
 """The file by which a folder is a prepared store, such as the one that is being made."""
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
-ARCHIVES = (".7z", ".rar", ".tar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tgz", ".zip")
 UNREAD = (
     ".brik", ".ecat", ".ecat7", ".gipl", ".head", ".inr", ".mif", ".mih", ".minc", ".mnc", ".mnc2", ".mrc", ".nia",
     ".par", ".v", ".vti", ".vtk", ".xif",
@@ -32,11 +33,6 @@ WRAPPED = re.compile(
     r"( ?\(\d+\)|~|\.?(gz|bz2|xz|zst|lz4|zip|7z|tar|bak|old|part|crdownload|tmp))+$"
 )
 """Names of images that are compressed in a way that is not read, or that a browser or an editor has changed."""
-NEVER_DICOM = {
-    ".bval", ".bvec", ".csv", ".htm", ".html", ".ini", ".json", ".log", ".md", ".npy", ".npz", ".pdf", ".pkl", ".pt",
-    ".py", ".rst", ".sh", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml", *PICTURES,
-    *ARCHIVES, *UNREAD,
-}  # fmt: skip
 
 
 def images_below(root: Path, scan: Scan) -> Iterator[Path]:
@@ -140,12 +136,7 @@ def _is_image_name(name: str) -> bool:
 
 
 def _may_be_dicom(path: Path) -> bool:
-    name = path.name.lower()
-    return (
-        not _is_unread(name)
-        and not name.endswith(tuple(NEVER_DICOM))
-        and Path(name.removesuffix(".gz")).suffix not in NEVER_DICOM
-    )
+    return not (_is_unread(path.name) or path.name.lower().removesuffix(".gz").endswith(UNREAD) or is_other_kind(path))
 
 
 def _holds_slices(folder: Path, files: Sequence[Path], scan: Scan) -> bool:

@@ -49,7 +49,7 @@ def listed_modalities(words: Sequence[str]) -> tuple[str | None, ...] | None:
 
 
 def parsed_modalities(value: Any) -> tuple[str, ...] | None:
-    """Return the modalities that a setting or a cell of a table states: `ct`, `[ct,pet]` or `ct+pet`; None for nothing.
+    """Return the modalities that a setting or a cell of a table states: `ct`, `[ct,T1w]` or `ct+pet`; None for nothing.
 
     Raises:
         ValueError: A word is not known.
@@ -61,8 +61,9 @@ def parsed_modalities(value: Any) -> tuple[str, ...] | None:
         raise ValueError(f"{value!r} is no modality; {ALLOWED}")
     found = []
     for word in listed:
-        name = {"mri": "mr"}.get(str(word).strip().lower(), str(word).strip().lower())
-        if not isinstance(word, str) or name not in MODALITIES:
+        text = str(word).strip().lower()
+        name = text if text in MODALITIES else named_modality(text)
+        if not isinstance(word, str) or name is None:
             raise ValueError(f"{word!r} is no modality; {ALLOWED}")
         found.append(name)
     return tuple(found)

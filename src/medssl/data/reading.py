@@ -17,6 +17,9 @@ SPACING_LIMITS_MM = (0.005, 100.0)
 LABEL_MAP_VALUES = 256
 MAX_ONE_HOT_CHANNELS = 256
 MAX_OFF_PLACE_VOXEL = 0.5
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+LEAST_LEVELS = 256
+"""Grey values that a float32 must be able to tell apart between the least and the largest of an image."""
 
 _ONE_LABEL = threading.Lock()
 
@@ -226,6 +229,19 @@ def _check_voxels(path: Path, array: Shaped[np.ndarray, "c x y z"]) -> None:
         if voxels.min() == voxels.max():
             which = f" of channel {channel}" if len(array) > 1 else ""
             raise ReadError(path, f"all voxels{which} have the same value ({voxels.flat[0]:g}): the image is constant")
+        _check_levels(path, voxels.min().item(), voxels.max().item(), voxels.dtype)
+
+
+def _check_levels(path: Path, low: float, high: float, dtype: np.dtype[Any]) -> None:
+    """Check that values that a float32 cannot hold exactly differ by enough of its steps."""
+    largest = max(abs(low), abs(high))
+    exact = dtype.itemsize <= 4 if dtype.kind == "f" else largest <= 2**24
+    if not exact and (high - low) < LEAST_LEVELS * float(np.spacing(np.float32(min(largest, FLOAT32_MAX)))):
+        raise ReadError(
+            path,
+            f"values from {low} to {high} are too large for their range: a float32 hardly tells them apart; "
+            "subtract a constant from the image",
+        )
 
 
 def _check_place(path: Path, affine: Float[np.ndarray, "4 4"], volume: Volume) -> None:

@@ -206,7 +206,7 @@ class Csv:
         existing_root(self.root)
         table = self._table()
         rows = read_table(table)
-        columns = [c.strip() for c in (rows[0] if rows else []) if c]
+        columns = [c.strip() for c in next(iter(rows.values()), {}) if c]
         for column in columns:
             if column not in CSV_COLUMNS and (close := difflib.get_close_matches(column, CSV_COLUMNS, 1, 0.8)):
                 raise ValueError(f"{table}: column {column!r} is not known; is {close[0]!r} meant?")
@@ -214,7 +214,7 @@ class Csv:
             found = ", ".join(columns) or "none"
             raise ValueError(f"{table} needs the column image and a row; it has the columns: {found}")
         scan = Scan()
-        for number, row in enumerate(rows, start=2):
+        for number, row in rows.items():
             entry = {(k or "").strip(): (v or "").strip() for k, v in row.items() if isinstance(v, str)}
             self._add(scan, entry, number, table)
         without = [i for i, case in enumerate(scan.cases) if not case.case]
@@ -278,12 +278,19 @@ def _beside(table: Path, file: str) -> Path:
     return table.parent / (Path(file).expanduser() if file.startswith("~/") else file)
 
 
-def read_table(table: Path) -> list[dict[str, str]]:
-    """Return the rows of a file with a header; the cell separator is the most frequent of comma, semicolon, tab."""
+def read_table(table: Path) -> dict[int, dict[str, str]]:
+    """Return the rows of a file with a header, by the number of their last line.
+
+    The cell separator is the most frequent of comma, semicolon, tab.
+    """
     try:
         lines = read_text(table).splitlines()
         delimiter = max(",;\t", key=lines[0].count) if lines else ","
-        return list(csv.DictReader(lines, delimiter=delimiter))
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        rows = {}
+        for row in reader:
+            rows[reader.line_num] = row
+        return rows
     except csv.Error as error:
         raise ValueError(f"{table} is no table ({error})") from error
 

@@ -105,7 +105,8 @@ def channel_statistics(channel: Shaped[np.ndarray, "..."]) -> dict[str, float]:
     """Return the statistics of `intensity_statistics` of a channel, or of some of its values in a row."""
     planes = channel if channel.ndim > 1 else np.array_split(channel, channel.size // BLOCK_VOXEL + 1)
     low, high = float(channel.min()), float(channel.max())
-    if channel.dtype.kind in "iu" and high - low < 2**20:  # exact from a histogram, several times faster than sorting
+    exact = channel.dtype.kind in "iu" and max(-low, high) <= 2**53  # whole numbers that a double can hold
+    if exact and high - low < 2**20:  # by a histogram, several times faster than sorting
         counts = np.zeros(int(high - low) + 1, dtype=np.int64)
         for plane in planes:
             counts += np.bincount(plane.ravel().astype(np.int64) - int(low), minlength=len(counts))

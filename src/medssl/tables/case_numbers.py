@@ -30,12 +30,12 @@ def read_case_numbers(
         raise ValueError(f"there is no table {path}")
     if not (rows := read_table(path)):
         raise ValueError(f"{path} has no rows below its header")
-    header = [name for name in rows[0] if name is not None]
+    header = [name for name in next(iter(rows.values())) if name is not None]
     if absent := [name for name in ("case", *columns) if name not in header]:
         needed = ", ".join(("case", *columns))
         raise ValueError(f"{path} has no column {absent[0]!r}; it needs {needed}, and has {', '.join(header)}")
     found: dict[str, list[list[float]]] = {}
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows.items():
         values = [_number(row, name, f"{path}, line {number}") for name in columns]
         values += [_number(row, name, f"{path}, line {number}") if name in header else math.nan for name in optional]
         found.setdefault((row["case"] or "").strip(), []).append(values)

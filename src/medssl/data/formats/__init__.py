@@ -14,17 +14,27 @@ from medssl.data.formats.base import (
     stem,
 )
 from medssl.data.formats.claims import MAX_VOXELS, NO_PERMISSION, irregularity
-from medssl.data.formats.dicom_files import dicom_class, has_dicom_suffix, is_dicom, is_image_class
+from medssl.data.formats.dicom_files import (
+    ARCHIVES,
+    PICTURES,
+    dicom_class,
+    has_dicom_suffix,
+    is_dicom,
+    is_image_class,
+    is_other_kind,
+)
 from medssl.data.formats.image import open_image
 from medssl.data.formats.parts import other_parts
 from medssl.data.formats.reasons import NO_MEMORY, reasons_for
 
 __all__ = [
+    "ARCHIVES",
     "IMAGE_SUFFIXES",
     "MAX_VOXELS",
     "NIFTI_SUFFIXES",
     "NO_MEMORY",
     "NO_PERMISSION",
+    "PICTURES",
     "Header",
     "Load",
     "ReadError",
@@ -34,6 +44,7 @@ __all__ = [
     "irregularity",
     "is_dicom",
     "is_image_class",
+    "is_other_kind",
     "open_image",
     "other_parts",
     "reasons_for",

@@ -12,6 +12,7 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".hdr", ".mgz", ".mgh")
 """Endings of files that are images; the .img of a pair belongs to its .hdr."""
+END_OF_AXIS = {"R": "right", "L": "left", "A": "front", "P": "back", "S": "head", "I": "feet", "None": "none"}
 NO_SPACING = "the header states no spacing; data.assume_spacing_mm=[x,y,z] lets it in"
 
 
@@ -106,6 +107,14 @@ def stated_or_assumed(
     if x is None or y is None or z is None:
         raise ReadError(path, NO_SPACING)
     return float(x), float(y), float(z)
+
+
+def directions_assumed(why: str, affine: Float[np.ndarray, "4 4"]) -> str:
+    """Return the doubt about a header that states no directions, with those that its axes are taken to have."""
+    from nibabel.orientations import aff2axcodes
+
+    taken = ", ".join(END_OF_AXIS[str(code)] for code in aff2axcodes(affine))
+    return f"the header states no directions ({why}); its axes are taken to run to the {taken}"
 
 
 def size_text(shape: Sequence[int]) -> str:

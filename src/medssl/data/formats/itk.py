@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from medssl.data.formats.base import Header, Load, ReadError, Spacing, sides_and_channels, stated_or_assumed
+from medssl.data.formats.base import (
+    Header,
+    Load,
+    ReadError,
+    Spacing,
+    directions_assumed,
+    sides_and_channels,
+    stated_or_assumed,
+)
 from medssl.data.formats.claims import check_claim
 from medssl.data.formats.metaimage import metaimage_header
 from medssl.data.formats.nrrd import nrrd_header
@@ -30,7 +38,8 @@ def open_itk(path: Path, *, assumed: Spacing | None = None) -> tuple[Header, Loa
     shape, num_channels = sides_and_channels(path, (*size, reader.GetNumberOfComponents()))
     affine = _affine_from_lps(reader.GetDirection(), reader.GetSpacing(), reader.GetOrigin())
     affine[:3] *= stated.unit_mm
-    header = Header(shape, num_channels, affine, *_itk_type(path, reader.GetPixelID()))
+    doubts = (directions_assumed(stated.no_directions, affine),) if stated.no_directions else ()
+    header = Header(shape, num_channels, affine, *_itk_type(path, reader.GetPixelID()), doubts=doubts)
     num_values = math.prod(shape) * num_channels
     num_bytes = num_values * header.voxel_bytes
     data = stated.data

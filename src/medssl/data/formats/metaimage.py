@@ -43,7 +43,9 @@ def metaimage_header(path: Path) -> TextHeader:
     if unit.lower() not in UNITS_MM and unit != "?":
         raise ReadError(path, f"the header's entry DistanceUnits is {unit[:60]!r}; um, mm and cm are known")
     stated = "ElementSpacing" in entries or "ElementSize" in entries
-    return TextHeader(_data(path, entries, end), stated, UNITS_MM.get(unit.lower(), 1.0))
+    turned = any(name in entries for name in MATRICES)
+    why = "" if turned else f"no entry {MATRICES[0]}"
+    return TextHeader(_data(path, entries, end), stated, UNITS_MM.get(unit.lower(), 1.0), why)
 
 
 def _check_entries(path: Path, entries: dict[str, str]) -> None:

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from medssl.data.formats.base import NO_SPACING, Header, Load, ReadError, Spacing, sides_and_channels, three_sides
+from medssl.data.formats.base import (
+    NO_SPACING,
+    Header,
+    Load,
+    ReadError,
+    Spacing,
+    directions_assumed,
+    sides_and_channels,
+    three_sides,
+)
 from medssl.data.formats.claims import MAX_BEHIND, check_claim, check_memory, irregularity
 from medssl.data.formats.text_header import UNITS_MM, far_behind
 
@@ -105,7 +114,7 @@ def _check_offset(path: Path, header_file: Path, *, zipped: bool) -> None:
     """Check where a NIfTI header says that voxels begin: nibabel reads all before it, however much that is.
 
     Raises:
-        ReadError: It lies too far off, or nowhere though extensions of the header are announced.
+        ReadError: It lies too far off, or in the header.
     """
     import nibabel
 
@@ -115,8 +124,8 @@ def _check_offset(path: Path, header_file: Path, *, zipped: bool) -> None:
         length = kind.template_dtype.itemsize
         if raw[:4] in sizes and len(raw) >= length:
             offset = float(kind(raw[:length], check=False)["vox_offset"])
-            extended = raw[length : length + 1] > b"\0" and header_file.suffix.lower() != ".hdr"
-            if not offset <= MAX_OFFSET or (extended and offset <= 0):
+            least = 0 if header_file.suffix.lower() == ".hdr" else length  # nibabel would read the header as voxels
+            if not least <= offset <= MAX_OFFSET:
                 raise ReadError(path, f"the header says that voxels begin at byte {offset:,.0f}, which is not believed")
 
 
@@ -196,9 +205,16 @@ def _affine(
 
 
 def _doubts(stored: Stored, affine: Float[np.ndarray, "4 4"]) -> tuple[str, ...]:
-    """Return a sentence where both maps to space that a header holds place a voxel more than half a voxel apart."""
+    """Return a sentence where a header holds no map to space, or two that place a voxel half a voxel apart or more."""
     header = stored.header
-    if "sform_code" not in header or min(int(header["sform_code"]), int(header["qform_code"])) <= 0:
+    if "goodRASFlag" in header:
+        return ()
+    if "sform_code" not in header:
+        return (directions_assumed("Analyze", affine),)
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if max(codes) <= 0:
+        return (directions_assumed("the codes of qform and sform are 0", affine),)
+    if min(codes) <= 0:
         return ()
     sides = three_sides(stored.shape)
     corners = np.array(list(itertools.product(*((0, side - 1) for side in sides), (1,))))

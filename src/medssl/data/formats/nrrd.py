@@ -17,7 +17,10 @@ from medssl.data.formats.text_header import (
 )
 
 CODINGS = {"raw": "raw", "gz": "gzip", "gzip": "gzip", "txt": "text", "text": "text", "ascii": "text", "hex": "hex"}
-ALIASES = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
+ALIASES = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip", "oldmin": "old min",
+           "oldmax": "old max"}  # fmt: skip
+SPACES = re.compile(r"((right|left)-anterior-superior|left-posterior-superior|ras|las|lps)(-time|t)?", re.I)
+"""Words for a space whose axes have anatomical directions."""
 
 
 def nrrd_header(path: Path) -> TextHeader:
@@ -43,7 +46,18 @@ def nrrd_header(path: Path) -> TextHeader:
         raise ReadError(path, f"the header states {entries['dimension'][:20]} dimensions; 2 to 4 are read")
     check_believable(path, check_sizes(path, "sizes", entries["sizes"], int(dimension)))
     stated = _states_spacing(path, entries, int(dimension))
-    return TextHeader(_data(path, entries, end), stated, _unit_mm(path, entries))
+    if {"old min", "old max"} & entries.keys():
+        raise ReadError(path, "the header's entries old min and old max state a scale, which is not read")
+    return TextHeader(_data(path, entries, end), stated, _unit_mm(path, entries), _no_directions(entries))
+
+
+def _no_directions(entries: dict[str, str]) -> str:
+    """Return why the axes have no anatomical directions, "" where they have."""
+    if "space directions" not in entries:
+        return "no entry space directions"
+    if SPACES.fullmatch(entries.get("space", "")):
+        return ""
+    return f"its space is {entries['space'][:40]}" if "space" in entries else "no entry space"
 
 
 def _states_spacing(path: Path, entries: dict[str, str], dimension: int) -> bool:

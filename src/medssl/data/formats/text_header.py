@@ -50,11 +50,13 @@ class TextHeader:
         data: Where the data lie.
         states_spacing: Whether it states a spacing.
         unit_mm: Millimetres of one unit of length.
+        no_directions: Why the directions of the axes are not known; "" where they are stated.
     """
 
     data: DataPart
     states_spacing: bool
     unit_mm: float
+    no_directions: str
 
 
 def header_lines(path: Path, end: bytes) -> tuple[list[str], int]:
