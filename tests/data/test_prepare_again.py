@@ -166,3 +166,18 @@ def test_names_of_labels_join_a_store_that_was_finished_without_them(tmp_path):
     assert (store.label_names, store.has_label(0)) == ({}, True)
     assert not prepare_store(source, root, num_workers=0, progress=False).has_changed
     assert tree(root) == whole
+
+
+def test_a_whole_index_is_left_alone_and_a_damaged_line_behind_it_is_removed(tmp_path, monkeypatch):
+    for number in range(3):
+        image(tmp_path / "in" / f"{number}.nii.gz", seed=number)
+    prepare = partial(prepare_store, Folder(root=tmp_path / "in"), tmp_path / "s", num_workers=0, progress=False)
+    prepare()
+    index = tmp_path / "s" / "index.jsonl"
+    whole = index.read_bytes()
+    for damage in (b'{"case": "0"', b"\n", whole.splitlines()[0][:-9]):
+        index.write_bytes(whole + damage)
+        assert prepare().num_new == 0
+        assert index.read_bytes() == whole
+    monkeypatch.setattr(preparing, "write_index", None)
+    assert prepare().num_new == 0

@@ -28,7 +28,7 @@ from medssl.data.store_writer import write_index
 from medssl.data.workers import check_num_workers, run_all
 
 NUM_LISTED = 20
-TARGETS = "targets.csv"
+INDEX, TARGETS = "index.jsonl", "targets.csv"
 LOOKS = ".looks.json"
 """The last looks at the files of the source; no part of what the store holds."""
 
@@ -135,7 +135,8 @@ def prepare_store(
         check_recipe(root, recipe)  # by now another process may have begun it
         _begin(root, recipe)
         contents, known = Contents.remembered(root / LOOKS, verify=verify), _remembered(root)
-        fingerprints, done = _finished(root, scan.cases, contents, remembered=known, progress=progress)
+        indexed = _indexed(root)
+        fingerprints, done = _finished(root, scan.cases, contents, indexed, remembered=known, progress=progress)
         contents.save(root / LOOKS)
         scan = scan.checked(finished=set(done))
         news = _news(root, scan.problems)
@@ -164,9 +165,8 @@ def prepare_store(
         contents.save(root / LOOKS)
         clear_partial(root)  # again: a worker of a killed run may have written a little longer
         _write_label_names(root, source)
-        return _finish(
-            root, scan, outcomes, done, max_rejected_fraction=max_rejected_fraction, progress=progress, prune=prune
-        )
+        limit = max_rejected_fraction
+        return _finish(root, scan, outcomes, done, indexed, max_rejected_fraction=limit, progress=progress, prune=prune)
 
 
 def _begin(root: Path, recipe: dict[str, Any]) -> None:
@@ -175,20 +175,26 @@ def _begin(root: Path, recipe: dict[str, Any]) -> None:
     before = description.read_bytes() if description.is_file() else None
     write_description(root, recipe)
     if before is not None and before != description.read_bytes():
-        for name in ("index.jsonl", "rejected.jsonl", "skipped.jsonl"):
+        for name in (INDEX, "rejected.jsonl", "skipped.jsonl"):
             (root / name).unlink(missing_ok=True)
     clear_partial(root)
 
 
 def _finished(
-    root: Path, cases: Sequence[Case], contents: Contents, *, remembered: Collection[str], progress: bool
+    root: Path,
+    cases: Sequence[Case],
+    contents: Contents,
+    indexed: Sequence[Record],
+    *,
+    remembered: Collection[str],
+    progress: bool,
 ) -> tuple[dict[Case, str], dict[Case, Record]]:
     """Return the fingerprints of the cases that the store has met, and the records that it holds with the same ones.
 
     The index is believed as far as the folders are there. Folders that it does not name, left by a run that was killed
     before it wrote the index, are looked into. A case that the store has not met is hashed when it is prepared.
     """
-    indexed = {record.case: record for record in _indexed(root)}
+    in_index = {record.case: record for record in indexed}
     folders: dict[str, list[str]] = defaultdict(list)
     for name in sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(".zarr")):
         folders[name.removesuffix(".zarr").rpartition("-")[0]].append(name)
@@ -196,7 +202,7 @@ def _finished(
 
     def found(case: Case) -> tuple[str, Record | None]:
         fingerprint = case.fingerprint(contents)
-        known, there = indexed.get(case.case), folders.get(case.case, [])
+        known, there = in_index.get(case.case), folders.get(case.case, [])
         if known is not None and known.fingerprint == fingerprint and known.folder in there:
             return fingerprint, known
         for name in there:
@@ -216,7 +222,7 @@ def _finished(
 
 def _indexed(root: Path) -> list[Record]:
     """Return the records of the index; damaged lines are passed over, so that their cases are looked for in folders."""
-    path = root / "index.jsonl"
+    path = root / INDEX
     lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = (json.loads(line) for line in lines if is_whole_line(line))
     return [Record.from_json({key: value for key, value in row.items() if key != "checksum"}) for row in rows]
@@ -230,7 +236,7 @@ def _remembered(root: Path) -> dict[str, Outcome]:
 
 def _news(root: Path, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """Return the rows that were not yet rejected when the store was finished."""
-    told = read_lines(root / "rejected.jsonl") if (root / "index.jsonl").is_file() else []
+    told = read_lines(root / "rejected.jsonl") if (root / INDEX).is_file() else []
     return [row for row in rows if row not in told]
 
 
@@ -239,6 +245,7 @@ def _finish(
     scan: Scan,
     outcomes: Sequence[Outcome],
     finished: Mapping[Case, Record],
+    indexed: Sequence[Record],
     *,
     max_rejected_fraction: float,
     progress: bool,
@@ -247,9 +254,7 @@ def _finish(
     bad = {outcome.case: outcome for outcome in outcomes if outcome.kind != "done"}
     made = {outcome.case: outcome.record for outcome in outcomes if outcome.record is not None}
     stored = [  # a table may give a finished case another group or split: the index has the last word
-        replace(made.get(case.case) or finished[case], group=case.group, split=case.split)
-        for case in scan.cases
-        if case.case not in bad
+        _placed(made.get(case.case) or finished[case], case) for case in scan.cases if case.case not in bad
     ]
     records, odd = _same_channels(stored)
     rejected = [outcome.row() for outcome in bad.values() if outcome.kind == "rejected"] + odd
@@ -265,11 +270,14 @@ def _finish(
     if not records:
         found = f"{len(rejected)} rejected, {len(skipped)} skipped as label maps"
         raise PrepareError(f"no usable image in the source ({found}); see {root}/rejected.jsonl and skipped.jsonl")
-    before = {record.case: (record.group, record.split) for record in _indexed(root)}
+    before = {record.case: (record.group, record.split) for record in indexed}
     now = {record.case: (record.group, record.split) for record in records}
     num_new = len(made)
-    write_index(root, records)
-    _write_targets(root, sorted(records, key=lambda record: record.case))
+    records.sort(key=lambda record: record.case)
+    num_lines = len((root / INDEX).read_bytes().splitlines()) if indexed else 0
+    if records != list(indexed) or num_lines != len(records):  # else it is whole; ten thousand lines take seconds
+        write_index(root, records)
+    _write_targets(root, records)
     if prune:
         _prune(root, {record.folder for record in stored})
     return PrepareSummary(
@@ -282,6 +290,12 @@ def _finish(
         num_removed=len(before.keys() - now.keys()),
         rejected=[{key: row[key] for key in ("case", "file", "reason")} for row in rejected],
     )
+
+
+def _placed(record: Record, case: Case) -> Record:
+    """Return the record with the group and the split of its case."""
+    kept = (record.group, record.split) == (case.group, case.split)
+    return record if kept else replace(record, group=case.group, split=case.split)
 
 
 def _write_label_names(root: Path, source: Source) -> None:
