@@ -200,8 +200,6 @@ def test_any_network_of_the_presets_is_trained(model):
 )
 def test_what_does_not_fit_is_refused_before_any_volume_is_prepared(settings, message, tmp_path, capsys):
     arguments = ["method=models_genesis_tiny", *settings, f"output_dir={tmp_path / 'run'}"]
-    if settings[0].startswith("model="):
-        arguments += ["~model.encoder.widths", "~model.encoder.blocks", "model.encoder.strides=null"]
     with pytest.raises(SystemExit) as stop:
         main("pretrain", run, arguments=[*arguments, f"store={tmp_path / 'store'}"])
     assert stop.value.code == 2
