@@ -124,6 +124,7 @@ def test_help_lists_groups_with_their_choices_and_explains_every_key():
         (["batchsize=3"], ["no key 'batchsize'", "did you mean 'batch_size'"]),
         (["trainer.max_step=3"], ["did you mean 'trainer.max_steps'"]),
         (["seed=1,2"], ["seed=[1,2,3]"]),
+        (["model=null"], ["a group takes the name of a choice", "NoneType"]),
         (["seed=[1"], ["seed=[1", "cannot be read"]),
         (["seed"], ["'seed' is not understood"]),
         (["--nonsense"], ["'--nonsense' is not understood"]),

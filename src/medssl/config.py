@@ -43,7 +43,8 @@ def compose(name: str, overrides: Sequence[str] = (), *, extra_dir: Path | None 
     Interpolations stay unresolved: `facts` are filled in before a method is built.
 
     Raises:
-        ValueError: A `_target_` names a place that medssl has left, or a setting that is a path is none.
+        ValueError: A `_target_` names a place that medssl has left, a setting that is a path is none, or a group is
+            null or a number.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -56,7 +57,14 @@ def compose(name: str, overrides: Sequence[str] = (), *, extra_dir: Path | None 
         overrides.append(f"hydra.searchpath=['file://{Path(extra_dir).resolve()}']")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = hydra_compose(name, overrides)
+        try:
+            config = hydra_compose(name, overrides)
+        except ValueError as error:
+            if not str(error).startswith("Config group override"):
+                raise
+            raise ValueError(
+                f"a group takes the name of a choice, as --help lists them, or is left out: {error}"
+            ) from None
     refuse_moved(OmegaConf.to_container(config, resolve=False), source="the configuration")
     return with_paths(config, name)
 

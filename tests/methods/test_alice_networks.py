@@ -95,7 +95,7 @@ def test_a_preset_takes_the_size_of_the_crops_and_needs_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("views.groups.pair.size=[40,40,40]", r"views.groups.pair.size=\[40, 40, 40\] is no multiple of the encoder's"),
+        ("views.groups.pair.size=[40,40,40]", r"views.groups.pair.size=\[40, 40, 40\] is no multiple of the coarsest"),
         (
             "method.mask_patch_voxel=7",
             r"size=\[16, 16, 16\] is no multiple of method.mask_patch_voxel, which is \[7, 7, 7",
@@ -103,9 +103,14 @@ def test_a_preset_takes_the_size_of_the_crops_and_needs_nothing_else(tmp_path):
     ],
 )
 def test_crops_that_do_not_fit_name_the_keys_and_a_size_that_does(setting, message):
-    method, _, batch = built("nnformer_tiny", setting)
     with pytest.raises(ValueError, match=message):
-        method(batch, Progress(0, 10, 0.0, 5.0, 0))
+        built("nnformer_tiny", setting)
+
+
+def test_crops_of_no_stated_size_are_checked_in_the_first_batch():
+    method, _, _ = built("nnformer_tiny", "method.crop_voxel=null")
+    with pytest.raises(ValueError, match=r"views.groups.pair.size=\[24, 24, 24\] is no multiple of the coarsest"):
+        method(batch_of(24), Progress(0, 10, 0.0, 5.0, 0))
 
 
 @pytest.mark.parametrize("ratio", [1, 1.5, -0.1])

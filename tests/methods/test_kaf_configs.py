@@ -115,7 +115,10 @@ def test_the_released_momentum_and_order_of_axes_reach_encoder_and_matcher():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("views.groups.first.size=[16,20,16]", "views.groups.first.size=[16, 20, 16]: sides must be multiples of [16"),
+        (
+            "views.groups.first.size=[16,20,16]",
+            "views.groups.first.size=[16, 20, 16] is no multiple of the network's coarsest stride, which is [16",
+        ),
         ("model.encoder.spatial_dims=2", "views.groups.first.size=[16, 16, 16]: a 2D network takes slices, [x, y, 1]"),
         ("views.groups.first.points=null", "method.points.match=shared takes points of a table"),
         ("views.groups.first.points=corners", "no derived data 'corners'; run `python -m medssl.derive what=corners"),

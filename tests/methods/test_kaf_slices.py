@@ -215,7 +215,10 @@ def test_slices_pre_train_a_network_that_segments_volumes(tmp_path, capsys):
     ("settings", "message"),
     [
         (("views.groups.first.size=[48,48,48]",), r"a 2D network takes slices, \[x, y, 1\]; give .*\[48,48,1\]"),
-        (("views.groups.first.size=[48,40,1]",), r"sides must be multiples of \[16, 16\]"),
+        (
+            ("views.groups.first.size=[48,40,1]",),
+            r"which is \[16, 16, 1\]; what fits: views.groups.first.size=\[48,48,1\]",
+        ),
         (
             ("method.points.match=shared", "views.groups.first.points=keypoints"),
             "slices hardly show a point of a table",

@@ -296,8 +296,8 @@ def test_a_batch_without_crops_is_refused(at):
         ({"mask_ratio": [0.9, 0.6]}, r"method.mask_ratio=\[0.9, 0.6\] must lie between 0 and 1"),
         ({"block_voxel": 0}, "method.block_voxel=0 must be three whole numbers above 0"),
         ({"form": "vit", "block_voxel": 8}, r"block_voxel=\[8, 8, 8\] must be method.encoder.patch_voxel=\[4, 4, 4\]"),
-        ({"crop_voxel": [16, 18, 16]}, r"size=\[16, 18, 16\] is no multiple of method.block_voxel, .*\[16, 20, 16\]"),
-        ({"block_voxel": 3, "crop_voxel": [15, 15, 15]}, r"the encoder's coarsest stride, .*\[16, 16, 16\]"),
+        ({"crop_voxel": [16, 18, 16]}, r"size=\[16, 18, 16\] is no multiple of method.block_voxel, .*\[16,20,16\]"),
+        ({"block_voxel": 3, "crop_voxel": [15, 15, 15]}, r"coarsest stride of UNetEncoder, which .*\[16,16,16\]"),
         ({"block_voxel": 16, "crop_voxel": [16, 16, 16]}, "a mask ratio of 0.75 keeps 0 of 1 tokens"),
         ({"mask_ratio": [0.6, 0.99], "crop_voxel": [16, 16, 16]}, "a mask ratio of 0.99 keeps 0 of 64 tokens"),
     ],
@@ -311,22 +311,22 @@ def test_networks_that_do_not_fit_a_form_are_refused_with_those_that_do():
     plain, vit = UNetEncoder(widths=(4, 8)), make_mae("vit").network
     simmim = make_mae("simmim").encoder
     for options, message in (
-        ({"encoder": plain, "form": "vit"}, "trains a VisionTransformer, not UNetEncoder; take method=mae_vit, or"),
+        ({"encoder": plain, "form": "vit"}, "trains a VisionTransformer, not UNetEncoder; take method=mae_vit;"),
         ({"encoder": vit.encoder, "form": "vit"}, "needs a MaskedDecoder as method.decoder"),
         ({"encoder": vit.encoder, "decoder": vit.decoder}, "method.form=cnn takes no MaskedDecoder"),
         ({"encoder": simmim, "decoder": vit.decoder, "form": "simmim"}, "give method.decoder=null"),
-        ({"encoder": nn.Identity()}, "needs the attributes `channels` and `strides`"),
+        ({"encoder": nn.Identity()}, "Identity does not describe its maps by `channels` and `strides`"),
     ):
         with pytest.raises(ValueError, match=message):
             MAE(**{"block_voxel": 4, **options})
     plain.takes_coordinate = True
-    with pytest.raises(ValueError, match=r"UNetEncoder takes coordinates beside the image; .* model=resenc_l, resenc"):
+    with pytest.raises(ValueError, match=r"UNetEncoder reads coordinates beside the image, .* model=unet [|] resenc"):
         MAE(encoder=plain)
     plain.takes_coordinate, plain.strides = False, ((1, 1), (2, 2))
-    with pytest.raises(ValueError, match="UNetEncoder takes slices; method=mae trains on volumes alone"):
+    with pytest.raises(ValueError, match="UNetEncoder takes slices, MAE trains on volumes: spatial_dims must be 3"):
         MAE(encoder=plain)
     deep = ResidualEncoder(widths=(4, 4, 4), blocks=(1, 1, 1), strides=(1, 4, 4))
-    with pytest.raises(ValueError, match=r"crop.size=\[16, 16, 16\], which the network refuses: .* a single voxel"):
+    with pytest.raises(ValueError, match=r"crop.size=\[16, 16, 16\] does not fit ResidualEncoder: .* a single voxel"):
         MAE(encoder=deep, block_voxel=4, crop_voxel=[16, 16, 16])
 
 

@@ -220,7 +220,7 @@ def slices():
     [
         (
             {"crop_voxel": (24, 26, 24)},
-            r"views.groups.crop.size=\[24, 26, 24\] does not fit .* \[4, 4, 4\].*\[24, 28, 24\]",
+            r"views.groups.crop.size=\[24, 26, 24\] is no multiple .* \[4, 4, 4\].*\[24,28,24\]",
         ),
         ({"crop_voxel": (32, 12, 32)}, r"at least 16 voxels; take \[32, 16, 32\]"),
         ({"probability_shuffle": 1.5}, "method.probability_shuffle is a share"),
@@ -237,7 +237,9 @@ def test_settings_that_do_not_fit_are_refused_when_the_method_is_built(options, 
 
 
 def test_networks_of_slices_and_of_other_channels_are_refused_when_the_method_is_built():
-    with pytest.raises(ValueError, match=r"MACLUNetEncoder takes images of 2 axes.*what fits: model=unet, resenc"):
+    with pytest.raises(
+        ValueError, match=r"MACLUNetEncoder takes slices, Models Genesis .* networks that fit: model=unet [|] resenc"
+    ):
         ModelsGenesis(network=slices(), crop_voxel=(16, 16, 16))
     network = Reconstructor(UNetEncoder(in_channels=2, widths=(2, 4)), None, out_channels=1)
     with pytest.raises(ValueError, match=r"out_channels=1: crops have 2 channels, .* give 2"):

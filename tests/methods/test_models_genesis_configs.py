@@ -193,9 +193,9 @@ def test_any_network_of_the_presets_is_trained(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["views.groups.crop.size=[48,50,48]"], "sides must be multiples of [4, 4, 4]"),
+        (["views.groups.crop.size=[48,50,48]"], "which is [4, 4, 4]; what fits: views.groups.crop.size=[48,52,48]"),
         (["views.groups.crop.size=[48,48,8]"], "painted windows need sides of at least 16 voxels"),
-        (["model=macl_unet", "model.encoder.spatial_dims=2"], "what fits: model=unet, resenc"),
+        (["model=macl_unet", "model.encoder.spatial_dims=2"], "networks that fit: model=unet | resenc"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_volume_is_prepared(settings, message, tmp_path, capsys):

@@ -136,9 +136,9 @@ def test_batches_and_settings_that_do_not_fit_are_refused(at):
     for options, message in (
         ({"temperature": 0}, "temperature must be a number above 0"),
         ({"gather": "no"}, "gather"),
-        ({"crop_voxel": [15, 16, 16]}, r"views.groups.first.size=\[15, 16, 16\] does not fit ResidualEncoder"),
+        ({"crop_voxel": [15, 16, 16]}, r"views.groups.first.size=\[15, 16, 16\] is no multiple of the coarsest stride"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             small(**options)
-    with pytest.raises(ValueError, match="SimCLR takes any encoder of volumes"):
+    with pytest.raises(ValueError, match="does not describe its maps by `channels` and `strides`, which SimCLR needs"):
         SimCLR(encoder=nn.Linear(1, 1), projector=given_projector())

@@ -137,5 +137,6 @@ def test_a_crop_that_does_not_fit_is_refused_before_data_are_prepared(tmp_path, 
     settings = ["method=simclr_tiny", "views.groups.first.size=[30,32,32]", f"output_dir={tmp_path / 'run'}"]
     with pytest.raises(SystemExit):
         main("pretrain", run, arguments=[*settings, f"store={tmp_path / 'store'}"])
-    assert "views.groups.first.size=[30, 32, 32] does not fit ResidualEncoder" in capsys.readouterr().err
+    said = "views.groups.first.size=[30, 32, 32] is no multiple of the coarsest stride of ResidualEncoder"
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "store").exists()

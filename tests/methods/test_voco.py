@@ -233,7 +233,7 @@ def test_batches_and_settings_that_do_not_fit_are_refused(at):
         ({"teacher": "student"}, "teacher is 'student', allowed are none, ema"),
         ({"ema_momentum": 1.5}, "ema_momentum is a share"),
         ({"weight_negative": -1.0}, "weight_negative must be a number from 0 up"),
-        ({"crop_voxel": [15, 16, 16]}, r"views.groups.base.size=\[15, 16, 16\] does not fit ResidualEncoder"),
+        ({"crop_voxel": [15, 16, 16]}, r"views.groups.base.size=\[15, 16, 16\] is no multiple of the coarsest stride"),
     ):
         with pytest.raises(ValueError, match=message):
             small(**options)

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
-from medssl.models.macl_unet import MACLUNetEncoder
-from medssl.models.pooled import BatchStandardise, PooledProjector, RowNorm, check_encoder
+from medssl.models.pooled import BatchStandardise, PooledProjector, RowNorm
 from medssl.models.resenc import ResidualEncoder
 from medssl.models.unet import UNetEncoder
 from medssl.models.vit import VisionTransformer
@@ -73,19 +71,8 @@ def test_every_weight_learns(norm):
     assert encoder.stem.conv.weight.grad.any()
 
 
-def test_what_a_network_or_crop_lacks_is_named_with_what_fits():
-    with pytest.raises(
-        ValueError, match=r"Linear does not describe its maps; X takes any encoder of volumes.*resenc_l"
-    ):
-        check_encoder(nn.Linear(2, 2), None, method="X")
-    with pytest.raises(ValueError, match="MACLUNetEncoder takes slices"):
-        check_encoder(MACLUNetEncoder(spatial_dims=2, base_channels=2, num_levels=2), None, method="X")
+def test_unknown_choices_are_refused():
     encoder = ResidualEncoder(widths=(4, 8, 8), blocks=(1, 1, 1))
-    with pytest.raises(ValueError, match=r"size=\[6, 8, 9\] .* multiples of \[4, 4, 4\], for instance size=\[8,8,12\]"):
-        check_encoder(encoder, [6, 8, 9], method="X", setting="size")
-    with pytest.raises(ValueError, match=r"size=\[4, 4, 4\] does not fit ResidualEncoder: .*single voxel"):
-        check_encoder(encoder, [4, 4, 4], method="X", setting="size")
-    check_encoder(encoder, [8, 4, 4], method="X")
     for name, value in (("norm", "instance"), ("maps", "first")):
         with pytest.raises(ValueError, match=f"{name} is '{value}', allowed are"):
             projector(encoder, **{name: value})

@@ -1,6 +1,6 @@
 """Alice: matched crops of the same anatomy in two volumes, with a momentum teacher and aligned tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,8 @@ from medssl.methods.base import Method, Progress, StepOutput, Transfer
 from medssl.models.alice_backbones import Backbone
 from medssl.models.alice_head import AliceHead
 from medssl.models.cafa import CAFA
-from medssl.models.segmenter import levels
+from medssl.models.shape_trial import check_crop, check_multiple, check_strides
+from medssl.models.volume_networks import VOLUME_NETWORKS, check_encoder
 from medssl.ops import schedules
 from medssl.ops.clipping import clip_each
 from medssl.ops.ema import frozen_copy, update_ema
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEACHER_TOKENS = ("decoder", "encoder")
+SIZE = "views.groups.pair.size"
 
 
 class Alice(Method):
@@ -42,6 +44,7 @@ class Alice(Method):
         backbone: Student network; it applies the mask, gives tokens at two depths and reconstructs the crop.
         head: Head of the student, for the widths of the backbone.
         cafa: Cross-attention that aligns tokens, as wide as the head has prototypes.
+        crop_voxel: Size of the crops, tried here on the backbone; None leaves the check to the first batch.
         mask_ratio: Share of masked blocks.
         mask_patch_voxel: Side of a block.
         mask_shape: `column` masks blocks through all of z, `cube` single blocks.
@@ -67,6 +70,7 @@ class Alice(Method):
     Source: arXiv:2302.05615; repository alibaba-damo-academy/alice.
     """
 
+    networks = VOLUME_NETWORKS
     centre: Tensor
     token_centre: Tensor
     logit_sum: Tensor
@@ -79,6 +83,7 @@ class Alice(Method):
         backbone: Backbone,
         head: AliceHead,
         cafa: CAFA,
+        crop_voxel: Sequence[int] | None = None,
         mask_ratio: float = 0.75,
         mask_patch_voxel: int = 16,
         mask_shape: str = "column",
@@ -109,6 +114,7 @@ class Alice(Method):
         momenta = {"centre_momentum": centre_momentum, "ema_momentum": ema_momentum}
         for name, value in {**momenta, "ema_momentum_end": ema_momentum_end}.items():
             share(name, value)
+        check_encoder(backbone.encoder, method="Alice")
         _check_widths(backbone, head, cafa)
         num_blocks((1, 1, 1), shape=mask_shape)  # refuses an unknown shape now, not in the first step
         self.backbone, self.head, self.cafa = backbone, head, cafa
@@ -127,6 +133,9 @@ class Alice(Method):
         self.centre_momentum, self.ema_range = centre_momentum, (ema_momentum, ema_momentum_end)
         self.freeze_last_layer_epochs, self.clip_per_parameter = freeze_last_layer_epochs, clip_per_parameter
         self.teacher_tokens, self.teacher_drop_path = teacher_tokens, teacher_drop_path
+        if crop_voxel is not None:
+            self._check_sides(crop_voxel)
+            check_crop(backbone, self.encoder, crop_voxel, setting=SIZE)
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
@@ -258,20 +267,14 @@ class Alice(Method):
         )
         return image.flatten(0, 1), seen.flatten(0, 1)
 
-    def _check_sides(self, sides: tuple[int, ...]) -> None:
-        """Check that the crops fit the backbone and the blocks of the mask.
+    def _check_sides(self, sides: Sequence[int]) -> None:
+        """Check that crops fit the strides of the encoder and consist of whole blocks of the mask.
 
         Raises:
-            ValueError: A side is no multiple of the encoder's stride or of the mask's blocks.
+            ValueError: They do not.
         """
-        strides = levels(self.backbone.encoder)[1]
-        for name, step in (("the encoder's stride", strides[-1]), ("method.mask_patch_voxel", self.mask_patch_voxel)):
-            if any(side % one for side, one in zip(sides, step, strict=True)):
-                fitting = [-(-side // one) * one for side, one in zip(sides, step, strict=True)]
-                raise ValueError(
-                    f"views.groups.pair.size={list(sides)} is no multiple of {name}, which is {list(step)}; it would "
-                    f"be with views.groups.pair.size={fitting}"
-                )
+        check_strides(self.encoder, sides, setting=SIZE)
+        check_multiple(sides, self.mask_patch_voxel, setting=SIZE, of="method.mask_patch_voxel")
 
     def _mask(self, image: Tensor, progress: Progress) -> Bool[Tensor, "row 1 i j k"]:
         grid = patch_grid(image.shape[2:], self.mask_patch_voxel)

@@ -98,8 +98,18 @@ class Method(nn.Module, ABC):
     """
 
     encoder: nn.Module
+    networks: tuple[str, ...] = ()
+    """Presets of `configs/model` that the method trains; none where it states its network under `method.encoder`."""
     decays_all = False
     """Whether biases, norms and other vectors have the weight decay of the optimiser too."""
+
+    @classmethod
+    def check_recipe(cls, encoder: Mapping[str, Any]) -> None:
+        """Check the recipe of the encoder that `model=` chose, before settings of the method that follow from it.
+
+        Raises:
+            ValueError: The method does not train such a network.
+        """
 
     @abstractmethod
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:

@@ -12,12 +12,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from medssl.building import build
+from medssl.building import build, named_class
 from medssl.config import compose, user_message, with_values
 from medssl.data.randomness import counter_key
 from medssl.methods.base import Method
+from medssl.models.volume_networks import fitting
 
 MANY_CASES = 10_000
+READS_MODEL = re.compile(r"\$\{model(?:\.encoder)?\}")
 
 
 def build_method(
@@ -66,6 +68,7 @@ def build_method(
         config = compose(
             "pretrain", [f"method={name}", *overrides], extra_dir=None if extra_dir is None else Path(extra_dir)
         )
+        check_model(config)
         settings = _resolved(config, {fact: value for fact, value in given.items() if value is not None})
         with torch.random.fork_rng(devices=[]):
             return method_of(settings, seed=seed)
@@ -74,6 +77,30 @@ def build_method(
         if message is None:
             raise
         raise ValueError(message) from error
+
+
+def check_model(config: DictConfig) -> None:
+    """Check the network that `model=` chose, before any setting is resolved with it.
+
+    Raises:
+        ValueError: The method does not read `model`, does not train this network, or there is no network to train.
+    """
+    settings = OmegaConf.to_container(config.method, resolve=False)
+    encoder = OmegaConf.select(config, "model.encoder")
+    base: type[Method] = Method  # type: ignore[type-abstract]
+    kind = named_class(settings, None, base=base, where="method")  # type: ignore[arg-type]
+    if not READS_MODEL.search(str(settings)):
+        if config.get("model") is not None:
+            own = [OmegaConf.select(config, f"method.encoder{place}._target_") for place in (".net", "")]
+            name = next((f", a {target.rpartition('.')[2]}" for target in own if target), "")
+            raise ValueError(
+                f"{kind.__name__} reads no model= here; networks that fit: the one that method.encoder states{name}; "
+                "leave model out"
+            )
+        return
+    if encoder is None or "_target_" not in encoder:
+        raise ValueError(f"{kind.__name__} needs a network, and model.encoder names none; {fitting(kind.networks)}")
+    kind.check_recipe(OmegaConf.to_container(encoder, resolve=False))  # type: ignore[arg-type]
 
 
 def method_of(settings: Any, *, seed: int) -> Method:

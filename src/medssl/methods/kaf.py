@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from medssl.building import named_class
 from medssl.checks import choice
 from medssl.data.views import View
 from medssl.losses.consistency import direction_spread
@@ -21,6 +22,8 @@ from medssl.methods.watch import WATCHED_STEPS, Watch
 from medssl.models.kaf_heads import KAFHeads
 from medssl.models.kaf_unet import KAFEncoder
 from medssl.models.keypoint_matcher import KeypointMatcher
+from medssl.models.shape_trial import check_multiple
+from medssl.models.volume_networks import fitting
 from medssl.ops.gather import gather_ranks, gather_with_gradient
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class KAF(Method):
     Source: arXiv:2310.01680; repository zshyang/kaf, pretrain1.py.
     """
 
+    networks = ("kaf",)
     encoder: KAFEncoder
     decays_all = True  # the released recipe also decays biases and norms
 
@@ -141,6 +145,17 @@ class KAF(Method):
         self.transport_iterations, self.reduction = transport_iterations, reduction
         self.wants_views = any(isinstance(module, _BatchNorm) for module in encoder.stages.modules())
         self.watch = Watch(partial(_steps_without, threshold=threshold))
+
+    @classmethod
+    def check_recipe(cls, encoder: Mapping[str, Any]) -> None:
+        """Check that the encoder has tokens of keypoints.
+
+        Raises:
+            ValueError: It is another network than KAF's.
+        """
+        kind = named_class(encoder, None, base=nn.Module, where="model.encoder")
+        if not issubclass(kind, KAFEncoder):
+            raise ValueError(f"{kind.__name__} has no tokens of keypoints, which KAF trains; {fitting(cls.networks)}")
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
         """Return the weighted sum of both contrasts and of the matching loss."""
@@ -313,14 +328,14 @@ def _check_crop(crop_voxel: list[int], encoder: KAFEncoder) -> None:
     Raises:
         ValueError: A side is no multiple of the coarsest stride, or a network of slices is given volumes.
     """
-    sides, steps = crop_voxel[: encoder.spatial_dims], list(encoder.strides[-1])
+    sides = crop_voxel[: encoder.spatial_dims]
     if encoder.spatial_dims == 2 and crop_voxel[2:] != [1]:
         raise ValueError(
             f"views.groups.first.size={crop_voxel}: a 2D network takes slices, [x, y, 1]; give "
             f"views.groups.first.size=[{sides[0]},{sides[1]},1]"
         )
-    if any(side % step for side, step in zip(sides, steps, strict=True)):
-        raise ValueError(f"views.groups.first.size={crop_voxel}: sides must be multiples of {steps}")
+    steps = (*encoder.strides[-1], 1)[:3]
+    check_multiple(crop_voxel, steps, setting="views.groups.first.size", of="the network's coarsest stride")
 
 
 def _upright(points: Float[Tensor, "n axis"]) -> Float[Tensor, "n 3"]:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from medssl.building import named_class, takes
 from medssl.checks import choice, share
 from medssl.data.views import View
 from medssl.losses.consistency import direction_spread
@@ -18,6 +19,7 @@ from medssl.methods.positions import PositionRule, is_gathered
 from medssl.methods.watch import WATCHED_STEPS, Watch
 from medssl.models.macl_heads import MACLHeads
 from medssl.models.partial_unet import PartialUNet
+from medssl.models.volume_networks import SLICE_NETWORKS, VOLUME_NETWORKS, check_encoder, fitting
 from medssl.ops.downsample import SHRINKINGS, shrunk
 from medssl.ops.ema import frozen_copy, update_ema
 from medssl.ops.gather import gather_with_gradient
@@ -67,6 +69,7 @@ class MACL(Method):
     Source: arXiv:2309.11876; repository stevezs315/MACL, pretrain_MACL.py.
     """
 
+    networks = VOLUME_NETWORKS
     decays_all = True  # the released recipe also decays biases and norms
 
     def __init__(
@@ -100,6 +103,7 @@ class MACL(Method):
             raise ValueError(f"gather must be true, false or null, got {gather!r}")
         if dense_chunk is not None and dense_chunk < 1:
             raise ValueError(f"dense_chunk must be at least 1 or null, got {dense_chunk}")
+        check_encoder(backbone.encoder, method="MACL", axes=(2, 3))
         self.backbone, self.heads, self.positions = backbone, heads, positions
         self.auxiliary_encoder: nn.Module | None = None
         if coupling != "shared":  # it uses batch statistics of its own passes, as the dominant one does
@@ -113,6 +117,20 @@ class MACL(Method):
         self.watch = Watch(_few_or_many_positives)
         if crop_voxel is not None:
             self.backbone.check_crop(self._plane(tuple(crop_voxel)), setting=SIZE)
+
+    @classmethod
+    def check_recipe(cls, encoder: Mapping[str, Any]) -> None:
+        """Check that the encoder's class takes slices, where its recipe asks for them.
+
+        Raises:
+            ValueError: It takes volumes alone.
+        """
+        kind = named_class(encoder, None, base=nn.Module, where="model.encoder")
+        if encoder.get("spatial_dims") == 2 and not takes(kind, "spatial_dims"):
+            raise ValueError(
+                f"{kind.__name__} takes no slices, which model.encoder.spatial_dims=2 asks for; "
+                f"{fitting(SLICE_NETWORKS)}"
+            )
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]

@@ -15,9 +15,10 @@ from medssl.losses.reconstruction import ERRORS, patch_statistics, voxel_error
 from medssl.methods.base import Method, Progress, StepOutput, Transfer
 from medssl.models.masked_transformer import MaskedAutoencoder, SimMIM
 from medssl.models.reconstructor import Reconstructor
-from medssl.models.segmenter import channels_read, complete_recipe, levels
-from medssl.models.shape_trial import try_shape
+from medssl.models.segmenter import channels_read, complete_recipe
+from medssl.models.shape_trial import check_crop, check_multiple
 from medssl.models.vit import MaskedDecoder, VisionTransformer
+from medssl.models.volume_networks import VOLUME_NETWORKS, check_encoder, fitting
 from medssl.ops.gather import rank_and_world, sum_over_ranks
 from medssl.ops.masking import (
     FILLS,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 FORMS, LOSS_ON = ("cnn", "vit", "simmim"), ("hidden", "everywhere")
 SIZE = "views.groups.crop.size"
-FITTING = "model=resenc_l, resenc, unet, swinunetr, macl_unet, attention_unet, unetr or nnformer"
 
 
 class MAE(Method):
@@ -63,6 +63,8 @@ class MAE(Method):
 
     Source: arXiv:2111.06377; arXiv:2410.23132 for `cnn`; arXiv:2111.09886 for `simmim`.
     """
+
+    networks = VOLUME_NETWORKS  # of the form `cnn`
 
     def __init__(
         self,
@@ -189,22 +191,11 @@ class MAE(Method):
         Raises:
             ValueError: They do not.
         """
-        strides = levels(self.encoder)[1]
-        coarsest = tuple(math.lcm(*steps) for steps in zip(*strides, strict=True))
-        for name, steps in (("method.block_voxel", self.block_voxel), ("the encoder's coarsest stride", coarsest)):
-            if any(side % step for side, step in zip(sides, steps, strict=True)):
-                fitting = [-(-side // step) * step for side, step in zip(sides, steps, strict=True)]
-                raise ValueError(
-                    f"{SIZE}={list(sides)} is no multiple of {name}, which is {list(steps)}; it would be with "
-                    f"{SIZE}={fitting}"
-                )
+        check_multiple(sides, self.block_voxel, setting=SIZE, of="method.block_voxel")
         for ratio in self.ratios:
             num_kept(math.prod(patch_grid(sides, self.block_voxel)), ratio)
-        if isinstance(self.network, Reconstructor):
-            try:
-                try_shape(self.network, sides, in_channels=channels_read(self.encoder))
-            except ValueError as error:
-                raise ValueError(f"{SIZE}={list(sides)}, which the network refuses: {error}") from error
+        if isinstance(self.network, Reconstructor):  # in the other forms a block is a patch, the stride of all maps
+            check_crop(self.network, self.encoder, sides, setting=SIZE)
 
 
 def _network(form: str, encoder: nn.Module, decoder: nn.Module | None) -> nn.Module:
@@ -216,15 +207,12 @@ def _network(form: str, encoder: nn.Module, decoder: nn.Module | None) -> nn.Mod
     if form == "cnn":
         if isinstance(decoder, MaskedDecoder):
             raise ValueError("method.form=cnn takes no MaskedDecoder; take method.form=vit, or method.decoder=null")
-        axes = {len(stride) for stride in levels(encoder)[1]}
-        if axes != {3} or getattr(encoder, "takes_coordinate", False):
-            kind = "slices" if axes != {3} else "coordinates beside the image"
-            raise ValueError(f"{type(encoder).__name__} takes {kind}; method=mae trains on volumes alone: {FITTING}")
+        check_encoder(encoder, method="MAE")
         return Reconstructor(encoder, decoder, out_channels=channels_read(encoder))
     if not isinstance(encoder, VisionTransformer):
         raise ValueError(
-            f"method.form={form} trains a VisionTransformer, not {type(encoder).__name__}; take method=mae_vit, or "
-            f"method.form=cnn with {FITTING}"
+            f"method.form={form} trains a VisionTransformer, not {type(encoder).__name__}; take method=mae_vit; with "
+            f"method.form=cnn, {fitting(VOLUME_NETWORKS)}"
         )
     if form == "vit":
         if not isinstance(decoder, MaskedDecoder):

@@ -13,6 +13,8 @@ from medssl.data.views import View
 from medssl.methods.base import Method, Progress, StepOutput, Transfer
 from medssl.models.reconstructor import Reconstructor
 from medssl.models.segmenter import channels_read
+from medssl.models.shape_trial import check_crop
+from medssl.models.volume_networks import VOLUME_NETWORKS, check_encoder
 from medssl.ops.deformations import (
     MOST_PAINTED,
     Deformation,
@@ -51,6 +53,8 @@ class ModelsGenesis(Method):
     Source: arXiv:1908.06912; the draws follow the released code as our method card describes them.
     """
 
+    networks = VOLUME_NETWORKS
+
     def __init__(
         self,
         *,
@@ -64,6 +68,7 @@ class ModelsGenesis(Method):
         inpaint_share: float = 0.2,
     ) -> None:
         super().__init__()
+        check_encoder(network.encoder, method="Models Genesis")
         self.network = network
         self.num_windows = whole("method.num_windows", num_windows, least=1)
         self.window_divisor = whole("method.window_divisor", window_divisor, least=1, most=16)
@@ -78,7 +83,7 @@ class ModelsGenesis(Method):
                 f"give {read}"
             )
         if crop_voxel is not None:
-            network.check_crop(check_sides(crop_voxel, setting=SIZE), setting=SIZE)
+            check_crop(network, network.encoder, check_sides(crop_voxel, setting=SIZE), setting=SIZE)
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]

@@ -13,7 +13,9 @@ from medssl.data.views import View
 from medssl.losses.consistency import direction_spread, effective_rank
 from medssl.losses.position_contrast import contrast_of_positives, equal_labels, nearest_is_positive
 from medssl.methods.base import Method, Progress, StepOutput
-from medssl.models.pooled import PooledProjector, check_encoder
+from medssl.models.pooled import PooledProjector
+from medssl.models.shape_trial import check_crop
+from medssl.models.volume_networks import VOLUME_NETWORKS, check_encoder
 from medssl.ops.gather import gather_with_gradient
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class SimCLR(Method):
     Source: arXiv:2002.05709.
     """
 
+    networks = VOLUME_NETWORKS
     decays_all = True  # the reference recipe also decays biases and norms
 
     def __init__(
@@ -50,7 +53,9 @@ class SimCLR(Method):
         super().__init__()
         self.temperature = number("temperature", temperature, above=0)
         self.gather = switch("gather", gather)
-        check_encoder(encoder, crop_voxel, method="SimCLR", setting="views.groups.first.size")
+        check_encoder(encoder, method="SimCLR")
+        if crop_voxel is not None:
+            check_crop(encoder, encoder, crop_voxel, setting="views.groups.first.size")
         self.encoder, self.projector = encoder, projector
 
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:

@@ -12,7 +12,9 @@ from medssl.data.views import View
 from medssl.losses.consistency import direction_spread, effective_rank
 from medssl.losses.volume_contrast import FORMS, base_similarity, box_overlap, overlap_losses, predicted_overlap
 from medssl.methods.base import Method, Progress, StepOutput
-from medssl.models.pooled import PooledProjector, check_encoder
+from medssl.models.pooled import PooledProjector
+from medssl.models.shape_trial import check_crop
+from medssl.models.volume_networks import VOLUME_NETWORKS, check_encoder
 from medssl.ops.ema import frozen_copy, update_ema
 from medssl.ops.gather import gather_ranks, gather_with_gradient
 
@@ -45,6 +47,7 @@ class VoCo(Method):
     Source: arXiv:2402.17300; repository Luffy03/VoCo.
     """
 
+    networks = VOLUME_NETWORKS
     decays_all = True  # the released recipe also decays biases and norms
 
     def __init__(
@@ -66,7 +69,9 @@ class VoCo(Method):
         self.weights = {"positive": weight_positive, "negative": weight_negative, "regulariser": weight_regulariser}
         for name, weight in self.weights.items():
             number(f"weight_{name}", weight)
-        check_encoder(encoder, crop_voxel, method="VoCo", setting="views.groups.base.size")
+        check_encoder(encoder, method="VoCo")
+        if crop_voxel is not None:
+            check_crop(encoder, encoder, crop_voxel, setting="views.groups.base.size")
         self.encoder, self.projector = encoder, projector
         self.teacher_encoder: nn.Module | None = None
         self.teacher_projector: nn.Module | None = None

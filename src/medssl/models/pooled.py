@@ -1,6 +1,5 @@
 """The network of contrastive methods: means of an encoder's maps, and a projector."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -9,8 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medssl.checks import choice
-from medssl.models.segmenter import channels_read, levels
-from medssl.models.shape_trial import try_shape
 from medssl.ops.patches import axes_of
 
 MAPS = ("every", "last")
@@ -89,40 +86,3 @@ class BatchStandardise(nn.Module):
         if len(rows) < 2:
             raise ValueError("batch norm needs at least 2 rows in each process; raise batch_size or take norm=layer")
         return F.batch_norm(rows, None, None, training=True)
-
-
-def check_encoder(
-    encoder: nn.Module, size_voxel: Sequence[int] | None, *, method: str, setting: str = "the crop"
-) -> None:
-    """Check that an encoder has maps that `PooledProjector` can pool, and takes crops of a size.
-
-    Args:
-        encoder: The network.
-        size_voxel: Size of the crops, whose shapes are tried without computing values; None leaves that out.
-        method: Name of the method, for the message.
-        setting: Setting that names the crop, for the message.
-
-    Raises:
-        ValueError: The encoder does not describe its maps, takes slices, or refuses the crop.
-    """
-    fits = f"{method} takes any encoder of volumes whose maps are described by `channels` and `strides`: model=unet, "
-    fits += "resenc, resenc_l, unetr, swinunetr, nnformer, macl_unet, attention_unet"
-    try:
-        _, strides = levels(encoder)
-    except ValueError:
-        raise ValueError(f"{type(encoder).__name__} does not describe its maps; {fits}") from None
-    if len(strides[-1]) != 3:
-        raise ValueError(f"{type(encoder).__name__} takes slices; {fits}, with spatial_dims: 3 where there is a choice")
-    if size_voxel is None:
-        return
-    size, multiple = [int(side) for side in size_voxel], [math.lcm(*steps) for steps in zip(*strides, strict=True)]
-    if any(side % step for side, step in zip(size, multiple, strict=True)):
-        larger = ",".join(str(-(-side // step) * step) for side, step in zip(size, multiple, strict=True))
-        raise ValueError(
-            f"{setting}={size} does not fit {type(encoder).__name__}: sides must be multiples of {multiple}, for "
-            f"instance {setting}=[{larger}]"
-        )
-    try:
-        try_shape(encoder, size, in_channels=channels_read(encoder))
-    except ValueError as error:
-        raise ValueError(f"{setting}={size} does not fit {type(encoder).__name__}: {error}") from error

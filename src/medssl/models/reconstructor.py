@@ -1,14 +1,10 @@
 """A network that predicts every voxel of its image: encoder, decoder and one output layer."""
 
-import math
-from collections.abc import Sequence
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from medssl.checks import choice
-from medssl.models.segmenter import build_usual_decoder, channels_read, complete_recipe, levels, output_layer
-from medssl.models.shape_trial import try_shape
+from medssl.models.segmenter import build_usual_decoder, complete_recipe, levels, output_layer
 
 OUTPUTS = ("linear", "sigmoid")
 
@@ -45,27 +41,3 @@ class Reconstructor(nn.Module):
         """
         predicted = self.head(self.decoder(image, self.encoder(image))[0])
         return predicted.sigmoid() if self.output == "sigmoid" else predicted
-
-    def check_crop(self, size_voxel: Sequence[int], *, setting: str = "the crop") -> None:
-        """Try the shapes of a crop without computing values; `setting` names the crop in an error.
-
-        Raises:
-            ValueError: The networks take slices, a side does not fit their strides, or they refuse the crop.
-        """
-        (_, strides), sides = levels(self.encoder), [int(side) for side in size_voxel]
-        if len(strides[-1]) != len(sides):
-            raise ValueError(
-                f"{type(self.encoder).__name__} takes images of {len(strides[-1])} axes, {setting} has {len(sides)}; "
-                "what fits: model=unet, resenc, resenc_l, swinunetr, macl_unet or attention_unet with spatial_dims 3"
-            )
-        steps = [math.lcm(*axis) for axis in zip(*strides, strict=True)]
-        if any(side % step for side, step in zip(sides, steps, strict=True)):
-            fitting = [-(-side // step) * step for side, step in zip(sides, steps, strict=True)]
-            raise ValueError(
-                f"{setting}={sides} does not fit {type(self.encoder).__name__}: sides must be multiples of {steps}; "
-                f"what fits: {setting}={fitting}"
-            )
-        try:
-            try_shape(self, sides, in_channels=channels_read(self.encoder))
-        except ValueError as error:
-            raise ValueError(f"{setting}={sides}: the network refuses such crops: {error}") from error

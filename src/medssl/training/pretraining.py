@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from medssl.building import foreign_modules
 from medssl.config import with_values
@@ -15,7 +15,7 @@ from medssl.data.module import VolumeDataModule
 from medssl.data.splits import pretraining_cases
 from medssl.data.views import ViewPlan
 from medssl.launcher import process_rank
-from medssl.methods.build import method_of
+from medssl.methods.build import check_model, method_of
 from medssl.run.settings import RunSettings, awaiting, with_facts
 from medssl.run.start import Run
 from medssl.run.store import is_prepared, open_store
@@ -51,6 +51,7 @@ def pretrain(run: Run) -> None:
     config, folder = run.config, run.folder
     quiet()
     world = check_trainer(config)  # this, views, sampler and method before the store: a mistake is found at once
+    check_model(config)
     views = instantiate(config.views, _convert_="all")
     if not views.tables:
         instantiate(with_facts(config, {"num_locations": views.num_locations}).sampler, _convert_="all")
@@ -117,6 +118,8 @@ def try_method(config: DictConfig, views: ViewPlan) -> None:
     trial = with_values(with_facts(config, dict.fromkeys(config.facts, "???") | known), stand_ins)
     try:
         settings = OmegaConf.to_container(trial.method, resolve=True, throw_on_missing=True)
+    except InterpolationKeyError:  # no fact will help
+        raise
     except OmegaConfBaseException:
         return
     method_of(settings, seed=config.seed)
