@@ -4,12 +4,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from oracles.conditioned import BLOCKS, LAYERS, network
 
+from medssl.config import compose
 from medssl.models.conditioned import ConditionedEncoder
 from medssl.models.heads import MLPHead
 from medssl.models.reoriented import Reoriented
 from medssl.models.segmenter import build_segmenter
+from medssl.training.parent import Parent
 from medssl.weights import card_of, encoder_recipe, load_encoder, load_parts, save_weights
 
 WIDTHS, REP_DIM, EXPERTS = (2, 3, 4, 5, 6, 7), 8, 3
@@ -87,6 +90,22 @@ def test_a_training_file_loads_whole_and_sees_superior_anterior_left(training_fi
     expected = network(state, own, (place * left).double(), training=False)[-1][:, :, 0, 0, 0]
     features = encoder.represent(image, place)
     assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parity
+def test_a_run_that_starts_from_a_training_file_reads_superior_anterior_left_too(training_file):
+    sizes = [f"method.encoder.widths={list(WIDTHS)}", f"method.encoder.num_experts={EXPERTS}"]
+    sizes += [f"method.encoder.rep_dim={REP_DIM}", f"method.head.out_dim={REP_DIM}"]
+    config = compose("pretrain", ["~data", "method=drasclr_tiny", *sizes])
+    config.facts = {**config.facts, "num_cases": 20, "num_channels": 1, "num_locations": 27, "steps_per_round": 4.0}
+    settings = OmegaConf.to_container(config, resolve=True)["method"]
+    weights = {"path": str(training_file), "layout": "drasclr", "branch": "student", "parts": ["encoder"]}
+    parent = Parent.of(weights)
+    method, _ = parent.build(settings, seed=0)
+    parent.load(method)
+    image, place = torch.randn(2, 1, 16, 16, 32), torch.rand(2, 3) * 2 - 1
+    expected = load_encoder(training_file, layout="drasclr").represent(image, place)
+    torch.testing.assert_close(method.encoder.eval().represent(image, place), expected)
 
 
 @pytest.mark.parity

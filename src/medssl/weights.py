@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medssl.building import build_network as build_network
 from medssl.data.atomic import whole_file
 from medssl.layouts import catalogue
-from medssl.models.reoriented import Reoriented
+from medssl.models.reoriented import Reoriented, along
 from medssl.models.segmenter import Segmenter, build_segmenter
 
 FORMAT = 2
@@ -127,10 +127,7 @@ def encoder_recipe(path: str | Path, *, layout: str | None = None, branch: str =
     card = card_of(path, layout=layout, branch=branch)
     if "encoder" not in card:
         raise ValueError(f"the card of {path} does not describe an encoder; its keys are {sorted(card)}")
-    axes = card.get("input_axes", "xyz")
-    if axes == "xyz":
-        return card["encoder"]
-    return {"_target_": "medssl.models.reoriented.Reoriented", "net": card["encoder"], "axes": axes}
+    return along(card["encoder"], card.get("input_axes", "xyz"))
 
 
 def load_encoder(

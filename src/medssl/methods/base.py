@@ -102,6 +102,8 @@ class Method(nn.Module, ABC):
     """Presets of `configs/model` that the method trains; none where it states its network under `method.encoder`."""
     decays_all = False
     """Whether biases, norms and other vectors have the weight decay of the optimiser too."""
+    takes_reoriented = True
+    """Whether the encoder may be inside a `Reoriented`; False for methods that use more of it than its maps."""
 
     @classmethod
     def check_recipe(cls, encoder: Mapping[str, Any]) -> None:

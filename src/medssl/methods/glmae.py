@@ -48,6 +48,7 @@ class GLMAE(Method):
     """
 
     encoder: VisionTransformer
+    takes_reoriented = False
     centre: Tensor
     logit_sum: Tensor
     logit_rows: Tensor

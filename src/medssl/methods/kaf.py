@@ -73,6 +73,7 @@ class KAF(Method):
 
     networks = ("kaf",)
     encoder: KAFEncoder
+    takes_reoriented = False
     decays_all = True  # the released recipe also decays biases and norms
 
     def __init__(

@@ -86,6 +86,7 @@ class MAE(Method):
         self.norm_pix, self.ratios = switch("method.norm_pix", norm_pix), ratio_range("method.mask_ratio", mask_ratio)
         self.block_voxel = triple("method.block_voxel", block_voxel)
         self.decays_all = form != "vit"  # the released recipes; in arXiv:2111.06377 biases and norms do not decay
+        self.takes_reoriented = form == "cnn"
         self.network = _network(form, encoder, decoder)
         if form != "cnn" and self.block_voxel != (patch := triple("method.encoder.patch_voxel", encoder.patch_voxel)):
             raise ValueError(

@@ -9,6 +9,17 @@ from torch import Tensor, nn
 AXIS_OF = {"x": 0, "y": 1, "z": 2, "R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 TURNED = "LPI"
 """Directions opposite to ours: our indices grow to the right, to the front and upwards (RAS)."""
+TARGET = "medssl.models.reoriented.Reoriented"
+
+
+def along(recipe: dict[str, Any], axes: str) -> dict[str, Any]:
+    """Return the recipe of a network that was trained with `axes`: inside a `Reoriented`, unless they are ours."""
+    return recipe if directions(axes) == "RAS" else {"_target_": TARGET, "net": recipe, "axes": axes}
+
+
+def directions(axes: str) -> str:
+    """Return axes as directions: `xyz` as `RAS`, so that equal axes are equal words."""
+    return axes.translate(str.maketrans("xyz", "RAS"))
 
 
 class Reoriented(nn.Module):

@@ -1,7 +1,8 @@
 """The file whose networks a pre-training run starts from, which its own card then names as its parent."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import nn
 
 from medssl.checks import choice
 from medssl.methods.base import Method
+from medssl.methods.build import method_of
+from medssl.models.reoriented import TARGET, Reoriented, along, directions
+from medssl.models.segmenter import levels
 from medssl.weights import card_of, describe_loading, load_parts
 
 BRANCHES = ("student", "teacher")
@@ -49,14 +53,47 @@ class Parent:
         card = card_of(path, layout=settings["layout"], branch=branch)
         return cls(path, card, settings["layout"], branch, tuple(parts))
 
+    @property
+    def axes(self) -> str | None:
+        """Axes that the encoder of the file was trained with, as `Reoriented` takes them; None for an unknown one."""
+        recipe = self.card.get("encoder")
+        if recipe is None:
+            return self.card.get("input_axes")
+        return recipe["axes"] if recipe.get("_target_") == TARGET else self.card.get("input_axes", "xyz")
+
+    def build(self, settings: dict[str, Any], *, seed: int) -> tuple[Method, dict[str, Any]]:
+        """Return the method of some settings with an encoder along the file's axes, and the settings that build it.
+
+        Where the axes differ, the encoder's recipe in the settings is put inside a `Reoriented`, or taken out of one.
+
+        Raises:
+            ValueError: The method refuses its settings, or an encoder along these axes.
+        """
+        method, axes = method_of(settings, seed=seed), self.axes
+        own = _axes_of(method.encoder)
+        if axes is None or directions(own) == directions(axes):
+            return method, settings
+        place = method.transfers().recipes["encoder"].split(".")
+        recipe = reduce(lambda node, key: node.get(key) or {}, place, settings)
+        bare = recipe.get("net", {}) if isinstance(method.encoder, Reoriented) else recipe
+        takes_it = method.takes_reoriented and "_target_" in bare and len(levels(method.encoder)[1][-1]) == 3
+        if not takes_it:
+            raise ValueError(
+                f"{self.path} holds an encoder trained along the axes {axes}; {type(method).__name__} trains one "
+                f"along {own} and cannot turn it. Start another method from this file, such as mae, simclr or voco"
+            )
+        turned = _with_value(settings, place, along(bare, axes))
+        return method_of(turned, seed=seed), turned
+
     def load(self, method: Method) -> list[str]:
         """Load the networks into a method that was just built, and return lines for the user.
 
-        Networks that start as copies, such as teachers, are copied anew.
+        Networks that start as copies, such as teachers, are copied again, but for those that `parts` names.
 
         Raises:
             ValueError: The method has no such network, or tensors do not match, and nothing was loaded.
         """
+        assert self.axes is None or directions(_axes_of(method.encoder)) == directions(self.axes), "see `build`"
         own = method.parts()
         if unknown := [part for part in self.parts if part not in own]:
             raise ValueError(f"weights.parts names {', '.join(unknown)}; {type(method).__name__} has {', '.join(own)}")
@@ -67,7 +104,10 @@ class Parent:
             raise ValueError(f"{error}{self._advice(own['encoder'])}") from error
         for copy, original in method.copies_of_encoder():
             copy.load_state_dict(original.state_dict())
-        return [f"weights: {self.path}", describe_loading(reports, nn.ModuleDict(own))]
+        lines = [f"weights: {self.path}", describe_loading(reports, nn.ModuleDict(own))]
+        if (axes := _axes_of(method.encoder)) != "xyz":
+            lines.append(f"axes: {axes}, those of the file; images are turned for the encoder")
+        return lines
 
     def _advice(self, encoder: nn.Module) -> str:
         held, own = str(self.card.get("encoder", {}).get("_target_", "")).rpartition(".")[2], type(encoder).__name__
@@ -90,3 +130,13 @@ class Parent:
     def voxel_hashes(self) -> list[str] | None:
         """Hashes of the volumes that the networks have seen; None where the card does not say."""
         return self.card.get("data", {}).get("voxel_hashes")
+
+
+def _axes_of(encoder: nn.Module) -> str:
+    return encoder.axes if isinstance(encoder, Reoriented) else "xyz"
+
+
+def _with_value(settings: Mapping[str, Any], place: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a copy of nested settings with another value at a place."""
+    first, *rest = place
+    return {**settings, first: _with_value(settings[first], rest, value) if rest else value}

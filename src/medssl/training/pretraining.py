@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra.utils import instantiate
@@ -15,6 +15,7 @@ from medssl.data.module import VolumeDataModule
 from medssl.data.splits import pretraining_cases
 from medssl.data.views import ViewPlan
 from medssl.launcher import process_rank
+from medssl.methods.base import Method
 from medssl.methods.build import check_model, method_of
 from medssl.run.settings import RunSettings, awaiting, with_facts
 from medssl.run.start import Run
@@ -57,7 +58,7 @@ def pretrain(run: Run) -> None:
         instantiate(with_facts(config, {"num_locations": views.num_locations}).sampler, _convert_="all")
     parent = Parent.of(OmegaConf.to_container(config.weights, resolve=True))  # type: ignore[arg-type]
     if not is_prepared(config):
-        try_method(config, views)
+        try_method(config, views, parent)
     store = open_store(config, is_resumed=run.checkpoint is not None)
     views.check(store)
     for note in views.notes(store) if process_rank() == 0 else ():
@@ -81,7 +82,8 @@ def pretrain(run: Run) -> None:
     )
     facts = data.facts()
     settings = PretrainSettings.of(config, facts | method_facts(with_facts(config, facts), data, world=world))
-    method = method_of(settings.method, seed=settings.seed)
+    method, recipe = method_along(settings.method, seed=settings.seed, parent=parent)
+    settings = replace(settings, method=recipe, values={**settings.values, "method": recipe})
     if parent is not None:
         lines = parent.load(method)
         if process_rank() == 0:
@@ -104,11 +106,20 @@ def pretrain(run: Run) -> None:
         print(summary(run, step=trainer.global_step, total=settings.max_steps, shape=shape, modules=modules))
 
 
-def try_method(config: DictConfig, views: ViewPlan) -> None:
+def method_along(settings: dict[str, Any], *, seed: int, parent: Parent | None) -> tuple[Method, dict[str, Any]]:
+    """Return the method, and its settings, in which the encoder has the axes of the parent's.
+
+    Raises:
+        ValueError: The method refuses its settings, or these axes.
+    """
+    return (method_of(settings, seed=seed), settings) if parent is None else parent.build(settings, seed=seed)
+
+
+def try_method(config: DictConfig, views: ViewPlan, parent: Parent | None = None) -> None:
     """Build the method once, unless its settings follow from facts that only the prepared data give.
 
     Raises:
-        ValueError: The method refuses its settings.
+        ValueError: The method refuses its settings, or the axes of its parent.
     """
     known: dict[str, Any] = {"crop_voxel": views.first_size, "num_channels": 1}  # sizes do not follow from channels
     known |= {} if views.tables else {"num_locations": views.num_locations}
@@ -122,7 +133,7 @@ def try_method(config: DictConfig, views: ViewPlan) -> None:
         raise
     except OmegaConfBaseException:
         return
-    method_of(settings, seed=config.seed)
+    method_along(settings, seed=config.seed, parent=parent)  # type: ignore[arg-type]
 
 
 def fact_recipes(config: DictConfig) -> dict[str, Any]:
