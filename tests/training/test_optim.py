@@ -157,6 +157,23 @@ def test_the_rate_of_poly_falls_with_the_share_of_epochs_that_are_left_and_by_st
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 
+def test_a_warm_up_by_epochs_gives_each_of_them_the_share_of_its_end():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    settings = {"_target_": "torch.optim.SGD", "lr": 0.01, "shape": "poly", "exponent": 0.9, "hold_steps": 250}
+    options = {"total_steps": 1000 * 250}
+    optimizer, schedule = build_optimizer({**settings, "warmup_steps": 12_500}, [{"params": [parameter]}], **options)
+    rate = schedule.lr_lambdas[0]
+    for step, epoch in ((0, 0), (100, 0), (249, 0), (250, 1), (12_249, 48), (12_250, 49), (12_499, 49)):
+        assert rate(step) == pytest.approx((epoch + 1) / 50, rel=1e-12)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 50)
+    for step, epoch in ((12_500, 50), (12_749, 50), (12_750, 51), (249_999, 999)):
+        assert rate(step) == pytest.approx((1 - (epoch - 50) / 950) ** 0.9, rel=1e-12)
+    _, uneven = build_optimizer({**settings, "warmup_steps": 400}, [{"params": [parameter]}], **options)
+    assert [uneven.lr_lambdas[0](step) for step in (0, 250, 499)] == [250 / 400, 1.0, 1.0]
+    with pytest.raises(ValueError, match=r"optimizer\.hold_steps must be a number above 0"):
+        build_optimizer({**settings, "hold_steps": 0}, [{"params": [parameter]}], **options)
+
+
 def test_poly_goes_on_after_a_warm_up():
     shares = [rate_share(step, total_steps=110, warmup_steps=10, shape="poly") for step in (5, 10, 60, 110)]
     assert shares == pytest.approx([0.5, 1, 0.5**0.9, 0])

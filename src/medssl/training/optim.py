@@ -21,18 +21,22 @@ def rate_share(
     warmup_steps: float = 0,
     final_fraction: float = 0.0,
     least_fraction: float = 0.0,
+    hold_steps: float | None = None,
     shape: str = "cosine",
     exponent: float = 0.9,
 ) -> float:
     """Return the share of the peak learning rate at `step`: linear from 0, then down to `final_fraction`.
 
     The way down is half a cosine, or `(1 - done) ** exponent` for `shape="poly"`. The share stays at `least_fraction`
-    where it would fall below it.
+    where it would fall below it. With `hold_steps` the schedule goes by epochs of that length: each keeps the share of
+    its first step on the way down, and that of its end in the warm-up.
 
     Source: arXiv:2111.06377, appendix A.1, updated every step; arXiv:1809.10486 for `poly`.
     """
+    if hold_steps is not None:
+        step = step // hold_steps * hold_steps
     if step < warmup_steps:
-        return step / warmup_steps
+        return min(1.0, (step + (hold_steps or 0)) / warmup_steps)
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     left = 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else (1 - done) ** exponent
     return max(least_fraction, final_fraction + (1 - final_fraction) * left)
@@ -79,7 +83,8 @@ def build_optimizer(
     Args:
         settings: `_target_` and arguments of a torch optimiser, with `warmup_steps`, `final_fraction` and `clip_norm`
             beside them (clipping is done by the trainer). `weight_decay_end` lets `weight_decay` follow half a cosine
-            that ends there; without it the decay is constant. `hold_steps` keeps each value for that many steps.
+            that ends there; without it the decay is constant. `hold_steps` keeps the rate for that many steps, an
+            epoch: in a warm-up of n of them, epoch e (from 0) has the share (e + 1) / n.
             `least_fraction` is the share of the rate below which the schedule does not fall after the warm-up. `shape`
             is that of the way down, `cosine` or `poly` with `exponent`.
         groups: Parameter groups; what a group states (`weight_decay`, `lr`) wins over `settings`, and its `lr_scale` is
@@ -101,6 +106,8 @@ def build_optimizer(
         )
     shape = checks.choice("optimizer.shape", settings.get("shape", "cosine"), SHAPES)
     exponent = checks.number("optimizer.exponent", settings.get("exponent", 0.9), above=0)
+    if (hold := settings.get("hold_steps")) is not None:
+        checks.number("optimizer.hold_steps", hold, above=0)
     start, end = settings.get("weight_decay"), settings.get("weight_decay_end")
     if end is not None and (start is None or end < 0):
         raise ValueError(
@@ -121,15 +128,14 @@ def build_optimizer(
     except ValueError as error:
         raise ValueError(f"optimizer: {error}") from error
 
-    hold = settings.get("hold_steps") or 1
-
     def share(step: int) -> float:
         return rate_share(
-            step // hold * hold,
+            step,
             total_steps=total_steps,
             warmup_steps=warmup_steps,
             final_fraction=final_fraction,
             least_fraction=settings.get("least_fraction", 0.0),
+            hold_steps=hold,
             shape=shape,
             exponent=exponent,
         )
