@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from medssl.data import augment as A
-from medssl.data.cells import Cells, Inside, Shifted
+from medssl.data.cells import Cells, Inside, Shifted, drawn
 from medssl.data.placements import Fixed, RandomCrop
 from medssl.data.sampling import Request
 from medssl.data.scene import Scene
 from medssl.data.views import ViewPlan
+from medssl.data.volume import Box
 
 WHOLE = np.array([[-0.5] * 3, [39.5, 35.5, 31.5]])
 BODY = np.array([[1.5] * 3, [37.5, 33.5, 29.5]])
@@ -85,6 +86,31 @@ def test_crops_inside_a_native_field_lie_on_whole_voxels_and_may_be_drawn_at_ano
         np.testing.assert_array_equal(found["target"] % 1, 0.5)
     resized = placed(noise_store, base=cells, target=Inside(of="base", size=[4, 4, 4]))["target"]
     np.testing.assert_allclose(resized[0, 1] - resized[0, 0], 8)
+
+
+@pytest.mark.parametrize(
+    ("lower", "side", "expected"),
+    [
+        ([-0.5] * 3, [6, 4, 8], ([-0.5, 0.5, 1.5], [-0.5, 0.5, 1.5, 2.5, 3.5], [-0.5])),
+        ([-0.2, 1.0, -0.7], [6, 4, 8.5], ([0.5, 1.5], [1.5, 2.5, 3.5, 4.5], [-0.5])),  # a region between voxels
+        ([-0.5] * 3, [9, 10, 7], ([-0.5], [-1.5], [-0.5, 0.5])),  # larger than the region
+    ],
+)
+def test_each_offset_of_whole_voxels_is_equally_likely(lower, side, expected):
+    region, rng = Box(np.array(lower), np.array(lower) + 8), np.random.default_rng(0)
+    boxes = [drawn(region, np.array(side, dtype=float), np.ones(3), rng) for _ in range(20_000)]
+    found = np.stack([box.lower for box in boxes])
+    for axis, offsets in enumerate(expected):
+        values, counts = np.unique(found[:, axis], return_counts=True)
+        np.testing.assert_array_equal(values, offsets)
+        assert np.abs(counts / len(boxes) - 1 / len(offsets)).max() < 0.015  # more than four standard deviations
+
+
+def test_a_place_between_voxels_is_uniform_where_the_step_is_not_one_voxel():
+    region, rng = Box(np.zeros(3), np.full(3, 8.0)), np.random.default_rng(0)
+    found = np.stack([drawn(region, np.full(3, 6.0), np.full(3, 2.0), rng).lower for _ in range(4000)])
+    np.testing.assert_allclose(found.mean(0), 1, atol=0.05)
+    np.testing.assert_allclose(found.std(0), 2 / 12**0.5, atol=0.03)
 
 
 def test_crops_beside_those_of_a_group_follow_them_one_by_one_by_whole_voxels(noise_store):

@@ -12,7 +12,7 @@ from medssl.data.scene import Placement, Region, Scene
 from medssl.data.volume import Box
 
 TOLERANCE = 1e-6
-"""Largest difference of two volumes, relative to one of them, that counts as rounding."""
+"""Largest difference that counts as rounding: of two volumes, relative to one of them, and of two places in voxels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +161,18 @@ def union(placements: Sequence[Placement]) -> Box:
 def drawn(
     region: Box, side_voxel: Float[np.ndarray, "3"], step_voxel: Float[np.ndarray, "3"], rng: np.random.Generator
 ) -> Box:
-    """Return a box of a size at a uniform place in a region, on whole voxels along axes whose step is one voxel."""
+    """Return a box of a size at a uniform place in a region.
+
+    Along axes whose step is one voxel the box lies on whole voxels, and each offset at which it lies inside the region
+    is equally likely.
+    """
     slack = region.size - side_voxel
     position = rng.uniform(size=3)
     lower = np.where(slack > 0, region.lower + position * slack, (region.lower + region.upper - side_voxel) / 2)
-    lower = np.where(step_voxel == 1, np.floor(lower + 1) - 0.5, lower)  # faces lie half a voxel beside centres
+    on_voxels = np.floor(lower + 1) - 0.5  # faces lie half a voxel beside centres
+    first = np.ceil(region.lower + 0.5 - TOLERANCE) - 0.5
+    last = np.floor(region.lower + slack + 0.5 + TOLERANCE) - 0.5
+    offset = np.minimum(np.floor(position * (last - first + 1)), last - first)
+    on_voxels = np.where(last >= first, first + offset, on_voxels)
+    lower = np.where(step_voxel == 1, on_voxels, lower)
     return Box(lower, lower + side_voxel)
