@@ -228,11 +228,10 @@ def load_parts(
     return reports
 
 
-def describe_loading(reports: Sequence[LoadReport], network: nn.Module) -> str:
-    """Return lines for users: which tensors came from the file, and which parts of `network` start from scratch."""
-    loaded = [report.part for report in reports]
-    fresh = [part for part, _ in network.named_children() if part not in loaded]
+def describe_loading(reports: Sequence[LoadReport], fresh: Sequence[str], *, copied: Sequence[str] = ()) -> str:
+    """Return lines for users: what came from the file, what was copied from it, and what starts from scratch."""
     lines = [f"from the file: {'; '.join(map(str, reports))}"] if reports else []
+    lines += [f"copied from what was loaded: {', '.join(copied)}"] if copied else []
     return "\n".join(lines + ([f"from scratch: {', '.join(fresh)}"] if fresh else []))
 
 

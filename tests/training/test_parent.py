@@ -10,7 +10,22 @@ from medssl.training.parent import Parent
 from medssl.weights import load_encoder, read_card, save_weights
 
 SETTINGS = {"path": None, "layout": None, "branch": "student", "parts": ["encoder"]}
-METHODS = ("glmae_tiny", "alice_tiny", "drasclr_tiny", "macl_tiny", "kaf_tiny", "sam_embed_tiny")
+REST = "backbone.reconstruction, teacher_backbone.reconstruction, teacher_head"
+METHODS = {
+    "glmae_tiny": ("decoder, head, teacher_head", "teacher_encoder"),
+    "alice_tiny": (f"decoder, teacher_decoder, head, cafa, {REST}", "teacher_encoder"),
+    "drasclr_tiny": ("head, key_head", "teacher_encoder"),
+    "macl_tiny": ("decoder, heads", ""),
+    "kaf_tiny": ("heads, matcher", ""),
+    "sam_embed_tiny": ("", ""),
+    "mae_tiny": ("decoder, head", ""),
+    "mae_vit_tiny": ("decoder", ""),
+    "simmim_tiny": ("head", ""),
+    "models_genesis_tiny": ("decoder, head", ""),
+    "simclr_tiny": ("projector", ""),
+    "voco_tiny": ("projector", ""),
+}
+"""What starts from scratch and what is a copy, where the encoder comes from a file."""
 
 
 def written(path, method, **card):
@@ -25,8 +40,11 @@ def test_the_encoder_of_a_file_is_that_of_the_method_and_of_its_teacher(name, tm
     parent = Parent.of({**SETTINGS, "path": str(path)})
     lines = parent.load(second)
     assert lines[0] == f"weights: {path}"
-    assert "encoder: " in lines[1]
-    assert "from scratch: " in lines[1] or len(second.parts()) == 1
+    fresh, copied = METHODS[name]
+    said = dict(line.split(": ", 1) for line in lines[1].splitlines())
+    assert said.pop("from the file").startswith("encoder: ")
+    wanted = {"copied from what was loaded": copied, "from scratch": fresh}
+    assert said == {key: value for key, value in wanted.items() if value}
     wanted = first.parts()["encoder"].state_dict()
     found = [second.parts()["encoder"], *(copy for copy, _ in second.copies_of_encoder())]
     assert len(found) == 1 + (name in ("glmae_tiny", "alice_tiny", "drasclr_tiny"))
@@ -47,6 +65,22 @@ def test_an_optional_second_encoder_starts_as_the_first(name, option, copied):
     ((copy, original),) = method.copies_of_encoder()
     assert copy is getattr(method, copied)
     assert original is method.encoder
+
+
+def test_a_teacher_that_is_named_is_that_of_the_file(tmp_path):
+    first, second = (build_method("voco_tiny", overrides=["method.teacher=ema"], seed=seed) for seed in (1, 2))
+    torch.nn.init.constant_(first.teacher_encoder.stem[0].weight, 3.0)
+    path = written(tmp_path / "a.safetensors", first)
+    lines = Parent.of({**SETTINGS, "path": str(path), "parts": ["encoder", "teacher_encoder"]}).load(second)
+    for part in ("encoder", "teacher_encoder"):
+        state = first.parts()[part].state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in second.parts()[part].state_dict().items())
+    assert "teacher_encoder: 27 tensors matched" in lines[1]
+    assert lines[1].endswith("from scratch: projector, teacher_projector")
+    assert "copied" not in lines[1]
+    lines = Parent.of({**SETTINGS, "path": str(path)}).load(second)
+    assert lines[1].endswith("copied from what was loaded: teacher_encoder\nfrom scratch: projector, teacher_projector")
+    assert torch.equal(second.teacher_encoder.stem[0].weight, first.encoder.stem[0].weight)
 
 
 def test_further_networks_are_taken_by_name_and_unknown_ones_refused(tmp_path):
@@ -83,7 +117,7 @@ def test_the_command_starts_from_a_file_and_its_card_names_the_parent(tmp_path, 
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "weights: a/encoder.safetensors" in printed
-    assert "from scratch: decoder, head, teacher_encoder" in printed
+    assert "copied from what was loaded: teacher_encoder\nfrom scratch: decoder, head, teacher_head\n" in printed
     first, second = (load_encoder(f"{name}/encoder.safetensors").state_dict() for name in "ab")
     assert all(torch.equal(first[key], value) for key, value in second.items())
     cards = [read_card(f"{name}/encoder.safetensors") for name in "ab"]

@@ -132,7 +132,8 @@ def load_initial(initial: Initial, segmenter: Segmenter) -> list[str]:
     takes_part = initial.decoder == "trained" and "decoder" in parts
     fresh = {name: tensor.clone() for name, tensor in segmenter.decoder.state_dict().items()} if takes_part else {}
     reports = load_parts(initial.path, parts, layout=initial.layout, branch=initial.branch)
-    lines = [f"weights: {initial.path}", describe_loading(reports, segmenter)]
+    fresh_parts = [part for part in segmenter.parts() if part not in parts]
+    lines = [f"weights: {initial.path}", describe_loading(reports, fresh_parts)]
     if takes_part:
         num_blocks = initial.card["decoder_blocks"]
         idle = fresh.keys() - names_of_blocks(segmenter.decoder, num_blocks)

@@ -6,6 +6,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from medssl.checks import choice
@@ -88,7 +89,8 @@ class Parent:
     def load(self, method: Method) -> list[str]:
         """Load the networks into a method that was just built, and return lines for the user.
 
-        Networks that start as copies, such as teachers, are copied again, but for those that `parts` names.
+        Networks that start as copies, such as teachers, become copies again, but those that `parts` names keep what the
+        file has for them. The lines say what was loaded, what was copied from it, and every other network with weights.
 
         Raises:
             ValueError: The method has no such network, or tensors do not match, and nothing was loaded.
@@ -102,9 +104,18 @@ class Parent:
             reports = load_parts(self.path, wanted, layout=self.layout, branch=self.branch)
         except ValueError as error:
             raise ValueError(f"{error}{self._advice(own['encoder'])}") from error
+        loaded = {id(tensor) for part in wanted.values() for tensor in _tensors(part).values()}
+        copied: set[int] = set()
         for copy, original in method.copies_of_encoder():
-            copy.load_state_dict(original.state_dict())
-        lines = [f"weights: {self.path}", describe_loading(reports, nn.ModuleDict(own))]
+            held, source = _tensors(copy), _tensors(original)
+            kept = {name for name, tensor in held.items() if id(tensor) in loaded}
+            copy.load_state_dict({name: (held if name in kept else source)[name] for name in held})
+            copied |= {id(held[name]) for name in held.keys() - kept if id(source[name]) in loaded}
+        networks = {name: {id(one) for one in part.parameters()} for name, part in own.items()}
+        networks |= _others(method, set().union(*networks.values()))
+        fresh = [name for name, tensors in networks.items() if tensors - loaded - copied]
+        copies = [name for name, tensors in networks.items() if name not in fresh and tensors & copied]
+        lines = [f"weights: {self.path}", describe_loading(reports, fresh, copied=copies)]
         if (axes := _axes_of(method.encoder)) != "xyz":
             lines.append(f"axes: {axes}, those of the file; images are turned for the encoder")
         return lines
@@ -130,6 +141,24 @@ class Parent:
     def voxel_hashes(self) -> list[str] | None:
         """Hashes of the volumes that the networks have seen; None where the card does not say."""
         return self.card.get("data", {}).get("voxel_hashes")
+
+
+def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the very tensors of a network, by name."""
+    return network.state_dict(keep_vars=True)
+
+
+def _others(module: nn.Module, taken: set[int], prefix: str = "") -> dict[str, set[int]]:
+    """Return the largest networks inside a module that hold no taken parameter, by name, as sets of parameters."""
+    own = module.named_parameters(recurse=False)
+    found = {f"{prefix}{name}": {id(one)} for name, one in own if id(one) not in taken}
+    for name, child in module.named_children():
+        held = {id(one) for one in child.parameters()}
+        if held & taken:
+            found |= _others(child, taken, f"{prefix}{name}.")
+        elif held:
+            found[f"{prefix}{name}"] = held
+    return found
 
 
 def _axes_of(encoder: nn.Module) -> str:
