@@ -33,7 +33,7 @@ class LoadReport:
     """The outcome of loading the tensors of one part.
 
     The network changes some tensors by its own rules (`adapt`): it resized or cut those in `reshaped`, and does not use
-    those of the file in `left_out`.
+    those of the file in `left_out`. Those in `fresh` are not in the file, and keep their first values by such a rule.
     """
 
     part: str
@@ -43,15 +43,17 @@ class LoadReport:
     ill_shaped: tuple[str, ...]
     reshaped: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether every tensor of the part came from the file, and all of the file's were used or left out by rule."""
+        """Whether the tensors of the part came from the file, all of the file's were used, and all else is by rule."""
         return not (self.missing or self.unexpected or self.ill_shaped)
 
     def __str__(self) -> str:
         names = {"missing": self.missing, "unexpected": self.unexpected}
         names |= {"of another shape": self.ill_shaped, "reshaped": self.reshaped, "left out": self.left_out}
+        names |= {"fresh": self.fresh}
         details = [
             f"{len(some)} {what} ({', '.join(some[:4])}{', ...' if some[4:] else ''})"
             for what, some in names.items()
@@ -199,8 +201,9 @@ def load_parts(
     `torch.load` gives for a published file.
 
     Modules with an `adapt` method may resize tensors that they know how to resize (position tables, input channels) and
-    leave out tensors that they do not use (a CLS token). The reports list these. A part is loaded into the network
-    inside a `Reoriented`. With `partial=True`, missing, unexpected and ill-shaped tensors are reported, not refused.
+    leave out tensors that they do not use (a CLS token). Tensors that a module names in `may_be_fresh` (a mask token)
+    need not be in the file. The reports list these. A part is loaded into the network inside a `Reoriented`. With
+    `partial=True`, missing, unexpected and ill-shaped tensors are reported, not refused.
 
     Raises:
         ValueError: The file is wrong, does not hold a part, or its tensors do not match.
@@ -243,6 +246,7 @@ def _bare(module: nn.Module) -> nn.Module:
 def _compare(part: str, module: nn.Module, stored: dict[str, Tensor]) -> tuple[LoadReport, dict[str, Tensor]]:
     expected = module.state_dict()
     adapted = adapt(stored) if callable(adapt := getattr(module, "adapt", None)) else stored
+    fresh = set(getattr(module, "may_be_fresh", ())) & (expected.keys() - adapted.keys())
     fitting = {
         key: tensor for key, tensor in adapted.items() if key in expected and tensor.shape == expected[key].shape
     }
@@ -254,15 +258,16 @@ def _compare(part: str, module: nn.Module, stored: dict[str, Tensor]) -> tuple[L
     report = LoadReport(
         part=part,
         matched=tuple(sorted(fitting)),
-        missing=tuple(sorted(expected.keys() - adapted.keys())),
+        missing=tuple(sorted(expected.keys() - adapted.keys() - fresh)),
         unexpected=tuple(sorted(adapted.keys() - expected.keys())),
         ill_shaped=tuple(ill_shaped),
         reshaped=tuple(
             sorted(key for key in fitting.keys() & stored.keys() if stored[key].shape != fitting[key].shape)
         ),
         left_out=tuple(sorted(stored.keys() - adapted.keys())),
+        fresh=tuple(sorted(fresh)),
     )
-    return report, fitting
+    return report, fitting | {key: expected[key] for key in fresh}
 
 
 def _own(source: str | Path | Mapping[str, Any], parts: Sequence[str]) -> dict[str, Tensor]:

@@ -83,6 +83,17 @@ def test_a_teacher_that_is_named_is_that_of_the_file(tmp_path):
     assert torch.equal(second.teacher_encoder.stem[0].weight, first.encoder.stem[0].weight)
 
 
+@pytest.mark.parametrize("source", ["mae_vit_tiny", "glmae_tiny"])
+def test_simmim_starts_from_a_transformer_without_a_mask_token(source, tmp_path):
+    path = written(tmp_path / "a.safetensors", first := build_method(source, seed=1))
+    second = build_method("simmim_tiny", seed=2)
+    token = second.encoder.mask_token.detach().clone()
+    lines = Parent.of({**SETTINGS, "path": str(path)}).load(second)
+    assert "1 left out (cls_token), 1 fresh (mask_token)" in lines[1]
+    assert torch.equal(second.encoder.mask_token, token)
+    assert torch.equal(second.encoder.blocks[0].mlp.fc1.weight, first.encoder.blocks[0].mlp.fc1.weight)
+
+
 def test_further_networks_are_taken_by_name_and_unknown_ones_refused(tmp_path):
     first, second = (build_method("macl_tiny", seed=seed) for seed in (1, 2))
     path = written(tmp_path / "a.safetensors", first)

@@ -171,6 +171,9 @@ class VisionTransformer(PositionedTransformer):
     token.
     """
 
+    may_be_fresh = ("mask_token",)
+    """Tensors that a file need not hold: only pre-training reads them."""
+
     def __init__(
         self,
         *,
