@@ -19,6 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run sev
 os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.append(str(Path(__file__).parent))  # makes the slow oracles importable
 
+import run_time_checks
+
+run_time_checks.install()
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
