@@ -12,16 +12,20 @@ from medssl.training.method_module import MethodModule
 
 
 class Pictures(StepCallback):
-    """Saves the method's figures as `figures/NAME-STEP.png` every `every` optimiser steps and at the end of the run."""
+    """Saves the method's figures as `figures/NAME-STEP.png`, every `every` optimiser steps and at the end of the run.
+
+    Where `every` is None, none is drawn.
+    """
 
     def __init__(self, folder: Path, *, every: int | None) -> None:
         self.folder, self.every = folder, every
 
     def after_step(self, trainer: L.Trainer, module: MethodModule, batch: Batch) -> None:
         """Draw the pictures from the batch of the step just done."""
-        due = self.step == trainer.max_steps or (self.every and self.step % self.every == 0)
+        if self.every is None or (self.step % self.every and self.step != trainer.max_steps):
+            return
         method, progress = module.method, replace(module.progress(batch), step=self.step)
-        if not due or type(method).figures is Method.figures:
+        if type(method).figures is Method.figures:
             return
         with trainer.precision_plugin.forward_context():
             extras = method.extras(batch.views, progress)  # on every rank: what is compared may be gathered
