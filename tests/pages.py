@@ -75,7 +75,7 @@ def follow_here(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         for name in set(sys.modules) - known:
-            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+            if folder in Path(getattr(sys.modules[name], "__file__", None) or "/").resolve().parents:
                 del sys.modules[name]
     return len(done)
 

@@ -4,21 +4,19 @@ import pytest
 from pages import DOCS, follow, follow_here, steps
 
 PAGES = ["your-own-data.md", "your-own-method.md", "your-own-network.md"]
-SLOW = ["your-own-data.md", "your-own-network.md"]  # by their own command lines
 
 
 def test_every_page_about_something_of_ones_own_is_tried():
     assert sorted(page.name for page in DOCS.glob("your-own-*.md") if page.name != "your-own-loop.md") == PAGES
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
 def test_the_page_works_by_its_own_command_lines(page, tmp_path):
     check(page, tmp_path, follow(page, tmp_path))
 
 
-@pytest.mark.parametrize("page", SLOW)
+@pytest.mark.parametrize("page", PAGES)
 def test_the_page_works_in_one_process(page, tmp_path, monkeypatch):
     check(page, tmp_path, follow_here(page, tmp_path, monkeypatch))
 
