@@ -1,7 +1,7 @@
 """Runs of the contrastive methods by the commands, and the networks that they are tried on."""
 
-import pytest
 import torch
+from killed_run import copied_at
 from omegaconf import OmegaConf
 
 from medssl.building import build
@@ -11,7 +11,8 @@ from medssl.methods.base import Method
 from medssl.pretrain import run
 
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
-BUDGET = ("trainer.max_steps=2", "batch_size=2", "validate_every=null", "figures_every=2")
+BUDGET = ("trainer.max_steps=2", "batch_size=2", "validate_every=null", "figures_every=100")
+FOUR_STEPS = ("checkpoint_every=2", "trainer.max_steps=4")
 STAGES = ("model.encoder.widths=[4,8,8]", "model.encoder.strides=[1,2,2]")
 POOLED = ("model.encoder.base_channels=4", "model.encoder.num_levels=2")
 CELLS = {  # preset: side of the crops, settings that make it small
@@ -71,23 +72,19 @@ def last(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def assert_resumes(name, kind, where, folder, *settings, terms):
-    """Check that a run that broke off at step 3 of 4, after a checkpoint at 2, ends as a straight one does."""
-    settings = (*settings, "checkpoint_every=2", "trainer.max_steps=4")
-    straight, forward = pretrained(name, where, folder / "straight", *settings), kind.forward
-
-    def breaking(method, batch, progress):
-        if progress.step == 3:
-            raise ValueError("broken off")
-        return forward(method, batch, progress)
-
-    broken = folder / "broken"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "forward", breaking)
-        with pytest.raises(SystemExit):
-            pretrained(name, where, broken, *settings)
+def straight_run(name, kind, where, folder, *settings):
+    """A run of four steps in `folder / "straight"`; `folder / "broken"` is that of one that was killed in the last."""
+    straight, broken = folder / "straight", folder / "broken"
+    with copied_at(kind, 3, straight, broken):
+        pretrained(name, where, straight, *settings, *FOUR_STEPS)
     assert last(broken)["global_step"] == 2
-    pretrained(name, where, broken, *settings, f"resume={broken}")
+    return straight
+
+
+def assert_resumes(name, where, folder, *settings, terms):
+    """Check that a run that was killed in step 4 of 4, after a checkpoint at 2, ends as the straight one did."""
+    straight, broken = folder / "straight", folder / "broken"
+    pretrained(name, where, broken, *settings, *FOUR_STEPS, "figures_every=null", f"resume={broken}")
     first, second = last(straight), last(broken)
     assert first["global_step"] == second["global_step"] == 4
     assert first["state_dict"].keys() == second["state_dict"].keys()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
+from killed_run import copied_at
 from omegaconf import OmegaConf
 from recorded_steps import TenSteps, assert_recorded
 from test_macl import batch
@@ -27,7 +28,7 @@ from medssl.training.optim import build_optimizer
 from medssl.weights import read_card
 
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
-BUDGET = ("trainer.max_steps=2", "batch_size=4", "validate_every=null", "figures_every=2")
+BUDGET = ("trainer.max_steps=2", "batch_size=4", "validate_every=null", "figures_every=null")
 NARROW = ("model.encoder.base_channels=2", "model.encoder.num_levels=2", "views.groups.still.size=[16,16,16]")
 CONVOLUTIONS = ("model.encoder.widths=[4,8,8]", "model.encoder.strides=[1,2,2]", "views.groups.still.size=[16,16,16]")
 SWIN = ("model.encoder.feature_size=12", "model.encoder.window_voxel=4", "views.groups.still.size=[64,64,64]")
@@ -75,7 +76,8 @@ def finished(where, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("medssl.training.positive_rate.automatic_threshold", ONE_THRESHOLD)
         folder = tmp_path_factory.mktemp("finished") / "run"
-        return pretrained(where, folder, *NARROW, "method.positions.threshold=auto", "method.positions.norm=l2")
+        positions = ("method.positions.threshold=auto", "method.positions.norm=l2")
+        return pretrained(where, folder, *NARROW, *positions, "figures_every=2")
 
 
 @pytest.mark.parametrize("model", BACKBONES)
@@ -158,18 +160,9 @@ def test_a_run_finds_a_threshold_that_makes_some_pairs_positives(where, tmp_path
 
 def test_a_run_that_broke_off_goes_on_bit_for_bit(where, tmp_path):
     settings = (*NARROW, "method.coupling=ema", "checkpoint_every=2", "trainer.max_steps=4")
-    straight, forward = pretrained(where, tmp_path / "straight", *settings), MACL.forward
-
-    def breaking(method, batch, progress):
-        if progress.step == 3:
-            raise ValueError("broken off")
-        return forward(method, batch, progress)
-
-    broken = tmp_path / "broken"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MACL, "forward", breaking)
-        with pytest.raises(SystemExit):
-            pretrained(where, broken, *settings)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    with copied_at(MACL, 3, straight, broken):
+        pretrained(where, straight, *settings)
     assert len(rows(broken)) == 3
     assert last(broken)["global_step"] == 2
     pretrained(where, broken, *settings, f"resume={broken}")

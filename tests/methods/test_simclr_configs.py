@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from contrast_runs import CELLS, SMALL, assert_resumes, build_cell, pretrained, resolved, rows, two_steps_of_finetuning
+from contrast_runs import (
+    CELLS,
+    SMALL,
+    assert_resumes,
+    build_cell,
+    pretrained,
+    resolved,
+    rows,
+    straight_run,
+    two_steps_of_finetuning,
+)
 from recorded_steps import TenSteps, assert_recorded
 from small_contrast import pairs_of_crops
 
@@ -106,19 +116,24 @@ def test_ten_steps_of_the_tiny_configuration_give_the_recorded_losses():
     assert_recorded(TEN_STEPS)
 
 
-def test_a_run_logs_its_terms_shows_its_pairs_and_starts_a_segmenter(where, tmp_path):
-    folder = pretrained("simclr_tiny", where, tmp_path / "run", *NARROW)
-    for row in rows(folder):
+@pytest.fixture(scope="module")
+def straight(where, tmp_path_factory):
+    """A run of four steps."""
+    return straight_run("simclr_tiny", SimCLR, where, tmp_path_factory.mktemp("runs"), *NARROW)
+
+
+def test_a_run_logs_its_terms_shows_its_pairs_and_starts_a_segmenter(where, straight, tmp_path):
+    for row in rows(straight):
         assert all(math.isfinite(row[term]) for term in TERMS)
         assert row["contrast_at_collapse"] == pytest.approx(math.log(7), abs=1e-5)
-    assert {path.stem.partition("-")[0] for path in (folder / "figures").iterdir()} == {"pairs", "similarity"}
-    maps = medssl.load_encoder(folder / "encoder.safetensors")(torch.rand(1, 1, 16, 16, 16))
+    assert {path.stem.partition("-")[0] for path in (straight / "figures").iterdir()} == {"pairs", "similarity"}
+    maps = medssl.load_encoder(straight / "encoder.safetensors")(torch.rand(1, 1, 16, 16, 16))
     assert [level.shape[1] for level in maps] == [8, 16, 32]
-    two_steps_of_finetuning(folder, where, tmp_path / "tuned")
+    two_steps_of_finetuning(straight, where, tmp_path / "tuned")
 
 
-def test_a_run_that_broke_off_continues_bit_for_bit(where, tmp_path):
-    assert_resumes("simclr_tiny", SimCLR, where, tmp_path, *NARROW, terms=TERMS)
+def test_a_run_that_broke_off_continues_bit_for_bit(where, straight):
+    assert_resumes("simclr_tiny", where, straight.parent, *NARROW, terms=TERMS)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from contrast_runs import (
     pretrained,
     resolved,
     rows,
+    straight_run,
     two_steps_of_finetuning,
 )
 from recorded_steps import TenSteps, assert_recorded
@@ -119,13 +120,17 @@ def test_a_run_logs_its_terms_shows_its_overlaps_and_starts_a_segmenter(where, t
 
 
 def test_a_run_that_broke_off_continues_bit_for_bit(where, tmp_path):
-    assert_resumes("voco_tiny", VoCo, where, tmp_path, *NARROW, "method.teacher=ema", terms=TERMS)
-    assert any(".teacher_projector." in name for name in last(tmp_path / "straight")["state_dict"])
+    taught = (*NARROW, "method.teacher=ema", "figures_every=null")
+    straight = straight_run("voco_tiny", VoCo, where, tmp_path, *taught)
+    assert_resumes("voco_tiny", where, tmp_path, *taught, terms=TERMS)
+    assert any(".teacher_projector." in name for name in last(straight)["state_dict"])
 
 
 def test_the_released_field_is_all_of_the_body_resized(where, tmp_path):
     released = ("views.groups.base.extent_voxel=null", "method.projector.norm=batch", "method.teacher=ema")
-    folder = pretrained("voco_tiny", where, tmp_path / "run", *NARROW, *released, "trainer.max_steps=1")
+    folder = pretrained(
+        "voco_tiny", where, tmp_path / "run", *NARROW, *released, "trainer.max_steps=1", "figures_every=null"
+    )
     (row,) = rows(folder)
     assert math.isfinite(row["positive"])
 
