@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import pytest
 
@@ -75,6 +76,45 @@ def few_processes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "run_all", run_all)
         patch.setattr(derived, "run_all", run_all)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Composes each configuration once and reads each of its files once a process; tests get copies of their own.
+
+    Folders that a test adds may change, so what is composed with them is not kept.
+    """
+    import hydra
+    from hydra._internal.core_plugins import file_config_source
+    from omegaconf import DictConfig, OmegaConf
+
+    from medssl.config import config_dir
+
+    compose, composed, read = hydra.compose, {}, {}
+
+    def compose_once(name: str, overrides: list[str]) -> DictConfig:
+        key = (config_dir(), name, *overrides)
+        if any(override.startswith("hydra.searchpath=") for override in overrides):
+            return compose(name, overrides)
+        if key not in composed:
+            composed[key] = compose(name, overrides)
+        return deepcopy(composed[key])
+
+    class Files(OmegaConf):
+        @staticmethod
+        def load(file: TextIO) -> DictConfig:
+            path = Path(file.name)
+            if config_dir() not in path.parents:
+                return OmegaConf.load(file)
+            key = (path, path.stat().st_mtime_ns)
+            if key not in read:
+                read[key] = OmegaConf.load(file)
+            return deepcopy(read[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hydra, "compose", compose_once)
+        patch.setattr(file_config_source, "OmegaConf", Files)
         yield
 
 
