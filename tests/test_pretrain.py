@@ -204,7 +204,12 @@ def test_another_run_is_not_replaced_by_a_resumed_one(workplace, straight, tmp_p
         pretrain(workplace, "straight", resume=other, **{"trainer.max_steps": STEPS + 2})
     assert stop.value.code == 2
     assert "already holds a run" in capsys.readouterr().err
-    pretrain(workplace, "straight", resume=other, output_dir="null", **{"trainer.max_steps": STEPS + 2})
+    threads = torch.get_num_threads()
+    longer = {"trainer.max_steps": STEPS + 2, "threads": threads + 1}
+    pretrain(workplace, "straight", resume=other, output_dir="null", **longer)
+    torch.set_num_threads(threads)
+    said = f"threads was {threads}, is now {threads + 1}; the run will not be the one it would have been"
+    assert f"resume: {said}\n" in capsys.readouterr().out
     assert [checkpoint(folder)["global_step"] for folder in (other, straight)] == [STEPS + 2, STEPS]
     rows = metrics(other)
     assert len(rows) == STEPS + 2

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from medssl.launcher import process_rank
 from medssl.moved import refuse_moved
 from medssl.paths import with_paths
+from medssl.threads import wait_asleep
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -214,6 +215,7 @@ def main(
     and exit code 2; a fault of the program keeps its traceback. Ctrl-C exits with code 130.
     """
     config = None
+    wait_asleep()
     try:
         line = CommandLine.parse(sys.argv[1:] if arguments is None else arguments, positional=positional is not None)
         if line.extra_dir is not None:

@@ -146,7 +146,7 @@ def test_an_automatic_threshold_is_a_number_in_the_settings_of_the_run(finished)
     assert (asked["rule"].norm, asked["batch_size"], asked["seed"]) == ("l2", 4, 0)
     assert (asked["world"], asked["accumulate"], asked["gather"]) == (1, 1, None)
     assert len(asked["cases"]) == 4
-    assert check_trainer(compose("pretrain", ["trainer.devices=2"])) == 2
+    assert check_trainer(compose("pretrain", ["trainer.devices=2"])).world_size == 2
 
 
 def test_a_run_finds_a_threshold_that_makes_some_pairs_positives(where, tmp_path):

@@ -50,4 +50,4 @@ def test_what_a_resumed_run_does_otherwise_is_told(tmp_path):
 
 @pytest.mark.parametrize("method", sorted(file.stem for file in (config_dir() / "method").glob("*.yaml")))
 def test_the_trainer_is_checked_before_the_length_of_an_epoch_is_known(method):
-    assert check_trainer(compose("pretrain", [f"method={method}"])) == 1
+    assert check_trainer(compose("pretrain", [f"method={method}"])).world_size == 1

@@ -24,6 +24,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
         partial(checks.whole, least=1),
     ),
     **dict.fromkeys(("export_every", "figures_every", "validate_every"), _EVERY),
+    "threads": partial(checks.whole, least=1, or_null="for the CPUs that a process may use"),
     **dict.fromkeys(
         ("overwrite", "compile", "checkpoint_activations", "logger.offline", "allow_leakage", "scratch_twin"),
         checks.switch,

@@ -31,7 +31,7 @@ from medssl.segmentation.report import report_run
 from medssl.segmentation.sliding_window import check_windows
 from medssl.segmentation.validation import Validation
 from medssl.training.checkpoints import LastCheckpoint
-from medssl.training.fit import check_trainer, fit, quiet
+from medssl.training.fit import check_trainer, fit, quiet, with_threads
 from medssl.training.metrics import Metrics
 
 
@@ -43,7 +43,7 @@ def finetune(run: Run) -> None:
     """
     config, folder = run.config, run.folder
     quiet()
-    check_trainer(config)
+    config = with_threads(config, processes=check_trainer(config).num_devices)
     check_windows(config.overlap, config.window_batch)
     initial = find_initial(config)  # the file before the store: a mistake must not cost an hour of preparing
     store = open_store(config, is_resumed=run.checkpoint is not None)

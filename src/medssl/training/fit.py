@@ -1,6 +1,7 @@
 """The fit of every training run: its trainer, the module under it, its callbacks and its logger."""
 
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -15,6 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from medssl.config import freeze, with_values
 from medssl.data.module import VolumeDataModule
 from medssl.launcher import process_rank
 from medssl.methods.base import Method
@@ -22,23 +25,38 @@ from medssl.run.folder import run_of
 from medssl.run.ranks import end_together, remove_markers
 from medssl.run.settings import RunSettings, changes
 from medssl.run.start import Run
+from medssl.threads import num_threads
 from medssl.training.checkpoints import check_checkpoint
 from medssl.training.method_module import MethodModule
 from medssl.training.metrics import Metrics
 from medssl.training.progress_bar import ProgressBar
 
 
-def check_trainer(config: DictConfig) -> int:
-    """Check the settings of the trainer, and return the number of processes that will train.
+def check_trainer(config: DictConfig) -> L.Trainer:
+    """Return a trainer that trains nothing, but knows the number of processes that will train.
 
     Raises:
         ValueError: Lightning refuses the `trainer` settings, or this machine lacks the devices.
     """
     settings = {key: config.trainer[key] for key in config.trainer if key != "max_steps"}  # it may depend on the data
     try:
-        return L.Trainer(**instantiate(settings, _convert_="all"), logger=False, enable_checkpointing=False).world_size
+        return L.Trainer(**instantiate(settings, _convert_="all"), logger=False, enable_checkpointing=False)
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
+
+
+def with_threads(config: DictConfig, *, processes: int) -> DictConfig:
+    """Return the settings with the number of threads, and let this process and those that it starts compute with it.
+
+    Args:
+        config: The settings.
+        processes: Processes of this machine that train.
+    """
+    threads = num_threads(config.threads, processes=processes)
+    torch.set_num_threads(threads)
+    if processes > 1:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    return freeze(with_values(config, {"threads": threads}))
 
 
 def fit(

@@ -23,7 +23,7 @@ from medssl.run.store import is_prepared, open_store
 from medssl.training.checkpoints import LastCheckpoint
 from medssl.training.export import Export, build_card
 from medssl.training.figures import Pictures
-from medssl.training.fit import check_trainer, fit, quiet
+from medssl.training.fit import check_trainer, fit, quiet, with_threads
 from medssl.training.metrics import Metrics
 from medssl.training.parent import Parent
 
@@ -51,7 +51,8 @@ def pretrain(run: Run) -> None:
     """
     config, folder = run.config, run.folder
     quiet()
-    world = check_trainer(config)  # this, views, sampler and method before the store: a mistake is found at once
+    trial = check_trainer(config)  # this, views, sampler and method before the store: a mistake is found at once
+    config = with_threads(config, processes=trial.num_devices)
     check_model(config)
     views = instantiate(config.views, _convert_="all")
     if not views.tables:
@@ -81,7 +82,8 @@ def pretrain(run: Run) -> None:
         validation_cases=validation_cases,
     )
     facts = data.facts()
-    settings = PretrainSettings.of(config, facts | method_facts(with_facts(config, facts), data, world=world))
+    facts |= method_facts(with_facts(config, facts), data, world=trial.world_size)
+    settings = PretrainSettings.of(config, facts)
     method, recipe = method_along(settings.method, seed=settings.seed, parent=parent)
     settings = replace(settings, method=recipe, values={**settings.values, "method": recipe})
     if parent is not None:
