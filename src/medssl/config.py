@@ -83,6 +83,7 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("add", lambda *terms: sum(terms), replace=True)
     OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
     OmegaConf.register_new_resolver("div", lambda dividend, divisor: dividend / divisor, replace=True)
+    OmegaConf.register_new_resolver("floordiv", lambda dividend, divisor: dividend // divisor, replace=True)
     OmegaConf.register_new_resolver(
         "precision", lambda kind: "32-true" if kind == "cpu" else "bf16-mixed", replace=True
     )

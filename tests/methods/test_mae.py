@@ -241,7 +241,7 @@ def test_a_restart_from_a_checkpoint_continues_bit_for_bit(form, at):
 def test_the_loss_falls(form, steps, rate, share, at):
     method, losses = make_mae(form), []
     optimizer = torch.optim.AdamW(method.param_groups(), lr=rate)
-    for step in range(35):
+    for step in range(steps):
         output = method(crops(b=4, seed=step % 4), at(step))
         output.loss.backward()
         optimizer.step()
@@ -336,3 +336,9 @@ def test_blocks_and_crops_may_differ_by_axis(at):
     mask = method._mask(image, at())
     assert mask.masked.shape == (2, 2 * 4 * 8)
     assert torch.equal(method._hidden(mask, image), voxel_mask(mask.masked.unflatten(1, (2, 4, 8))[:, None], (16,) * 3))
+
+
+@pytest.mark.parametrize("form", ["vit", "simmim"])
+def test_a_fill_that_the_form_does_not_use_is_refused(form):
+    with pytest.raises(ValueError, match=r"method\.fill=mean is for form=cnn"):
+        make_mae(form, fill="mean")

@@ -48,7 +48,7 @@ def test_every_mechanism_of_the_card_is_on_in_the_tiny_configuration():
     assert names == {"first": "RandomCrop", "second": "Shifted"}  # pairs that overlap
     assert groups["second"]["of"] == "first"
     assert groups["first"]["count"] == groups["second"]["count"] == 2  # a volume's other pair is a negative
-    assert groups["second"]["shift_voxel"] == groups["first"]["size"][0] // 2  # half along each axis
+    assert groups["second"]["shift_voxel"] == [side // 2 for side in groups["first"]["size"]]  # half along each axis
     for group in groups.values():
         chain = [step["_target_"].rpartition(".")[2] for step in group["augment"]]
         assert chain == [name for name, _ in INTENSITIES]
@@ -72,7 +72,7 @@ def test_the_published_configuration_has_the_budget_of_the_reference():
     groups = values["views"]["groups"]
     assert (values["batch_size"], values["trainer"]["max_steps"]) == (32, 250_000)
     assert (groups["first"]["count"], groups["first"]["size"], groups["first"]["spacing_mm"]) == (2, [64] * 3, 1.0)
-    assert groups["second"]["shift_voxel"] == 32
+    assert groups["second"]["shift_voxel"] == [32] * 3
     found = [(step["_target_"].rpartition(".")[2], step) for step in groups["first"]["augment"]]
     defaults = {"ZScore": 1.0, "Flip": 0.5}
     assert [(name, step.get("probability", defaults.get(name))) for name, step in found] == INTENSITIES

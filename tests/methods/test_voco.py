@@ -67,6 +67,16 @@ def small(**options):
 
 
 @pytest.mark.parity
+def test_the_overlaps_that_a_step_trains_on_are_the_reference_labels(at):
+    """References card, section 5: centres (100, 200) and (150, 60) in a field of 384, cells of 96."""
+    rows = given(lambda: at(with_extras=True)).extras
+    assert rows["overlap"].shape == rows["predicted"].shape == (1, 2, 16)
+    found = [{k: round(y, 6) for k, y in enumerate(row) if y} for row in rows["overlap"][0].tolist()]
+    assert found[0] == {1: 0.190972, 2: 0.267361, 5: 0.225694, 6: 0.315972}
+    assert found[1] == {4: 0.820312, 5: 0.117188, 8: 0.054688, 9: 0.007812}
+
+
+@pytest.mark.parity
 def test_the_terms_of_given_embeddings_are_the_reference_values(at):
     """References card, section 5."""
     output = given(at)
@@ -229,10 +239,10 @@ def test_batches_and_settings_that_do_not_fit_are_refused(at):
     with pytest.raises(ValueError, match="VoCo needs the faces of the crops"):
         method(batch, at())
     for options, message in (
-        ({"form": "paper"}, "form is 'paper', allowed are released, first, nnssl"),
-        ({"teacher": "student"}, "teacher is 'student', allowed are none, ema"),
-        ({"ema_momentum": 1.5}, "ema_momentum is a share"),
-        ({"weight_negative": -1.0}, "weight_negative must be a number from 0 up"),
+        ({"form": "paper"}, r"method\.form is 'paper', allowed are released, first, nnssl"),
+        ({"teacher": "student"}, r"method\.teacher is 'student', allowed are none, ema"),
+        ({"ema_momentum": 1.5}, r"method\.ema_momentum is a share"),
+        ({"weight_negative": -1.0}, r"method\.weight_negative must be a number from 0 up"),
         ({"crop_voxel": [15, 16, 16]}, r"views.groups.base.size=\[15, 16, 16\] is no multiple of the coarsest stride"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -78,3 +78,17 @@ def test_an_encoder_with_the_wrong_tokens_is_refused():
             MaskedAutoencoder(encoder(**options), decoder)
     with pytest.raises(ValueError, match="SimMIM needs an encoder with mask_token=true"):
         SimMIM(encoder())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder_dim": 12}, r"method\.decoder\.encoder_dim=12 must be that of the encoder, 24"),
+        ({"patch_voxel": 2}, r"predicts 16 values for each patch, which has 128: .* patch_voxel .* \[4, 4, 4\]"),
+        ({"out_channels": 1}, r"predicts 64 values for each patch, which has 128: .* and its 2 out_channels"),
+    ],
+)
+def test_a_decoder_that_does_not_fit_the_encoder_is_refused(options, message):
+    sizes = {**HOME, "encoder_dim": 24, "dim": 12, "depth": 1, "num_heads": 3, "out_channels": 2}
+    with pytest.raises(ValueError, match=message):
+        MaskedAutoencoder(encoder(), MaskedDecoder(**{**sizes, **options}))

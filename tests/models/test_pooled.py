@@ -76,3 +76,11 @@ def test_unknown_choices_are_refused():
     for name, value in (("norm", "instance"), ("maps", "first")):
         with pytest.raises(ValueError, match=f"{name} is '{value}', allowed are"):
             projector(encoder, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["hidden_dim", "out_dim"])
+@pytest.mark.parametrize("width", [0, -1])
+def test_a_width_below_one_is_refused(name, width):
+    message = rf"method\.projector\.{name} must be a whole number from 1 up; got {width}"
+    with pytest.raises(ValueError, match=message):
+        PooledProjector((4, 8), (1, 2), **{name: width})

@@ -87,6 +87,10 @@ class MAE(Method):
         self.block_voxel = triple("method.block_voxel", block_voxel)
         self.decays_all = form != "vit"  # the released recipes; in arXiv:2111.06377 biases and norms do not decay
         self.takes_reoriented = form == "cnn"
+        if form != "cnn" and fill != "zero":
+            raise ValueError(
+                f"method.fill={fill} is for form=cnn; transformers read no hidden voxels, leave it at zero"
+            )
         self.network = _network(form, encoder, decoder)
         if form != "cnn" and self.block_voxel != (patch := triple("method.encoder.patch_voxel", encoder.patch_voxel)):
             raise ValueError(

@@ -18,6 +18,7 @@ from medssl.models.volume_networks import VOLUME_NETWORKS, check_encoder
 from medssl.ops.deformations import (
     MOST_PAINTED,
     Deformation,
+    Windows,
     check_sides,
     deform,
     inpainted_windows,
@@ -126,7 +127,7 @@ class ModelsGenesis(Method):
         inside = acts[:, 3] < self.inpaint_share
         windows, chance = noise("paint", num_crops, MOST_PAINTED, 2, 3), noise("painted", num_crops, MOST_PAINTED)
         inner, outer = (place(windows, chance, size) for place in (inpainted_windows, kept_windows))
-        painted = type(inner)(*(torch.where(inside.view(-1, 1, 1), a, b) for a, b in zip(inner, outer, strict=True)))
+        painted = Windows(*(torch.where(inside.view(-1, 1, 1), a, b) for a, b in zip(inner, outer, strict=True)))
         idle = acts[:, 2] >= self.probability_paint  # nothing inside of no window is painted
         return Deformation(
             shuffled=shuffled,

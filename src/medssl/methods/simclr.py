@@ -51,8 +51,8 @@ class SimCLR(Method):
         crop_voxel: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.temperature = number("temperature", temperature, above=0)
-        self.gather = switch("gather", gather)
+        self.temperature = number("method.temperature", temperature, above=0)
+        self.gather = switch("method.gather", gather)
         check_encoder(encoder, method="SimCLR")
         if crop_voxel is not None:
             check_crop(encoder, encoder, crop_voxel, setting="views.groups.first.size")
@@ -111,6 +111,11 @@ class SimCLR(Method):
 
 
 def _groups(batch: Mapping[str, View]) -> tuple[View, View]:
+    """Return the first and the second crops.
+
+    Raises:
+        ValueError: A group is missing, or the groups differ in number or size of crops.
+    """
     found: dict[str, Sequence[int]] = {name: tuple(view.image.shape) for name, view in batch.items()}
     if "first" not in found or found.get("first") != found.get("second"):
         raise ValueError(

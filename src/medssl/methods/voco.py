@@ -64,11 +64,11 @@ class VoCo(Method):
         crop_voxel: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.form, self.ema_momentum = choice("form", form, FORMS), share("ema_momentum", ema_momentum)
-        choice("teacher", teacher, TEACHERS)
+        self.form, self.ema_momentum = choice("method.form", form, FORMS), share("method.ema_momentum", ema_momentum)
+        choice("method.teacher", teacher, TEACHERS)
         self.weights = {"positive": weight_positive, "negative": weight_negative, "regulariser": weight_regulariser}
         for name, weight in self.weights.items():
-            number(f"weight_{name}", weight)
+            number(f"method.weight_{name}", weight)
         check_encoder(encoder, method="VoCo")
         if crop_voxel is not None:
             check_crop(encoder, encoder, crop_voxel, setting="views.groups.base.size")
@@ -94,25 +94,24 @@ class VoCo(Method):
         with torch.autocast(rows.device.type, enabled=False):
             bases, targets = _parts(rows, images, num_bases)
             if taught is None:
-                predicted = predicted_overlap(targets, bases.detach())
+                own_predicted = predicted_overlap(targets, bases.detach())
             else:
                 old_bases, old_targets = _parts(taught, images, num_bases)
-                predicted = predicted_overlap(targets, old_bases) + predicted_overlap(old_targets, bases)
-                predicted = predicted / 2
-            overlap = box_overlap(_faces(target), _faces(base)).to(predicted)
-            shown = predicted
+                both = predicted_overlap(targets, old_bases), predicted_overlap(old_targets, bases)
+                own_predicted = (both[0] + both[1]) / 2
+            own_overlap = box_overlap(_faces(target), _faces(base)).to(own_predicted)
+            predicted, overlap = own_predicted, own_overlap
             if self.form == "nnssl":  # sums over the batch of all processes
                 predicted, overlap = gather_with_gradient(predicted), gather_ranks(overlap)
             positive, negative = overlap_losses(predicted, overlap, form=self.form)  # eq. 3
             regulariser = base_similarity(bases, squared=self.form != "nnssl")  # eq. 5
             terms = {"positive": positive, "negative": negative, "regulariser": regulariser}
-            loss = sum((self.weights[name] * term for name, term in terms.items()), start=rows.new_zeros(()).to(bases))
+            loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
             logs = {name: term.detach() for name, term in terms.items()}
             logs |= self._health(predicted.detach(), overlap, torch.cat([bases, targets], dim=1).detach())
         extras = {}
         if progress.with_extras:
-            own = len(base.image) * (progress.rank if len(overlap) > len(base.image) else 0)
-            extras = {"predicted": shown.detach(), "overlap": overlap[own : own + len(base.image)]}
+            extras = {"predicted": own_predicted.detach(), "overlap": own_overlap}
         return StepOutput(loss, logs, extras)
 
     @torch.no_grad()
@@ -183,12 +182,22 @@ def _parts(
 
 
 def _faces(view: View) -> Tensor:
+    """Return the faces of the crops in the body.
+
+    Raises:
+        ValueError: The view does not know them.
+    """
     if view.crop_body is None:
         raise ValueError("VoCo needs the faces of the crops; give View.of crop_body, or a place in a volume")
     return view.crop_body
 
 
 def _groups(batch: Mapping[str, View]) -> tuple[View, View]:
+    """Return the bases and the targets.
+
+    Raises:
+        ValueError: A group is missing, there is one base alone, or sizes differ.
+    """
     found = {name: tuple(view.image.shape) for name, view in batch.items()}
     base, target = found.get("base", ()), found.get("target", ())
     if not base or not target or (base[0], *base[2:]) != (target[0], *target[2:]) or base[1] < 2:

@@ -17,6 +17,9 @@ class MaskedAutoencoder(nn.Module):
         encoder: Transformer with a CLS token, which the decoder decodes too, and without a mask token.
         decoder: Transformer with the mask token.
 
+    Raises:
+        ValueError: The encoder has no CLS token or has a mask token, or the decoder does not fit it.
+
     Source: arXiv:2111.06377.
     """
 
@@ -24,6 +27,14 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         if encoder.cls_token is None or encoder.mask_token is not None:
             raise ValueError("a masked autoencoder needs an encoder with class_token=true and mask_token=false")
+        voxels = math.prod(encoder.patch_voxel) * encoder.in_channels
+        if (read := decoder.embed.in_features) != encoder.dim:
+            raise ValueError(f"method.decoder.encoder_dim={read} must be that of the encoder, {encoder.dim}")
+        if (predicted := decoder.pred.out_features) != voxels:
+            raise ValueError(
+                f"the decoder predicts {predicted} values for each patch, which has {voxels}: give method.decoder the "
+                f"patch_voxel of the encoder, {list(encoder.patch_voxel)}, and its {encoder.in_channels} out_channels"
+            )
         self.encoder, self.decoder = encoder, decoder
 
     def forward(
@@ -40,6 +51,9 @@ class SimMIM(nn.Module):
 
     Args:
         encoder: Transformer with a mask token.
+
+    Raises:
+        ValueError: The encoder has none.
 
     Source: arXiv:2111.09886.
     """

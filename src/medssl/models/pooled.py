@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medssl.checks import choice
+from medssl.checks import choice, whole
 from medssl.ops.patches import axes_of
 
 MAPS = ("every", "last")
@@ -28,6 +28,9 @@ class PooledProjector(nn.Module):
         norm: `layer` over the channels of each row, or `batch` over the rows of this process, also in evaluation.
         maps: Whether `every` map of the encoder is pooled, or the `last`.
 
+    Raises:
+        ValueError: A width is no whole number from 1 up, or a choice does not exist.
+
     Source: arXiv:2002.05709; arXiv:2402.17300.
     """
 
@@ -42,8 +45,10 @@ class PooledProjector(nn.Module):
         maps: str = "every",
     ) -> None:
         super().__init__()
-        choice("norm", norm, NORMS)
-        choice("maps", maps, MAPS)
+        choice("method.projector.norm", norm, NORMS)
+        choice("method.projector.maps", maps, MAPS)
+        whole("method.projector.hidden_dim", hidden_dim, least=1)
+        whole("method.projector.out_dim", out_dim, least=1)
         is_one_grid = len({axes_of(stride) for stride in encoder_strides}) == 1
         self.num_maps = 1 if is_one_grid or maps == "last" else len(encoder_channels)
         self.in_dim, self.out_dim = sum(encoder_channels[-self.num_maps :]), out_dim

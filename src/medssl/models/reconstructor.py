@@ -27,7 +27,7 @@ class Reconstructor(nn.Module):
         self, encoder: nn.Module, decoder: nn.Module | None, *, out_channels: int = 1, output: str = "linear"
     ) -> None:
         super().__init__()
-        self.output = choice("output", output, OUTPUTS)
+        self.output = choice("method.network.output", output, OUTPUTS)
         decoder = decoder or build_usual_decoder(encoder)
         widths, strides = levels(decoder)
         self.encoder, self.decoder = encoder, decoder
