@@ -16,12 +16,15 @@ from medssl.models.unet import UNetEncoder
 from medssl.ops.deformations import Deformation, Windows, deform
 
 TERMS = ("reconstruction", "error_of_input", "error_of_mean")
-CURVE = (0.2, 0.9, 0.7, 0.1)
+CURVE, FOLDED = (0.2, 0.9, 0.7, 0.1), (0.8, 0.1, 0.3, 0.6)
 VALUES = (0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1)
 MAPPED = {
-    True: (0, 0.286890, 0.444174, 0.490993, 0.505105, 0.524190, 0.594011, 0.769718, 1),
-    False: (1, 0.713110, 0.555826, 0.509007, 0.494895, 0.475810, 0.405989, 0.230282, 0),
+    (CURVE, True): (0, 0.286890, 0.444174, 0.490993, 0.505105, 0.524190, 0.594011, 0.769718, 1),
+    (CURVE, False): (1, 0.713110, 0.555826, 0.509007, 0.494895, 0.475810, 0.405989, 0.230282, 0),
+    (FOLDED, True): (0, 0.015820, 0.057570, 0.146370, 0.288676, 0.567595, 0.806835, 0.936731, 1),
+    (FOLDED, False): (1, 0.945634, 0.841336, 0.682582, 0.493864, 0.228300, 0.074391, 0.018819, 0),
 }
+"""Values of two curves at `VALUES`, increasing and decreasing; the second folds back in x."""
 
 
 def small(*, in_channels=1, output="sigmoid", kind=ModelsGenesis, **options):
@@ -72,19 +75,19 @@ def given(image, **draws):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("increasing", [True, False])
-def test_the_network_sees_the_released_map_of_intensities_and_the_target_stays(increasing):
+@pytest.mark.parametrize(("controls", "increasing"), MAPPED)
+def test_the_network_sees_the_released_map_of_intensities_and_the_target_stays(controls, increasing):
     image = torch.tensor(VALUES).view(1, 1, 9, 1, 1)
     before = image.clone()
     curve = {
-        "controls": torch.tensor([CURVE]),
+        "controls": torch.tensor([controls]),
         "increasing": torch.tensor([increasing]),
         "mapped": torch.tensor([True]),
     }
     output, network = given(image, **curve)
-    assert network.seen[0].flatten().tolist() == pytest.approx(MAPPED[increasing], abs=1.3e-5)
+    assert network.seen[0].flatten().tolist() == pytest.approx(MAPPED[controls, increasing], abs=1.3e-5)
     assert torch.equal(image, before)
-    error = sum((a - b) ** 2 for a, b in zip(MAPPED[increasing], VALUES, strict=True)) / 9
+    error = sum((a - b) ** 2 for a, b in zip(MAPPED[controls, increasing], VALUES, strict=True)) / 9
     assert output.loss.item() == pytest.approx(error, rel=1e-3)
     assert output.logs["error_of_mean"].item() == pytest.approx(torch.tensor(VALUES).var(correction=0).item())
 
