@@ -25,6 +25,7 @@ from medssl.config import main
 from medssl.methods.base import Method, Progress
 from medssl.methods.voco import VoCo
 from medssl.prepare import run as prepare
+from medssl.pretrain import run
 
 TERMS = ("positive", "negative", "regulariser", "accuracy", "feature_std", "effective_rank")
 NARROW = (
@@ -143,3 +144,12 @@ def test_the_tiny_run_parts_its_cells_and_falls_below_chance(tmp_path):
     total = [sum(row[name] for row in found) / 20 for name in ("positive", "negative", "regulariser")]
     assert sum(total) < 0.6
     assert total[0] < sum(row["positive_at_chance"] for row in found) / 20
+
+
+def test_a_field_of_one_cell_is_refused_before_data_are_prepared(tmp_path, capsys):
+    store = tmp_path / "store"
+    with pytest.raises(SystemExit) as stop:
+        main("pretrain", run, arguments=["method=voco_tiny", f"store={store}", "views.groups.base.grid=[1,1,1]"])
+    assert stop.value.code == 2
+    assert "VoCo needs a view group `base` of at least two cells" in capsys.readouterr().err
+    assert not store.exists()

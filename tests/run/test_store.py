@@ -9,6 +9,7 @@ import pytest
 from hydra.utils import instantiate
 
 from medssl.config import compose
+from medssl.methods.build import build_method
 from medssl.run.store import open_store
 from medssl.training import pretraining
 
@@ -95,7 +96,12 @@ def test_new_files_that_are_too_often_unreadable_leave_the_store_as_it_is(images
 )
 def test_a_method_is_tried_before_the_store_unless_it_needs_what_only_the_store_knows(settings, is_tried, monkeypatch):
     built = []
-    monkeypatch.setattr(pretraining, "method_of", lambda settings, seed: built.append(settings))
+
+    def method_of(settings, *, seed):
+        built.append(settings)
+        return build_method("sam_embed_tiny", seed=seed)
+
+    monkeypatch.setattr(pretraining, "method_of", method_of)
     config = compose("pretrain", settings)
     pretraining.try_method(config, instantiate(config.views, _convert_="all"))
     assert len(built) == is_tried

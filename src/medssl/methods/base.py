@@ -117,6 +117,9 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Mapping[str, View], progress: Progress) -> StepOutput:
         """Return the loss of one micro-batch; state may only be collected here while `training` is set."""
 
+    def check_groups(self, counts: Mapping[str, int]) -> None:
+        """Raise a ValueError where the view groups, with their numbers of views, do not serve; before data are read."""
+
     def after_backward(self, progress: Progress) -> None:
         """Change gradients: called once per optimiser step, after the last backward and before global clipping."""
 

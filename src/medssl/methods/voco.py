@@ -114,6 +114,15 @@ class VoCo(Method):
             extras = {"predicted": own_predicted.detach(), "overlap": own_overlap}
         return StepOutput(loss, logs, extras)
 
+    def check_groups(self, counts: Mapping[str, int]) -> None:
+        """Check that there are targets, and two bases to draw apart.
+
+        Raises:
+            ValueError: There are not.
+        """
+        if counts.get("base", 0) < 2 or "target" not in counts:
+            raise ValueError(f"VoCo needs a view group `base` of at least two cells and a group `target`; got {counts}")
+
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         """Move the teacher, where there is one."""

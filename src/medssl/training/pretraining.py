@@ -121,7 +121,7 @@ def try_method(config: DictConfig, views: ViewPlan, parent: Parent | None = None
     """Build the method once, unless its settings follow from facts that only the prepared data give.
 
     Raises:
-        ValueError: The method refuses its settings, or the axes of its parent.
+        ValueError: The method refuses its settings, the view groups, or the axes of its parent.
     """
     known: dict[str, Any] = {"crop_voxel": views.first_size, "num_channels": 1}  # sizes do not follow from channels
     known |= {} if views.tables else {"num_locations": views.num_locations}
@@ -135,7 +135,8 @@ def try_method(config: DictConfig, views: ViewPlan, parent: Parent | None = None
         raise
     except OmegaConfBaseException:
         return
-    method_along(settings, seed=config.seed, parent=parent)  # type: ignore[arg-type]
+    method, _ = method_along(settings, seed=config.seed, parent=parent)  # type: ignore[arg-type]
+    method.check_groups({name: spec.count for name, spec in views.groups.items()})
 
 
 def fact_recipes(config: DictConfig) -> dict[str, Any]:
