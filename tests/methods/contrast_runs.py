@@ -1,41 +1,16 @@
-"""Runs of the contrastive methods by the commands, and the networks that they are tried on."""
+"""Runs of the contrastive methods by the commands."""
 
 import torch
 from killed_run import copied_at
 from omegaconf import OmegaConf
 
-from medssl.building import build
 from medssl.config import compose, main
 from medssl.finetune import run as finetune
-from medssl.methods.base import Method
 from medssl.pretrain import run
 
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
 BUDGET = ("trainer.max_steps=2", "batch_size=2", "validate_every=null", "figures_every=100")
 FOUR_STEPS = ("checkpoint_every=2", "trainer.max_steps=4")
-STAGES = ("model.encoder.widths=[4,8,8]", "model.encoder.strides=[1,2,2]")
-POOLED = ("model.encoder.base_channels=4", "model.encoder.num_levels=2")
-CELLS = {  # preset: side of the crops, settings that make it small
-    "unet": (16, STAGES),
-    "resenc": (16, (*STAGES, "model.encoder.blocks=[1,1,1]")),
-    "resenc_l": (64, ("model.encoder.widths=[4,4,8,8,8,8]", "model.encoder.blocks=[1,1,1,1,1,1]")),
-    "swinunetr": (
-        32,
-        ("model.encoder.feature_size=12", "model.encoder.window_voxel=4", "model.encoder.depths=[1,1,1,1]"),
-    ),
-    "unetr": (
-        16,
-        (
-            "model.encoder.patch_voxel=[8,8,8]",
-            "model.encoder.dim=24",
-            "model.encoder.depth=4",
-            "model.encoder.num_heads=2",
-        ),
-    ),
-    "nnformer_tiny": (32, ("model.encoder.depths=[1,1,1,1]", "model.decoder.depths=[1,1,1]")),
-    "macl_unet": (16, POOLED),
-    "attention_unet": (16, POOLED),
-}
 
 
 def resolved(*overrides, channels=1, side=32):
@@ -44,15 +19,6 @@ def resolved(*overrides, channels=1, side=32):
     facts = {"num_cases": 32, "num_channels": channels, "num_locations": 0, "steps_per_epoch": 4.0}
     config.facts = {**facts, "crop_voxel": [side] * 3}
     return OmegaConf.to_container(config, resolve=True)
-
-
-def build_cell(method, model, settings, *, channels=1):
-    """A method on a small network, and the side of its crops."""
-    side, small = CELLS[model]
-    words = [word.format(side=side) for word in (*settings, *small)]
-    torch.manual_seed(0)
-    values = resolved(f"method={method}", f"model={model}", *words, channels=channels, side=side)
-    return build(values["method"], base=Method), side
 
 
 def pretrained(method, where, folder, *settings):

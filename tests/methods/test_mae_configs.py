@@ -27,26 +27,6 @@ from medssl.weights import read_card
 SMALL = ("data=phantoms", "data.num_cases=5", "data.size_voxel=32", "data.phantom_spacing_mm=12.0")
 BUDGET = ("trainer.max_steps=4", "batch_size=2", "checkpoint_every=2", "validate_every=4", "figures_every=4")
 CROP = "views.groups.crop.size=[16,16,16]"
-CONVOLUTIONS = ("model.encoder.widths=[4,8,8]", "model.encoder.strides=[1,2,2]")
-NARROW = ("model.encoder.base_channels=2", "model.encoder.num_levels=2")
-SWIN = ("model.encoder.feature_size=12", "model.encoder.depths=[1,1,1,1]", "model.encoder.window_voxel=4")
-VIT = (
-    "model.encoder.patch_voxel=[8,8,8]",
-    "model.encoder.dim=24",
-    "model.encoder.depth=3",
-    "model.encoder.num_heads=4",
-)
-NETWORKS = {
-    "resenc": (*CONVOLUTIONS, "model.encoder.blocks=[1,1,1]"),
-    "resenc_l": (*CONVOLUTIONS, "model.encoder.blocks=[1,1,1]"),
-    "unet": CONVOLUTIONS,
-    "macl_unet": NARROW,
-    "attention_unet": NARROW,
-    "swinunetr": (*SWIN, "views.groups.crop.size=[64,64,64]", "method.block_voxel=16"),
-    "unetr": (*VIT, "model.decoder.feature_size=4", "method.block_voxel=8"),
-    "nnformer_tiny": ("views.groups.crop.size=[32,32,32]",),
-}
-"""Networks that the form `cnn` trains, with settings that make them small."""
 
 
 def resolved(*overrides, channels=1):
@@ -135,17 +115,6 @@ def test_every_mechanism_of_the_card_is_on_in_the_tiny_configuration():
     assert values["trainer"]["max_steps"] == 300
 
 
-@pytest.mark.parametrize("model", NETWORKS)
-def test_a_network_that_fits_trains_on_four_channels(model, at):
-    settings = ["method=mae", f"model={model}", "method.block_voxel=4", CROP, *NETWORKS[model]]
-    values = resolved(*settings, channels=4)
-    method = build(values["method"], base=Method)
-    output = method(crops(b=1, channels=4, side=values["facts"]["crop_voxel"][0]), at())
-    output.loss.backward()
-    assert output.loss.isfinite()
-    assert not [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -232,13 +201,3 @@ def test_fine_tuning_takes_the_decoder_where_the_user_says_so(straight, settings
     assert initial.decoder == part
     assert (f"decoder: {len(network.decoder.state_dict())} tensors matched" in said) == (part == "all")
     assert torch.equal(network.decoder.state_dict()["ups.0.weight"], before) == (part == "none")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", NETWORKS)
-def test_every_network_is_pre_trained_by_the_command(where, model):
-    small = ["method=mae", f"model={model}", "method.block_voxel=4", "views.groups.crop.spacing_mm=native"]
-    folder = pretrained(where, model, *small, *NETWORKS[model], "trainer.max_steps=2", "optimizer.hold_steps=1")
-    with (folder / "metrics.csv").open(newline="") as file:
-        assert all(math.isfinite(float(row["loss"])) for row in csv.DictReader(file))
-    assert medssl.load_encoder(folder / "encoder.safetensors").channels

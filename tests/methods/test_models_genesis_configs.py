@@ -157,31 +157,6 @@ def test_a_run_that_broke_off_resumes_bit_for_bit_and_its_networks_are_fine_tune
     assert read_card(tmp_path / "tuned" / "segmenter.safetensors")["encoder"]["widths"] == [4, 8]
 
 
-CONVOLUTIONS = ("model.encoder.widths=[2,4]", "model.encoder.strides=[1,2]", "views.groups.crop.size=[16,16,16]")
-LEVELS = ("model.encoder.base_channels=2", "model.encoder.num_levels=2", "views.groups.crop.size=[16,16,16]")
-SWIN = ("model.encoder.feature_size=12", "model.encoder.depths=[1,1,1,1]", "model.encoder.window_voxel=2")
-NETWORKS = {
-    "unet": CONVOLUTIONS,
-    "resenc": (*CONVOLUTIONS, "model.encoder.blocks=[1,1]"),
-    "resenc_l": (*CONVOLUTIONS, "model.encoder.blocks=[1,1]"),
-    "swinunetr": (*SWIN, "views.groups.crop.size=[32,32,32]"),
-    "macl_unet": LEVELS,
-    "attention_unet": LEVELS,
-}
-
-
-@pytest.mark.parametrize("model", NETWORKS)
-def test_any_network_of_the_presets_is_trained(model):
-    settings = resolved("method=models_genesis", f"model={model}", *NETWORKS[model], "method.num_windows=50")
-    method = build(settings["method"], base=Method)
-    side = settings["views"]["groups"]["crop"]["size"][0]
-    image = torch.rand(2, 1, *[side] * 3, generator=torch.Generator().manual_seed(0))
-    loss = method({"crop": View.of(image)}, Progress()).loss
-    loss.backward()
-    assert math.isfinite(loss.item())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
