@@ -24,7 +24,7 @@ LAYERS = (
     ("inference", "run", "evaluation", "methods", "weights"),
     ("layouts", "models", "losses"),
     ("ops", "building", "config"),
-    ("checks", "moved", "launcher", "paths"),
+    ("checks", "moved", "launcher", "paths", "threads"),
 )
 """Rooms and files of `src/medssl`, from the top down. Each imports lower layers, never its own or a higher one."""
 FREE = {"lazy": ("lazy",), "data": ("data", "lazy"), "phantoms": ("data", "lazy", "phantoms")}

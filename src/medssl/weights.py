@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medssl.building import build_network as build_network
 from medssl.data.atomic import whole_file
 from medssl.layouts import catalogue
-from medssl.models.reoriented import Reoriented, along
+from medssl.models.reoriented import TARGET, Reoriented, along
 from medssl.models.segmenter import Segmenter, build_segmenter
 
 FORMAT = 2
@@ -116,6 +116,17 @@ def card_of(path: str | Path, *, layout: str | None = None, branch: str = "stude
     if layout is None:
         return read_card(path)
     return catalogue.get(layout).card(_published(path, layout, branch), source=str(path))
+
+
+def axes_in(card: Mapping[str, Any]) -> str | None:
+    """Return the axes that the encoder of a card was trained with, as `Reoriented` takes them.
+
+    It is None where the card describes no encoder and states no axes.
+    """
+    recipe = card.get("encoder")
+    if recipe is None:
+        return card.get("input_axes")
+    return recipe["axes"] if recipe.get("_target_") == TARGET else card.get("input_axes", "xyz")
 
 
 def encoder_recipe(path: str | Path, *, layout: str | None = None, branch: str = "student") -> dict[str, Any]:

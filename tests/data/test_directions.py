@@ -87,6 +87,21 @@ def test_a_nifti_file_with_both_codes_0_and_an_analyze_pair_are_doubts(tmp_path)
         assert np.array_equal(volume.array[0], ARRAY[::-1])
 
 
+def test_the_distance_between_qform_and_sform_is_told_in_mm_whatever_the_unit(tmp_path):
+    made = nibabel.Nifti1Image(np.arange(210, dtype=np.int16).reshape(7, 6, 5), np.diag([2000.0, 2000, 3000, 1]))
+    other = made.affine.copy()
+    other[0, 3] = 9000
+    made.set_sform(made.affine, 1)
+    made.set_qform(other, 1)
+    made.header.set_xyzt_units("micron")
+    made.to_filename(tmp_path / "a.nii")
+    assert (
+        read_volume(tmp_path / "a.nii", min_side_voxel=1)
+        .doubts[0]
+        .startswith("sform and qform place voxels up to 9 mm apart")
+    )
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -364,17 +364,6 @@ def test_a_damaged_qform_beside_a_sform_is_a_doubt(tmp_path):
     np.testing.assert_allclose(header.affine, np.eye(4))
 
 
-def test_the_distance_between_qform_and_sform_is_told_in_mm_whatever_the_unit(tmp_path):
-    made = nibabel.Nifti1Image(np.arange(210, dtype=np.int16).reshape(7, 6, 5), np.diag([2000.0, 2000, 3000, 1]))
-    other = made.affine.copy()
-    other[0, 3] = 9000
-    made.set_sform(made.affine, 1)
-    made.set_qform(other, 1)
-    made.header.set_xyzt_units("micron")
-    made.to_filename(tmp_path / "a.nii")
-    assert loaded(tmp_path / "a.nii")[0].doubts[0].startswith("sform and qform place voxels up to 9 mm apart")
-
-
 def test_names_in_capitals_are_read_like_others(tmp_path):
     array = np.arange(210, dtype=np.int16).reshape(5, 6, 7)
     for suffix in (".mha", ".nrrd"):

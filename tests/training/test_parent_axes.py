@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from medssl.config import compose, main
-from medssl.methods.build import method_of
+from medssl.methods.build import method_along, method_of
 from medssl.models.reoriented import TARGET, Reoriented, along
 from medssl.pretrain import run
 from medssl.training.parent import Parent
@@ -53,7 +53,7 @@ def test_features_after_loading_are_those_of_the_file_and_of_the_file_that_is_wr
     name, axes, nested, tmp_path
 ):
     parent = parent_along(tmp_path / "old.safetensors", name, axes, nested=nested)
-    method, settings = parent.build(settings_of(name), seed=2)
+    method, settings = method_along(settings_of(name), parent.axes, seed=2)
     parent.load(method)
     expected = features(load_encoder(parent.path))
     for own, level in zip(features(method.encoder), expected, strict=True):
@@ -70,12 +70,12 @@ def test_features_after_loading_are_those_of_the_file_and_of_the_file_that_is_wr
 def test_a_method_that_uses_more_than_the_maps_refuses_other_axes(name, tmp_path):
     parent = parent_along(tmp_path / "old.safetensors", name, "zyx")
     with pytest.raises(ValueError, match=r"an encoder trained along the axes zyx; \w+ trains one along xyz and cannot"):
-        parent.build(settings_of(name), seed=2)
+        method_along(settings_of(name), parent.axes, seed=2)
 
 
 def test_axes_of_equal_meaning_change_nothing(tmp_path):
     settings = settings_of("mae_tiny")
-    method, same = parent_along(tmp_path / "old.safetensors", "mae_tiny", "RAS").build(settings, seed=2)
+    method, same = method_along(settings, parent_along(tmp_path / "old.safetensors", "mae_tiny", "RAS").axes, seed=2)
     assert same is settings
     assert not isinstance(method.encoder, Reoriented)
 

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from medssl.building import build, named_class
 from medssl.config import compose, user_message, with_values
 from medssl.data.randomness import counter_key
 from medssl.methods.base import Method
+from medssl.models.reoriented import Reoriented, along, directions
+from medssl.models.segmenter import levels
 from medssl.models.volume_networks import fitting
 
 MANY_CASES = 10_000
@@ -108,6 +112,52 @@ def method_of(settings: Any, *, seed: int) -> Method:
     torch.manual_seed(counter_key("weights", seed))
     base: type[Method] = Method  # type: ignore[type-abstract]
     return build(settings, base=base, where="method")
+
+
+def method_along(settings: dict[str, Any], axes: str | None, *, seed: int) -> tuple[Method, dict[str, Any]]:
+    """Return the method of resolved settings with an encoder along some axes, and the settings that build it.
+
+    Where the axes differ, the encoder's recipe in the settings is put inside a `Reoriented`, or taken out of one.
+
+    Args:
+        settings: The settings of the method.
+        axes: Axes of the encoder whose weights it will get; None leaves the method as it is.
+        seed: Seed that determines the first weights.
+
+    Raises:
+        ValueError: The method refuses its settings, or an encoder along these axes.
+    """
+    method = method_of(settings, seed=seed)
+    own = axes_of(method.encoder)
+    if axes is None or same_axes(own, axes):
+        return method, settings
+    place = method.transfers().recipes["encoder"].split(".")
+    recipe = reduce(lambda node, key: node.get(key) or {}, place, settings)
+    bare = recipe.get("net", {}) if isinstance(method.encoder, Reoriented) else recipe
+    takes_it = method.takes_reoriented and "_target_" in bare and len(levels(method.encoder)[1][-1]) == 3
+    if not takes_it:
+        raise ValueError(
+            f"weights.path holds an encoder trained along the axes {axes}; {type(method).__name__} trains one along "
+            f"{own} and cannot turn it; start a method that takes any network of volumes by model="
+        )
+    turned = _with_value(settings, place, along(bare, axes))
+    return method_of(turned, seed=seed), turned
+
+
+def axes_of(encoder: nn.Module) -> str:
+    """Return the axes along which an encoder reads images."""
+    return encoder.axes if isinstance(encoder, Reoriented) else "xyz"
+
+
+def same_axes(first: str, second: str) -> bool:
+    """Return whether both words mean the same axes, such as `xyz` and `RAS`."""
+    return directions(first) == directions(second)
+
+
+def _with_value(settings: Mapping[str, Any], place: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a copy of nested settings with another value at a place."""
+    first, *rest = place
+    return {**settings, first: _with_value(settings[first], rest, value) if rest else value}
 
 
 def _resolved(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:

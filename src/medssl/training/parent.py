@@ -1,8 +1,7 @@
 """The file whose networks a pre-training run starts from, which its own card then names as its parent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch import nn
 
 from medssl.checks import choice
 from medssl.methods.base import Method
-from medssl.methods.build import method_of
-from medssl.models.reoriented import TARGET, Reoriented, along, directions
-from medssl.models.segmenter import levels
-from medssl.weights import card_of, describe_loading, load_parts
+from medssl.methods.build import axes_of, same_axes
+from medssl.weights import axes_in, card_of, describe_loading, load_parts
 
 BRANCHES = ("student", "teacher")
 
@@ -56,46 +53,19 @@ class Parent:
 
     @property
     def axes(self) -> str | None:
-        """Axes that the encoder of the file was trained with, as `Reoriented` takes them; None for an unknown one."""
-        recipe = self.card.get("encoder")
-        if recipe is None:
-            return self.card.get("input_axes")
-        return recipe["axes"] if recipe.get("_target_") == TARGET else self.card.get("input_axes", "xyz")
-
-    def build(self, settings: dict[str, Any], *, seed: int) -> tuple[Method, dict[str, Any]]:
-        """Return the method of some settings with an encoder along the file's axes, and the settings that build it.
-
-        Where the axes differ, the encoder's recipe in the settings is put inside a `Reoriented`, or taken out of one.
-
-        Raises:
-            ValueError: The method refuses its settings, or an encoder along these axes.
-        """
-        method, axes = method_of(settings, seed=seed), self.axes
-        own = _axes_of(method.encoder)
-        if axes is None or directions(own) == directions(axes):
-            return method, settings
-        place = method.transfers().recipes["encoder"].split(".")
-        recipe = reduce(lambda node, key: node.get(key) or {}, place, settings)
-        bare = recipe.get("net", {}) if isinstance(method.encoder, Reoriented) else recipe
-        takes_it = method.takes_reoriented and "_target_" in bare and len(levels(method.encoder)[1][-1]) == 3
-        if not takes_it:
-            raise ValueError(
-                f"{self.path} holds an encoder trained along the axes {axes}; {type(method).__name__} trains one "
-                f"along {own} and cannot turn it. Start another method from this file, such as mae, simclr or voco"
-            )
-        turned = _with_value(settings, place, along(bare, axes))
-        return method_of(turned, seed=seed), turned
+        """Axes that the encoder of the file was trained with; None for an unknown encoder."""
+        return axes_in(self.card)
 
     def load(self, method: Method) -> list[str]:
         """Load the networks into a method that was just built, and return lines for the user.
 
-        Networks that start as copies, such as teachers, become copies again, but those that `parts` names keep what the
+        Networks that start as copies become copies again, but those that `parts` names keep what the
         file has for them. The lines say what was loaded, what was copied from it, and every other network with weights.
 
         Raises:
             ValueError: The method has no such network, or tensors do not match, and nothing was loaded.
         """
-        assert self.axes is None or directions(_axes_of(method.encoder)) == directions(self.axes), "see `build`"
+        assert self.axes is None or same_axes(axes_of(method.encoder), self.axes), "see `method_along`"
         own = method.parts()
         if unknown := [part for part in self.parts if part not in own]:
             raise ValueError(f"weights.parts names {', '.join(unknown)}; {type(method).__name__} has {', '.join(own)}")
@@ -116,7 +86,7 @@ class Parent:
         fresh = [name for name, tensors in networks.items() if tensors - loaded - copied]
         copies = [name for name, tensors in networks.items() if name not in fresh and tensors & copied]
         lines = [f"weights: {self.path}", describe_loading(reports, fresh, copied=copies)]
-        if (axes := _axes_of(method.encoder)) != "xyz":
+        if (axes := axes_of(method.encoder)) != "xyz":
             lines.append(f"axes: {axes}, those of the file; images are turned for the encoder")
         return lines
 
@@ -159,13 +129,3 @@ def _others(module: nn.Module, taken: set[int], prefix: str = "") -> dict[str, s
         elif held:
             found[f"{prefix}{name}"] = held
     return found
-
-
-def _axes_of(encoder: nn.Module) -> str:
-    return encoder.axes if isinstance(encoder, Reoriented) else "xyz"
-
-
-def _with_value(settings: Mapping[str, Any], place: Sequence[str], value: Any) -> dict[str, Any]:
-    """Return a copy of nested settings with another value at a place."""
-    first, *rest = place
-    return {**settings, first: _with_value(settings[first], rest, value) if rest else value}

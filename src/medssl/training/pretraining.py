@@ -15,8 +15,7 @@ from medssl.data.module import VolumeDataModule
 from medssl.data.splits import pretraining_cases
 from medssl.data.views import ViewPlan
 from medssl.launcher import process_rank
-from medssl.methods.base import Method
-from medssl.methods.build import check_model, method_of
+from medssl.methods.build import check_model, method_along
 from medssl.run.settings import RunSettings, awaiting, with_facts
 from medssl.run.start import Run
 from medssl.run.store import is_prepared, open_store
@@ -58,8 +57,9 @@ def pretrain(run: Run) -> None:
     if not views.tables:
         instantiate(with_facts(config, {"num_locations": views.num_locations}).sampler, _convert_="all")
     parent = Parent.of(OmegaConf.to_container(config.weights, resolve=True))  # type: ignore[arg-type]
+    axes = None if parent is None else parent.axes
     if not is_prepared(config):
-        try_method(config, views, parent)
+        try_method(config, views, axes)
     store = open_store(config, is_resumed=run.checkpoint is not None)
     views.check(store)
     for note in views.notes(store) if process_rank() == 0 else ():
@@ -84,7 +84,7 @@ def pretrain(run: Run) -> None:
     facts = data.facts()
     facts |= method_facts(with_facts(config, facts), data, world=trial.world_size)
     settings = PretrainSettings.of(config, facts)
-    method, recipe = method_along(settings.method, seed=settings.seed, parent=parent)
+    method, recipe = method_along(settings.method, axes, seed=settings.seed)
     settings = replace(settings, method=recipe, values={**settings.values, "method": recipe})
     if parent is not None:
         lines = parent.load(method)
@@ -108,16 +108,7 @@ def pretrain(run: Run) -> None:
         print(summary(run, step=trainer.global_step, total=settings.max_steps, shape=shape, modules=modules))
 
 
-def method_along(settings: dict[str, Any], *, seed: int, parent: Parent | None) -> tuple[Method, dict[str, Any]]:
-    """Return the method, and its settings, in which the encoder has the axes of the parent's.
-
-    Raises:
-        ValueError: The method refuses its settings, or these axes.
-    """
-    return (method_of(settings, seed=seed), settings) if parent is None else parent.build(settings, seed=seed)
-
-
-def try_method(config: DictConfig, views: ViewPlan, parent: Parent | None = None) -> None:
+def try_method(config: DictConfig, views: ViewPlan, axes: str | None = None) -> None:
     """Build the method once, unless its settings follow from facts that only the prepared data give.
 
     Raises:
@@ -135,7 +126,7 @@ def try_method(config: DictConfig, views: ViewPlan, parent: Parent | None = None
         raise
     except OmegaConfBaseException:
         return
-    method, _ = method_along(settings, seed=config.seed, parent=parent)  # type: ignore[arg-type]
+    method, _ = method_along(settings, axes, seed=config.seed)  # type: ignore[arg-type]
     method.check_groups({name: spec.count for name, spec in views.groups.items()})
 
 
