@@ -6,18 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 import yaml
+from killed_run import copied_at
 
 import medssl
 from medssl.config import main
 from medssl.data.store import VolumeStore
 from medssl.finetune import run
+from medssl.segmentation.method import Segmentation
 from medssl.weights import read_card, save_weights
 
 STEPS = 6
@@ -26,26 +27,22 @@ VIT = {
     **{"size_voxel": 16, "patch_voxel": 8, "in_channels": 1, "dim": 24, "depth": 2, "num_heads": 2},
 }
 PROBE = """
-import os, signal, time
-from pathlib import Path
+import os, signal
 from monai.losses import DiceCELoss
 
 class Probe(DiceCELoss):
-    '''The usual loss, which ends or delays the process where it is asked to.'''
+    '''The usual loss, which gets its process a signal at a call that is asked for.'''
     calls = 0
 
     def forward(self, input, target):
         self.calls += 1
-        if self.calls == int(os.environ.get("PROBE_KILL", 0)):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ.get("PROBE_WAIT"):
-            mark = Path(os.environ["PROBE_WAIT"])
-            mark.touch()
-            end = time.monotonic() + 300
-            while time.monotonic() < end and not mark.with_suffix(".signalled").exists():
-                time.sleep(0.02)
+        name, _, call = os.environ.get("PROBE", "").partition("@")
+        if name and self.calls == int(call):
+            os.kill(os.getpid(), getattr(signal, name))
         return super().forward(input, target)
 """
+PROBED = {"loss._target_": "loss_probe.Probe"}
+ONE_STEP = {"trainer.max_steps": 1, "validate_every": "null"}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +112,8 @@ def refused(root, name, capsys, **settings):
 
 @pytest.fixture(scope="module")
 def straight(workplace):
-    return finetune(workplace, "straight")
+    with copied_at(Segmentation, STEPS - 1, workplace / "straight", workplace / "copied"):
+        return finetune(workplace, "straight")
 
 
 def test_a_run_leaves_numbers_a_network_and_pictures(straight):
@@ -157,12 +155,14 @@ def test_the_saved_segmenter_predicts_what_the_run_scored(straight):
     assert network(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 12, 16, 16, 16)
 
 
-def test_a_killed_and_resumed_run_ends_bitwise_like_a_straight_one(workplace, straight):
-    probe = {"loss._target_": "loss_probe.Probe"}
-    process = start(workplace, "killed", variables={"PROBE_KILL": "6"}, **probe)
-    process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL
-    resumed = finetune(workplace, "killed", resume=workplace / "killed", **probe)
+@pytest.mark.parametrize("name", ["copied", pytest.param("killed", marks=pytest.mark.slow)])
+def test_a_killed_and_resumed_run_ends_bitwise_like_a_straight_one(workplace, straight, name):
+    probe = PROBED if name == "killed" else {}
+    if name == "killed":
+        process = start(workplace, name, variables={"PROBE": f"SIGKILL@{STEPS}"}, **probe)
+        process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL
+    resumed = finetune(workplace, name, resume=workplace / name, **probe)
     for name in ("segmenter.safetensors", "segmenter-best.safetensors"):
         files = [medssl.load_segmenter(folder / name)[0].state_dict() for folder in (straight, resumed)]
         assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
@@ -175,17 +175,11 @@ def test_a_killed_and_resumed_run_ends_bitwise_like_a_straight_one(workplace, st
     assert scores[0] == scores[1]
 
 
-def test_a_stop_signal_saves_and_says_how_to_go_on(workplace):
-    mark = workplace / "waiting"
-    process = start(workplace, "stopped", variables={"PROBE_WAIT": str(mark)}, **{"loss._target_": "loss_probe.Probe"})
-    deadline = time.monotonic() + 300
-    while not mark.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    mark.with_suffix(".signalled").touch()
-    said = process.communicate(timeout=300)[0]
-    assert f"resume={workplace / 'stopped'}" in said
-    assert (workplace / "stopped" / "checkpoints" / "last.ckpt").is_file()
+def test_a_stop_signal_saves_and_says_how_to_go_on(workplace, monkeypatch, capsys):
+    monkeypatch.setenv("PROBE", "SIGTERM@1")
+    finetune(workplace, "stopped", **PROBED)
+    assert f"resume={workplace / 'stopped'}" in capsys.readouterr().out
+    assert torch.load(workplace / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
     assert not (workplace / "stopped" / "metrics.json").exists()
 
 
@@ -221,7 +215,7 @@ def test_other_reading_than_in_pre_training_is_said(workplace, capsys):
     del card["data"]["voxel_hashes"]
     encoder = medssl.load_encoder(workplace / "encoder.safetensors")
     save_weights(workplace / "read.safetensors", {"encoder": encoder}, card)
-    tuned = {"model": "auto", "weights": workplace / "read.safetensors", "trainer.max_steps": 1}
+    tuned = {"model": "auto", "weights": workplace / "read.safetensors", **ONE_STEP}
     folder = finetune(workplace, "read", **tuned)
     said = capsys.readouterr().out
     assert "reading: normalise: ByModality window_hu=[-1000, 500] in pre-training" in said
@@ -238,7 +232,7 @@ def test_a_finished_run_without_its_numbers_is_evaluated_again(workplace, straig
 
 
 def test_an_encoder_file_brings_its_network_and_its_twin_starts_from_scratch(workplace, capsys):
-    weights, like = workplace / "encoder.safetensors", {"model": "auto", "trainer.max_steps": 1}
+    weights, like = workplace / "encoder.safetensors", {"model": "auto", **ONE_STEP}
     tuned = finetune(workplace, "tuned", weights=weights, **like)
     said = capsys.readouterr().out
     assert "matched" in said
@@ -257,7 +251,7 @@ def test_an_encoder_file_brings_its_network_and_its_twin_starts_from_scratch(wor
 
 def test_a_scratch_twin_differs_in_nothing_but_the_weights(workplace, capsys):
     weights = workplace / "encoder.safetensors"
-    folder = finetune(workplace, "pair", model="auto", weights=weights, scratch_twin="true", **{"trainer.max_steps": 1})
+    folder = finetune(workplace, "pair", model="auto", weights=weights, scratch_twin="true", **ONE_STEP)
     assert "medssl.compare" in capsys.readouterr().out
     ours, twin = (json.loads((path / "metrics.json").read_text()) for path in (folder, workplace / "pair-scratch"))
     assert twin["setting"] == ours["setting"] | {"weights": "scratch"}
@@ -284,7 +278,7 @@ def test_a_segmenter_file_gives_its_decoder_too(workplace, straight, capsys):
         workplace,
         "continued",
         **{"model": "auto", "weights": straight / "segmenter.safetensors", "data.classes": "[7,8]"},
-        **{"trainer.max_steps": 1, "allow_leakage": "true"},
+        **{**ONE_STEP, "allow_leakage": "true"},
     )
     said = capsys.readouterr().out
     assert "decoder: " in said
@@ -297,7 +291,7 @@ def test_evaluation_on_volumes_that_pre_training_saw_is_refused_or_marked(workpl
     card["data"]["voxel_hashes"] = [record.voxel_hash[:16] for record in store.records()]
     encoder = medssl.load_encoder(workplace / "encoder.safetensors")
     save_weights(workplace / "leaky.safetensors", {"encoder": encoder}, card)
-    leaky = {"model": "auto", "weights": workplace / "leaky.safetensors", "trainer.max_steps": 1}
+    leaky = {"model": "auto", "weights": workplace / "leaky.safetensors", **ONE_STEP}
     assert "were seen in the pre-training" in refused(workplace, "leaky", capsys, **leaky)
     folder = finetune(workplace, "leaky", **leaky, allow_leakage="true")
     assert json.loads((folder / "metrics.json").read_text())["leakage"]["overlap"] == 2
