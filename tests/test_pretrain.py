@@ -75,7 +75,7 @@ def arguments(root, name, **settings):
         "accumulate": 2,
         "checkpoint_every": 4,
         "validate_every": 2,
-        "figures_every": 4,
+        "figures_every": "null",
         "trainer.max_steps": STEPS,
     }
     return ["--config-dir", str(root / "conf"), *(f"{key}={value}" for key, value in {**fixed, **settings}.items())]
@@ -112,7 +112,7 @@ def wait_for(path, process, *, pattern=None):
 
 @pytest.fixture(scope="module")
 def straight(workplace):
-    return pretrain(workplace, "straight")
+    return pretrain(workplace, "straight", figures_every=4)
 
 
 def metrics(folder):
@@ -359,7 +359,7 @@ def test_an_unreadable_chunk_names_its_case(workplace, straight, tmp_path, capsy
 def test_the_offline_logger_goes_on_with_its_run_and_knows_the_settings(workplace, straight):
     import wandb
 
-    folder, offline = workplace / "offline", {"logger": "wandb", "logger.offline": "true"}
+    folder, offline = workplace / "offline", {"logger": "wandb", "logger.offline": "true", "figures_every": 4}
     for steps, more in ((1, {}), (2, {"resume": folder})):
         pretrain(workplace, "offline", **offline, **more, **{"trainer.max_steps": steps})
         wandb.finish()  # as the end of the process does
