@@ -74,6 +74,7 @@ def with_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _storage.pop_shape_memo()
 
+    call.__wrapped__ = inspect.unwrap(function)  # what a test calls to go past the checks
     return call
 
 

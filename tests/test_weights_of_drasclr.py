@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from oracles.conditioned import BLOCKS, LAYERS, network
 
 from medssl.config import compose
+from medssl.methods.build import method_along
 from medssl.models.conditioned import ConditionedEncoder
 from medssl.models.heads import MLPHead
 from medssl.models.reoriented import Reoriented
@@ -101,7 +102,7 @@ def test_a_run_that_starts_from_a_training_file_reads_superior_anterior_left_too
     settings = OmegaConf.to_container(config, resolve=True)["method"]
     weights = {"path": str(training_file), "layout": "drasclr", "branch": "student", "parts": ["encoder"]}
     parent = Parent.of(weights)
-    method, _ = parent.build(settings, seed=0)
+    method, _ = method_along(settings, parent.axes, seed=0)
     parent.load(method)
     image, place = torch.randn(2, 1, 16, 16, 32), torch.rand(2, 3) * 2 - 1
     expected = load_encoder(training_file, layout="drasclr").represent(image, place)

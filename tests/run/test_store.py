@@ -97,11 +97,11 @@ def test_new_files_that_are_too_often_unreadable_leave_the_store_as_it_is(images
 def test_a_method_is_tried_before_the_store_unless_it_needs_what_only_the_store_knows(settings, is_tried, monkeypatch):
     built = []
 
-    def method_of(settings, *, seed):
+    def method_along(settings, axes, *, seed):
         built.append(settings)
-        return build_method("sam_embed_tiny", seed=seed)
+        return build_method("sam_embed_tiny", seed=seed), settings
 
-    monkeypatch.setattr(pretraining, "method_of", method_of)
+    monkeypatch.setattr(pretraining, "method_along", method_along)
     config = compose("pretrain", settings)
     pretraining.try_method(config, instantiate(config.views, _convert_="all"))
     assert len(built) == is_tried
