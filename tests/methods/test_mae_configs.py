@@ -112,7 +112,7 @@ def test_every_mechanism_of_the_card_is_on_in_the_tiny_configuration():
     }
     assert all(mechanisms.values()), [name for name, is_on in mechanisms.items() if not is_on]
     assert (method.encoder.channels, method.encoder.strides) == ((8, 16, 32), ((1,) * 3, (2,) * 3, (4,) * 3))
-    assert values["trainer"]["max_steps"] == 300
+    assert values["trainer"]["max_steps"] == 200
 
 
 @pytest.mark.parametrize(
