@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make pretrain [METHOD=glmae_tiny] [DATA=phantoms] [OUTPUT=runs/...] [ARGS='KEY=VALUE ...']"
-	@echo "make test      lint, types and tests, on WORKERS=2 processes (about 20 minutes on two cores)"
+	@echo "make test      lint, types and tests, on WORKERS=2 processes (20 to 30 minutes on two cores)"
 	@echo "make lint | types | tests | format | install | clean"
 
 install: $(INSTALLED)

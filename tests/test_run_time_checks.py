@@ -75,3 +75,13 @@ def test_our_own_modules_are_checked():
     network = VisionTransformer(size_voxel=8, patch_voxel=4, in_channels=1, dim=12, depth=1, num_heads=1)
     with pytest.raises(TypeError, match="forward"):
         network(torch.zeros(1, 8, 8, 8))
+
+
+def test_the_function_without_checks_can_be_reached():
+    with pytest.raises(TypeError, match="violates type hint"):
+        rows("two")
+    with pytest.raises(TypeError, match="'<' not supported"):
+        rows.__wrapped__("two")
+    with pytest.raises(TypeError, match="violates type hint"):
+        product(torch.ones(3), torch.ones(3))
+    assert product.__wrapped__(torch.ones(3), torch.ones(3)) == 3

@@ -11,8 +11,8 @@ from medssl.data.formats import ReadError
 from medssl.data.reading import read_volume
 
 ARRAY = np.random.default_rng(0).integers(0, 100, (9, 8, 8)).astype(np.int16)
-ASSUMED = "the header states no directions ({}); its axes are taken to run to the {}"
-LPS = "left, back, head"
+ASSUMED = "the header states no directions ({}); its axes are taken to run to {}"
+LPS = "left, posterior, superior"
 
 
 def nrrd(path, *lines, scale=""):
@@ -83,7 +83,7 @@ def test_a_nifti_file_with_both_codes_0_and_an_analyze_pair_are_doubts(tmp_path)
     assert read_volume(tmp_path / "stated.nii").doubts == ()
     for name, why in (("a.nii", "the codes of qform and sform are 0"), ("b.hdr", "Analyze")):
         volume = read_volume(tmp_path / name)
-        assert volume.doubts == (ASSUMED.format(why, "left, front, head"),)
+        assert volume.doubts == (ASSUMED.format(why, "left, anterior, superior"),)
         assert np.array_equal(volume.array[0], ARRAY[::-1])
 
 

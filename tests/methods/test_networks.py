@@ -7,7 +7,18 @@ from functools import cache
 import pytest
 import torch
 import yaml
-from cells import CHANNELS, METHODS, NETWORKS, REASONS, network_settings, settings_of, size_of, table, views, words
+from network_table import (
+    CHANNELS,
+    METHODS,
+    NETWORKS,
+    REASONS,
+    network_settings,
+    settings_of,
+    size_of,
+    table,
+    views,
+    words,
+)
 from omegaconf import OmegaConf
 
 import medssl

@@ -73,6 +73,28 @@ class PrepareSummary:
         return f"{', '.join(parts)} -> {self.root}" + (f"; targets: {targets}" if targets.is_file() else "")
 
 
+@dataclass(frozen=True)
+class Index:
+    """The index that a store holds.
+
+    Args:
+        records: The records of its undamaged lines; the cases of others are looked for in folders.
+        is_whole: Whether no line is damaged.
+    """
+
+    records: list[Record]
+    is_whole: bool
+
+    @classmethod
+    def read(cls, root: Path) -> "Index":
+        """Return the index of the store in a folder; one without lines where there is none."""
+        path = root / INDEX
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        rows = [json.loads(line) for line in lines if is_whole_line(line)]
+        records = [Record.from_json({key: row[key] for key in row if key != "checksum"}) for row in rows]
+        return cls(records, len(rows) == len(lines))
+
+
 def prepare_store(
     source: Source,
     store: str | Path,
@@ -135,8 +157,8 @@ def prepare_store(
         check_recipe(root, recipe)  # by now another process may have begun it
         _begin(root, recipe)
         contents, known = Contents.remembered(root / LOOKS, verify=verify), _remembered(root)
-        indexed = _indexed(root)
-        fingerprints, done = _finished(root, scan.cases, contents, indexed, remembered=known, progress=progress)
+        index = Index.read(root)
+        fingerprints, done = _finished(root, scan.cases, contents, index, remembered=known, progress=progress)
         contents.save(root / LOOKS)
         scan = scan.checked(finished=set(done))
         news = _news(root, scan.problems)
@@ -165,8 +187,16 @@ def prepare_store(
         contents.save(root / LOOKS)
         clear_partial(root)  # again: a worker of a killed run may have written a little longer
         _write_label_names(root, source)
-        limit = max_rejected_fraction
-        return _finish(root, scan, outcomes, done, indexed, max_rejected_fraction=limit, progress=progress, prune=prune)
+        return _finish(
+            root,
+            scan,
+            outcomes,
+            done,
+            index,
+            max_rejected_fraction=max_rejected_fraction,
+            progress=progress,
+            prune=prune,
+        )
 
 
 def _begin(root: Path, recipe: dict[str, Any]) -> None:
@@ -184,7 +214,7 @@ def _finished(
     root: Path,
     cases: Sequence[Case],
     contents: Contents,
-    indexed: Sequence[Record],
+    index: Index,
     *,
     remembered: Collection[str],
     progress: bool,
@@ -194,7 +224,7 @@ def _finished(
     The index is believed as far as the folders are there. Folders that it does not name, left by a run that was killed
     before it wrote the index, are looked into. A case that the store has not met is hashed when it is prepared.
     """
-    in_index = {record.case: record for record in indexed}
+    indexed = {record.case: record for record in index.records}
     folders: dict[str, list[str]] = defaultdict(list)
     for name in sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(".zarr")):
         folders[name.removesuffix(".zarr").rpartition("-")[0]].append(name)
@@ -202,7 +232,7 @@ def _finished(
 
     def found(case: Case) -> tuple[str, Record | None]:
         fingerprint = case.fingerprint(contents)
-        known, there = in_index.get(case.case), folders.get(case.case, [])
+        known, there = indexed.get(case.case), folders.get(case.case, [])
         if known is not None and known.fingerprint == fingerprint and known.folder in there:
             return fingerprint, known
         for name in there:
@@ -218,14 +248,6 @@ def _finished(
         both = dict(zip(met, tqdm(pool.map(found, met), disable=not progress, **bar), strict=True))
     records = {case: record for case, (_, record) in both.items() if record is not None}
     return {case: fingerprint for case, (fingerprint, _) in both.items()}, records
-
-
-def _indexed(root: Path) -> list[Record]:
-    """Return the records of the index; damaged lines are passed over, so that their cases are looked for in folders."""
-    path = root / INDEX
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    rows = (json.loads(line) for line in lines if is_whole_line(line))
-    return [Record.from_json({key: value for key, value in row.items() if key != "checksum"}) for row in rows]
 
 
 def _remembered(root: Path) -> dict[str, Outcome]:
@@ -245,7 +267,7 @@ def _finish(
     scan: Scan,
     outcomes: Sequence[Outcome],
     finished: Mapping[Case, Record],
-    indexed: Sequence[Record],
+    index: Index,
     *,
     max_rejected_fraction: float,
     progress: bool,
@@ -270,12 +292,11 @@ def _finish(
     if not records:
         found = f"{len(rejected)} rejected, {len(skipped)} skipped as label maps"
         raise PrepareError(f"no usable image in the source ({found}); see {root}/rejected.jsonl and skipped.jsonl")
-    before = {record.case: (record.group, record.split) for record in indexed}
+    before = {record.case: (record.group, record.split) for record in index.records}
     now = {record.case: (record.group, record.split) for record in records}
     num_new = len(made)
     records.sort(key=lambda record: record.case)
-    num_lines = len((root / INDEX).read_bytes().splitlines()) if indexed else 0
-    if records != list(indexed) or num_lines != len(records):  # else it is whole; ten thousand lines take seconds
+    if not index.is_whole or records != index.records:  # to write ten thousand lines takes seconds
         write_index(root, records)
     _write_targets(root, records)
     if prune:

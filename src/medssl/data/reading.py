@@ -226,10 +226,11 @@ def _check_voxels(path: Path, array: Shaped[np.ndarray, "c x y z"]) -> None:
             if count:
                 raise ReadError(path, f"{count:,} of {array.size:,} voxels are {name}; repair or drop the image")
     for channel, voxels in enumerate(array):
-        if voxels.min() == voxels.max():
+        low, high = voxels.min().item(), voxels.max().item()
+        if low == high:
             which = f" of channel {channel}" if len(array) > 1 else ""
-            raise ReadError(path, f"all voxels{which} have the same value ({voxels.flat[0]:g}): the image is constant")
-        _check_levels(path, voxels.min().item(), voxels.max().item(), voxels.dtype)
+            raise ReadError(path, f"all voxels{which} have the same value ({low:g}): the image is constant")
+        _check_levels(path, low, high, voxels.dtype)
 
 
 def _check_levels(path: Path, low: float, high: float, dtype: np.dtype[Any]) -> None:

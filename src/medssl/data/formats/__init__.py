@@ -4,25 +4,20 @@ Other rooms import from here; the files of this folder import from each other.
 """
 
 from medssl.data.formats.base import (
+    ARCHIVES,
     IMAGE_SUFFIXES,
     NIFTI_SUFFIXES,
+    PICTURES,
     Header,
     Load,
     ReadError,
     has_image_suffix,
+    is_other_kind,
     size_text,
     stem,
 )
 from medssl.data.formats.claims import MAX_VOXELS, NO_PERMISSION, irregularity
-from medssl.data.formats.dicom_files import (
-    ARCHIVES,
-    PICTURES,
-    dicom_class,
-    has_dicom_suffix,
-    is_dicom,
-    is_image_class,
-    is_other_kind,
-)
+from medssl.data.formats.dicom_files import dicom_class, has_dicom_suffix, is_dicom, is_image_class
 from medssl.data.formats.image import open_image
 from medssl.data.formats.parts import other_parts
 from medssl.data.formats.reasons import NO_MEMORY, reasons_for

@@ -12,7 +12,14 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".hdr", ".mgz", ".mgh")
 """Endings of files that are images; the .img of a pair belongs to its .hdr."""
-END_OF_AXIS = {"R": "right", "L": "left", "A": "front", "P": "back", "S": "head", "I": "feet", "None": "none"}
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+ARCHIVES = (".7z", ".rar", ".tar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tgz", ".zip")
+OTHER_KINDS = (
+    ".bval", ".bvec", ".csv", ".htm", ".html", ".ini", ".json", ".log", ".md", ".npy", ".npz", ".pdf", ".pkl", ".pt",
+    ".py", ".rst", ".sh", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml", *PICTURES, *ARCHIVES,
+)  # fmt: skip
+"""Endings of files that stand beside images."""
+END_OF_AXIS = {"R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
 NO_SPACING = "the header states no spacing; data.assume_spacing_mm=[x,y,z] lets it in"
 
 
@@ -72,6 +79,11 @@ def has_image_suffix(path: Path) -> bool:
     return path.name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def is_other_kind(path: Path) -> bool:
+    """Return whether the name is that of a table, a text, a picture or an archive, compressed or not."""
+    return path.name.lower().endswith(OTHER_KINDS) or path.name.lower().removesuffix(".gz").endswith(OTHER_KINDS)
+
+
 def stem(path: Path) -> str:
     """Return the file name without its image suffix."""
     return next((path.name[: -len(s)] for s in IMAGE_SUFFIXES if path.name.lower().endswith(s)), path.name)
@@ -114,7 +126,7 @@ def directions_assumed(why: str, affine: Float[np.ndarray, "4 4"]) -> str:
     from nibabel.orientations import aff2axcodes
 
     taken = ", ".join(END_OF_AXIS[str(code)] for code in aff2axcodes(affine))
-    return f"the header states no directions ({why}); its axes are taken to run to the {taken}"
+    return f"the header states no directions ({why}); its axes are taken to run to {taken}"
 
 
 def size_text(shape: Sequence[int]) -> str:

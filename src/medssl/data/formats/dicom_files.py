@@ -15,13 +15,6 @@ from medssl.data.formats.base import ReadError
 from medssl.data.formats.claims import check_readable
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
-ARCHIVES = (".7z", ".rar", ".tar", ".tar.bz2", ".tar.gz", ".tar.xz", ".tgz", ".zip")
-OTHER_KINDS = (
-    ".bval", ".bvec", ".csv", ".htm", ".html", ".ini", ".json", ".log", ".md", ".npy", ".npz", ".pdf", ".pkl", ".pt",
-    ".py", ".rst", ".sh", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml", *PICTURES, *ARCHIVES,
-)  # fmt: skip
-"""Endings of files that stand beside images."""
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 UNDEFINED = 0xFFFFFFFF
 MAX_HEADER_BYTES = 2**28
@@ -61,11 +54,6 @@ class DicomFile:
 def has_dicom_suffix(path: Path) -> bool:
     """Return whether the name ends as those of DICOM files do, compressed or not."""
     return path.name.lower().removesuffix(".gz").endswith(DICOM_SUFFIXES)
-
-
-def is_other_kind(path: Path) -> bool:
-    """Return whether the name is that of a table, a text, a picture or an archive, compressed or not."""
-    return path.name.lower().endswith(OTHER_KINDS) or path.name.lower().removesuffix(".gz").endswith(OTHER_KINDS)
 
 
 def is_dicom(file: Path) -> bool:

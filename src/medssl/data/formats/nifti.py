@@ -205,7 +205,7 @@ def _affine(
 
 
 def _doubts(stored: Stored, affine: Float[np.ndarray, "4 4"]) -> tuple[str, ...]:
-    """Return a sentence where a header holds no map to space, or two that place a voxel half a voxel apart or more."""
+    """Return a sentence where a header holds no map to space, or two that lie more than half a voxel apart."""
     header = stored.header
     if "goodRASFlag" in header:
         return ()
